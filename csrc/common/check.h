@@ -1,0 +1,107 @@
+// What every host file says to torch: argument checks with one message form, dtypes, output allocation, launch.
+// Message form: "op: argument must <rule>, got <value>". Everything is checked before anything is allocated.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace fastmoe_route {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+template <class... Parts>
+inline void check(bool holds, const Parts&... parts) {
+  if (__builtin_expect(!holds, 0)) fail(parts...);
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << ']';
+  return text.str();
+}
+
+// float32, bfloat16, float16 or float64; anything else is an error that names `argument`.
+inline DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default:
+      fail(op, ": ", argument, " must be float32, bfloat16, float16 or float64, got dtype code ",
+           static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return ScalarType::Float;
+    case DType::kBFloat16: return ScalarType::BFloat16;
+    case DType::kFloat16: return ScalarType::Half;
+    default: return ScalarType::Double;
+  }
+}
+
+inline void check_dim(const char* op, const char* argument, const Tensor& tensor, int64_t dim) {
+  check(tensor.dim() == dim, op, ": ", argument, " must have ", dim, " dimensions, got shape ", shape_of(tensor));
+}
+
+inline void check_size(const char* op, const char* argument, const Tensor& tensor, int64_t d, int64_t size) {
+  check(tensor.size(d) == size, op, ": ", argument, " must have size ", size, " in dimension ", d, ", got shape ",
+        shape_of(tensor));
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted,
+                        const char* wanted_name) {
+  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got dtype code ",
+        static_cast<int>(tensor.scalar_type()));
+}
+
+inline Tensor contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The pointer of an optional tensor, or null.
+template <class T>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace fastmoe_route

@@ -1,0 +1,41 @@
+// The seam between the expert drivers (grouped_mm, moe_mlp: who multiplies what, and what happens to the result) and
+// the matrix micro-kernels (how a block is multiplied on this processor).
+//
+// Order of summation: a function of k, the element type, the weight layout and the level only, never of m, n, of the
+// position in the block or of the thread. That is what makes a token's result independent of its batch.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace fastmoe_route {
+
+// C[m, n] = A[m, k] W[k, n], accumulated in float (double for float64), for one element type and one weight layout.
+struct MicroKernel {
+  // Bytes of m packed rows of k elements.
+  int64_t (*packed_bytes)(int64_t m, int64_t k);
+  // Copies row i, k contiguous elements at rows[i], into the layout `multiply` reads; multiplied by scale[i] in float
+  // and rounded to the element type when scale is not null.
+  void (*pack)(const void* const* rows, const float* scale, int64_t m, int64_t k, void* packed);
+  // c[i * c_stride + j] = sum over q of a[i, q] * w(q, j): float (double) results, overwritten, i < m, j < n.
+  void (*multiply)(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
+                   int64_t c_stride);
+};
+
+// out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j]: a weight gradient, rounded once to the element type.
+// x[r] points at a elements, y[r] at b elements; out[i * out_stride + j] is overwritten. No rows gives zeros.
+struct WgradKernel {
+  void (*multiply)(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
+                   int64_t out_stride);
+};
+
+// By DType. `dot`: w(q, j) at w[j * w_stride + q], the reduction is contiguous (nn.Linear's layout seen as [in, out]).
+// `outer`: w(q, j) at w[q * w_stride + j], the outputs are contiguous.
+struct MicroKernels {
+  MicroKernel dot[4];
+  MicroKernel outer[4];
+  WgradKernel wgrad[4];
+};
+
+}  // namespace fastmoe_route

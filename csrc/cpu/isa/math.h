@@ -1,0 +1,71 @@
+// exp and log1p on short vectors, over the whole float range, subnormal results included.
+//
+// exp: x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite's two-part ln 2), e^r by its degree-7 Taylor polynomial
+// (remainder below 2^-27), then one scaling by 2^n. At most 1.5 ulp with fma, 2.5 without.
+// log1p: the correction of the rounding of u = 1 + x after Goldberg: log1p(x) = log(u) + (x - (u - 1)) / u, log(u) by
+// atanh's series on s = (m - 1) / (m + 1), m in [sqrt 1/2, sqrt 2).
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+FASTMOE_ROUTE_ISA_BEGIN
+
+// e^x. NaN gives NaN, -inf gives +0, above 88.73 gives +inf, below -103.98 gives +0.
+inline Vec exp(Vec x) {
+  // Clamped so that n stays small; max/min return their second operand on NaN, so NaN is passed through last.
+  const Vec bounded = min(Vec::all(89.0f), max(Vec::all(-105.0f), x));
+  const Vec n = round(bounded * Vec::all(1.44269504088896341f));
+  Vec r = fma(n, Vec::all(-0.693359375f), bounded);
+  r = fma(n, Vec::all(2.12194440e-4f), r);
+  Vec p = Vec::all(1.0f / 5040.0f);
+  p = fma(p, r, Vec::all(1.0f / 720.0f));
+  p = fma(p, r, Vec::all(1.0f / 120.0f));
+  p = fma(p, r, Vec::all(1.0f / 24.0f));
+  p = fma(p, r, Vec::all(1.0f / 6.0f));
+  p = fma(p, r, Vec::all(0.5f));
+  p = fma(p, r, Vec::all(1.0f));
+  p = fma(p, r, Vec::all(1.0f));
+  return ldexp(p, n);
+}
+
+// log(x) for positive finite x.
+inline Vec log_positive(Vec x) {
+  Vec m, n;
+  frexp(x, m, n);
+  const Mask high = m > Vec::all(1.41421356237f);
+  m = select(high, m * Vec::all(0.5f), m);
+  n = select(high, n + Vec::all(1.0f), n);
+  const Vec f = m - Vec::all(1.0f);
+  const Vec s = f / (m + Vec::all(1.0f));
+  const Vec z = s * s;
+  Vec p = Vec::all(2.0f / 11.0f);
+  p = fma(p, z, Vec::all(2.0f / 9.0f));
+  p = fma(p, z, Vec::all(2.0f / 7.0f));
+  p = fma(p, z, Vec::all(2.0f / 5.0f));
+  p = fma(p, z, Vec::all(2.0f / 3.0f));
+  p = p * z * s;
+  // log m = 2 s + p; n ln 2 in two parts, small terms first.
+  const Vec tail = fma(n, Vec::all(-2.12194440e-4f), p);
+  return fma(n, Vec::all(0.693359375f), s + s + tail);
+}
+
+// log(1 + x) for finite x >= 0.
+inline Vec log1p_positive(Vec x) {
+  const Vec one = Vec::all(1.0f);
+  const Vec u = one + x;
+  const Vec lost = x - (u - one);
+  return select(u == one, x, log_positive(u) + lost / u);
+}
+
+// Sum of n floats in a fixed order: four vector accumulators, then one tree. Independent of alignment.
+inline float sum(const float* p, int64_t n) {
+  Vec s[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  int64_t i = 0;
+  for (; i + 4 * Vec::kLanes <= n; i += 4 * Vec::kLanes)
+    for (int j = 0; j < 4; ++j) s[j] = s[j] + Vec::load(p + i + j * Vec::kLanes);
+  for (; i < n; i += Vec::kLanes)
+    s[0] = s[0] + Vec::load(p + i, n - i < Vec::kLanes ? static_cast<int>(n - i) : Vec::kLanes);
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+FASTMOE_ROUTE_ISA_END

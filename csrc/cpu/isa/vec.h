@@ -1,0 +1,332 @@
+// Short vectors of float: one type, three implementations, chosen by the flags this unit is compiled with. The only
+// file of the package that asks the compiler which instruction set it targets, apart from the matrix units.
+//
+// Vec::kLanes lanes. Arithmetic is IEEE; fma is fused where the hardware has it. max(a, b) returns b when either is
+// NaN, as the x86 instructions do. Lane-crossing sums use one fixed tree per width, so they are deterministic.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "cpu/isa/namespace.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+FASTMOE_ROUTE_ISA_BEGIN
+
+#if defined(__AVX512F__)
+
+struct Mask {
+  __mmask16 bits;
+  friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits & b.bits)}; }
+  friend Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
+  friend Mask operator~(Mask a) { return {static_cast<__mmask16>(~a.bits)}; }
+  uint32_t lanes() const { return bits; }  // bit i is lane i
+};
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  // The first n lanes (0 <= n <= kLanes); the rest are `fill`. Memory past n is not touched.
+  static Vec load(const float* p, int n, float fill = 0.0f) {
+    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
+  }
+  static Vec load(const BFloat16* p, int n, float fill = 0.0f) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
+    const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), wide)};
+  }
+  static Vec load(const Float16* p, int n, float fill = 0.0f) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), _mm512_cvtph_ps(bits))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits()); }
+  void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits()); }
+  void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), bf16_bits()); }
+  void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), f16_bits()); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+  friend Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+  friend Vec round(Vec a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
+  friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  // x = mantissa * 2^exponent with the mantissa in [1, 2), for positive finite x, subnormal included.
+  friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
+    exponent.v = _mm512_getexp_ps(x.v);
+    mantissa.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  }
+
+  friend Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  friend Mask operator>(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  friend Mask operator>=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+  friend Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+  friend Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+  friend Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m.bits, yes.v)}; }
+
+  friend float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+  friend float reduce_add(Vec a) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 quad = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quad = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(_mm_add_ss(quad, _mm_movehdup_ps(quad)));
+  }
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  __m256i bf16_bits() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  }
+  __m256i f16_bits() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+#elif defined(__AVX2__)
+
+struct Mask {
+  __m256 bits;
+  friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
+  friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
+  friend Mask operator~(Mask a) {
+    return {_mm256_xor_ps(a.bits, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+  }
+  uint32_t lanes() const { return static_cast<uint32_t>(_mm256_movemask_ps(bits)); }
+};
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  static Vec load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static Vec load(const float* p, int n, float fill = 0.0f) {
+    const __m256i mask = first(n);
+    return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+  }
+  template <class T>
+  static Vec load(const T* p, int n, float fill = 0.0f) {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+    return load(lanes);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }
+  void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), f16_bits()); }
+  void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  template <class T>
+  void store(T* p, int n) const {
+    T lanes[kLanes];
+    store(lanes);
+    std::memcpy(p, lanes, n * sizeof(T));
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+  friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend Vec round(Vec a) {
+    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend Vec ldexp(Vec a, Vec n) {
+    // Two powers of two: the first product is exact for a near 1, so the result is rounded once.
+    const __m256 bounded = _mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-252.0f)), _mm256_set1_ps(254.0f));
+    const __m256i whole = _mm256_cvtps_epi32(bounded);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
+  }
+  friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
+    const __m256 small = _mm256_cmp_ps(x.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
+    const __m256 normal = _mm256_blendv_ps(x.v, _mm256_mul_ps(x.v, _mm256_set1_ps(16777216.0f)), small);
+    const __m256i bits = _mm256_castps_si256(normal);
+    const __m256 raised = _mm256_cvtepi32_ps(
+        _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+    exponent.v = _mm256_sub_ps(raised, _mm256_and_ps(small, _mm256_set1_ps(24.0f)));
+    mantissa.v = _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)),
+                                                     _mm256_set1_epi32(0x3f800000)));
+  }
+
+  friend Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+  friend Mask operator>(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+  friend Mask operator>=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
+  friend Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+  friend Mask is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+  friend Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.bits)}; }
+
+  friend float reduce_max(Vec a) {
+    __m128 quad = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    quad = _mm_max_ps(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(_mm_max_ss(quad, _mm_movehdup_ps(quad)));
+  }
+  friend float reduce_add(Vec a) {
+    __m128 quad = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    quad = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(_mm_add_ss(quad, _mm_movehdup_ps(quad)));
+  }
+
+  static __m256 power(__m256i n) {  // 2^n, n within the normal exponents
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  __m128i bf16_bits() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_packus_epi32(high, high);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  __m128i f16_bits() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+#else  // portable: the compiler's own vectors, lowered to whatever the target has
+
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int32_t Int8 __attribute__((vector_size(32)));
+
+struct Mask {
+  Int8 bits;
+  friend Mask operator&(Mask a, Mask b) { return {a.bits & b.bits}; }
+  friend Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
+  friend Mask operator~(Mask a) { return {~a.bits}; }
+  uint32_t lanes() const {
+    uint32_t result = 0;
+    for (int i = 0; i < 8; ++i) result |= (bits[i] != 0 ? 1u : 0u) << i;
+    return result;
+  }
+};
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  Float8 v;
+
+  static Vec zero() { return all(0.0f); }
+  static Vec all(float x) { return {Float8{x, x, x, x, x, x, x, x}}; }
+  template <class T>
+  static Vec load(const T* p) {
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result.v[i] = to_float(p[i]);
+    return result;
+  }
+  static Vec load(const float* p) {
+    Vec result;
+    std::memcpy(&result.v, p, sizeof result.v);
+    return result;
+  }
+  template <class T>
+  static Vec load(const T* p, int n, float fill = 0.0f) {
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result.v[i] = i < n ? to_float(p[i]) : fill;
+    return result;
+  }
+  void store(float* p) const { std::memcpy(p, &v, sizeof v); }
+  template <class T>
+  void store(T* p) const {
+    store(p, kLanes);
+  }
+  template <class T>
+  void store(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = from_float<T>(static_cast<float>(v[i]));
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  friend Vec sqrt(Vec a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::sqrt(static_cast<float>(a.v[i]));
+    return a;
+  }
+  friend Vec abs(Vec a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(static_cast<float>(a.v[i]));
+    return a;
+  }
+  friend Vec round(Vec a) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::nearbyint(static_cast<float>(a.v[i]));
+    return a;
+  }
+  friend Vec ldexp(Vec a, Vec n) {
+    for (int i = 0; i < kLanes; ++i) {
+      const float bounded = n.v[i] < -300.0f ? -300.0f : n.v[i] > 300.0f ? 300.0f : n.v[i];
+      a.v[i] = std::ldexp(static_cast<float>(a.v[i]), static_cast<int>(bounded));
+    }
+    return a;
+  }
+  friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
+    for (int i = 0; i < kLanes; ++i) {
+      int power;
+      mantissa.v[i] = 2.0f * std::frexp(static_cast<float>(x.v[i]), &power);
+      exponent.v[i] = static_cast<float>(power - 1);
+    }
+  }
+
+  friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  friend Mask operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+  friend Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  friend Mask is_nan(Vec a) { return {a.v != a.v}; }
+  friend Vec select(Mask m, Vec yes, Vec no) { return {m.bits ? yes.v : no.v}; }
+
+  friend float reduce_max(Vec a) {
+    float result = a.v[0];
+    for (int i = 1; i < kLanes; ++i) result = result > a.v[i] ? result : a.v[i];
+    return result;
+  }
+  friend float reduce_add(Vec a) {
+    const float quad[4] = {a.v[0] + a.v[4], a.v[1] + a.v[5], a.v[2] + a.v[6], a.v[3] + a.v[7]};
+    return (quad[0] + quad[2]) + (quad[1] + quad[3]);
+  }
+};
+
+#endif
+
+inline Vec operator-(Vec a) { return Vec::zero() - a; }
+
+FASTMOE_ROUTE_ISA_END

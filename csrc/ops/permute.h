@@ -1,0 +1,67 @@
+// permute and unpermute: rows of tokens to rows of experts, and back as a weighted sum.
+//
+//   permute:   x [T, H]                       -> rows [R, H]; rows[r] = x[row_to_slot[r] / K], zero for padding rows
+//   unpermute: rows [R, H], weights [T, K]    -> y [T, H];    y[t] = sum over j ascending of weights[t, j] *
+//              rows[slot_to_row[t, j]] in float32 (float64), rounded once; a token without kept slots gives 0
+// Element offsets are 64-bit. Bytes: every source row is read once, every result row written once.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace fastmoe_route {
+
+struct PermuteArgs {
+  int64_t num_tokens;        // T
+  int64_t top_k;             // K
+  int64_t num_rows;          // R
+  int64_t hidden;            // H
+  DType dtype;
+  const void* x;             // [T, H]
+  int64_t x_stride;          // elements between rows; columns are contiguous
+  const int32_t* row_to_slot;  // [R]
+  const int32_t* slot_to_row;  // [T, K]
+  void* rows;                // [R, H], contiguous
+};
+
+struct UnpermuteArgs {
+  int64_t num_tokens;
+  int64_t top_k;
+  int64_t num_rows;
+  int64_t hidden;
+  DType dtype;
+  const void* rows;          // [R, H]
+  int64_t rows_stride;
+  const int32_t* slot_to_row;  // [T, K], contiguous
+  DType weights_dtype;
+  const void* weights;       // [T, K], contiguous, or null for 1
+  void* y;                   // [T, H], contiguous
+};
+
+// grad_rows[r] = weight of its slot * grad_y[token], zero for padding; grad_weights[t, j] = <grad_y[t], rows[row]>, zero
+// for slots without a row. One read of grad_y and of rows.
+struct UnpermuteBackwardArgs {
+  int64_t num_tokens;
+  int64_t top_k;
+  int64_t num_rows;
+  int64_t hidden;
+  DType dtype;
+  const void* grad_y;        // [T, H], contiguous
+  const void* rows;          // [R, H], or null when grad_weights is
+  int64_t rows_stride;
+  const int32_t* row_to_slot;
+  const int32_t* slot_to_row;
+  DType weights_dtype;
+  const void* weights;       // or null for 1
+  void* grad_rows;           // [R, H], contiguous, or null
+  void* grad_weights;        // [T, K] of weights_dtype, or null
+};
+
+namespace cpu {
+void permute(const PermuteArgs& args);
+void unpermute(const UnpermuteArgs& args);
+void unpermute_backward(const UnpermuteBackwardArgs& args);
+}  // namespace cpu
+
+}  // namespace fastmoe_route

@@ -1,0 +1,85 @@
+"""Argument checks of the public functions, with one message form: ``op: argument must <rule>, got <value>``.
+
+Messages are built only in the failing branch, so the checks vanish under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(kind: type[Exception], op: str, argument: str, rule: str, got: object) -> NoReturn:
+    """Raises ``kind`` with the message ``op: argument must rule, got got``."""
+    raise kind(f"{op}: {argument} must {rule}, got {got}")
+
+
+def describe(value: Any) -> str:
+    """A short text for an error: dtype and shape of a tensor, repr of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return repr(value)
+
+
+def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
+    """Requires a tensor, with one of the given numbers of dimensions if any are given."""
+    if not isinstance(value, Tensor):
+        fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
+    if dims and value.dim() not in dims:
+        rule = "have " + " or ".join(str(dim) for dim in dims) + " dimensions"
+        fail(ValueError, op, argument, rule, describe(value))
+
+
+def check_dtype(op: str, argument: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Requires one of ``dtypes``."""
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        fail(TypeError, op, argument, f"be {names}", describe(value))
+
+
+def check_shape(op: str, argument: str, value: Tensor, shape: Sequence[int]) -> None:
+    """Requires exactly ``shape``; -1 stands for any size."""
+    ok = value.dim() == len(shape)
+    if ok:
+        for size, wanted in zip(value.shape, shape, strict=True):
+            if wanted != -1 and size != wanted:
+                ok = False
+    if not ok:
+        text = "[" + ", ".join("any" if size == -1 else str(size) for size in shape) + "]"
+        fail(ValueError, op, argument, f"have shape {text}", describe(value))
+
+
+def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
+    """Requires the device of ``like``."""
+    if value.device != like.device:
+        fail(ValueError, op, argument, f"be on {like.device}", value.device)
+
+
+def check_int(
+    op: str, argument: str, value: Any, low: int, high: int | None = None
+) -> None:
+    """Requires an int in [low, high]; bools are refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        fail(TypeError, op, argument, "be an int", describe(value))
+    if value < low or (high is not None and value > high):
+        rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
+        fail(ValueError, op, argument, rule, value)
+
+
+def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> int:
+    """Requires one of ``choices`` and returns its position."""
+    if value not in choices:
+        fail(ValueError, op, argument, "be one of " + ", ".join(choices), repr(value))
+    return choices.index(value)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see this call; without, the cheaper bare op is called."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
