@@ -12,6 +12,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 
 namespace fastmoe_route {
 
@@ -31,13 +32,16 @@ inline void check(bool holds, const Parts&... parts) {
   if (__builtin_expect(!holds, 0)) fail(parts...);
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << ']';
-  return text.str();
-}
+// The shape of a tensor as a part of a message. Text only when it is printed: a check that holds costs a comparison.
+struct ShapeText {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& text, ShapeText shape) {
+    text << '[';
+    for (int64_t d = 0; d < shape.tensor.dim(); ++d) text << (d ? ", " : "") << shape.tensor.size(d);
+    return text << ']';
+  }
+};
+inline ShapeText shape_of(const Tensor& tensor) { return {tensor}; }
 
 // float32, bfloat16, float16 or float64; anything else is an error that names `argument`.
 inline DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
@@ -76,16 +80,32 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& tens
         static_cast<int>(tensor.scalar_type()));
 }
 
-inline Tensor contiguous(const Tensor& tensor) {
+inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher.
+// Bytes of an element of a result: the float types, integers and bool.
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    default: return 1;
+  }
+}
+
+// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones on
+// the CPU ask for huge pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int64_t strides[8];
   int64_t stride = 1;
+  int64_t num_elements = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;
+    num_elements *= shape.begin()[d];
     stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
   }
   int32_t device_type = 0;
@@ -95,7 +115,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
       static_cast<int64_t>(shape.size()), shape.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    const size_t bytes = static_cast<size_t>(num_elements) * element_bytes(dtype);
+    if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
 }
 
 // The pointer of an optional tensor, or null.

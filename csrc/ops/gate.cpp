@@ -1,1 +1,160 @@
-// stub
+#include "ops/gate.h"
+
+#include "common/check.h"
+
+namespace fastmoe_route {
+namespace {
+
+constexpr int64_t kMaxExperts = 8192;
+
+// A [C] or [T, C] argument as a strided matrix over all tokens.
+template <class T>
+Strided<T> per_column(const char* name, const OptionalTensor& tensor, int64_t num_tokens, int64_t num_columns) {
+  if (!tensor.has_value()) return {};
+  const bool is_row = tensor->dim() == 1;
+  check(is_row || tensor->dim() == 2, "gate: ", name, " must have shape [", num_columns, "] or [", num_tokens, ", ",
+        num_columns, "], got ", shape_of(*tensor));
+  check(tensor->size(is_row ? 0 : 1) == num_columns && (is_row || tensor->size(0) == num_tokens), "gate: ", name,
+        " must have shape [", num_columns, "] or [", num_tokens, ", ", num_columns, "], got ", shape_of(*tensor));
+  return {static_cast<const T*>(tensor->const_data_ptr()), is_row ? 0 : tensor->stride(0),
+          tensor->stride(is_row ? 0 : 1)};
+}
+
+template <class T>
+Strided<T> per_token(const char* name, const OptionalTensor& tensor, int64_t num_tokens, ScalarType dtype,
+                     const char* dtype_name) {
+  if (!tensor.has_value()) return {};
+  check_dtype("gate", name, *tensor, dtype, dtype_name);
+  check(tensor->dim() == 1 && tensor->size(0) == num_tokens, "gate: ", name, " must have shape [", num_tokens,
+        "], got ", shape_of(*tensor));
+  return {static_cast<const T*>(tensor->const_data_ptr()), tensor->stride(0), 1};
+}
+
+template <class Int>
+void check_range(const char* name, Int value, Int low, Int high) {
+  check(value >= low && value <= high, "gate: ", name, " must be in [", low, ", ", high, "], got ", value);
+}
+
+GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool softmax_over_group,
+                        int64_t num_groups, int64_t num_null, bool normalize, double scale) {
+  check_dim("gate", "logits", logits, 2);
+  check(num_null >= 0 && num_null < logits.size(1), "gate: num_null must be in [0, ", logits.size(1) - 1, "], got ",
+        num_null);
+  const int64_t num_experts = logits.size(1) - num_null;
+  check(logits.size(1) <= 2 * kMaxExperts && num_experts <= kMaxExperts, "gate: logits must have at most ",
+        kMaxExperts, " experts, got shape ", shape_of(logits));
+  check_range<int64_t>("top_k", top_k, 1, num_experts);
+  check_range<int64_t>("score", score, 0, 4);
+  check(num_groups >= 1 && num_experts % num_groups == 0, "gate: num_groups must divide the number of experts ",
+        num_experts, ", got ", num_groups);
+  check(num_groups == 1 || num_null == 0, "gate: num_groups must be 1 with null columns, got ", num_groups);
+  check(logits.size(0) * top_k < (int64_t{1} << 31), "gate: logits must have fewer than 2^31 / top_k rows, got ",
+        shape_of(logits));
+  return {logits.size(0), num_experts,        num_null,   top_k, static_cast<Score>(score),
+          softmax_over_group, num_groups, normalize, scale};
+}
+
+Strided<void> strided(const Tensor& matrix) {
+  return {matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1)};
+}
+
+using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_group, OptionalTensor bias,
+                 OptionalTensor mask, OptionalTensor noise, int64_t num_groups, int64_t topk_groups,
+                 int64_t group_score, int64_t max_per_group, double top_p, OptionalTensor top_p_per_token,
+                 double threshold, OptionalTensor threshold_per_token, int64_t min_k, OptionalTensor k_per_token,
+                 int64_t num_null, bool normalize, double scale, bool stats, bool keep_scores) {
+  GateArgs args{};
+  args.shape = checked_shape(logits, top_k, score, softmax_over_group, num_groups, num_null, normalize, scale);
+  args.dtype = float_dtype("gate", "logits", logits);
+  const int64_t num_tokens = args.shape.num_tokens;
+  const int64_t num_columns = args.shape.num_experts + num_null;
+  const ScalarType arithmetic = args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const char* arithmetic_name = args.dtype == DType::kFloat64 ? "float64" : "float32";
+  check_range<int64_t>("topk_groups", topk_groups, 1, num_groups);
+  check_range<int64_t>("group_score", group_score, 0, 1);
+  check(max_per_group >= 1, "gate: max_per_group must be at least 1, got ", max_per_group);
+  check_range<int64_t>("min_k", min_k, 0, top_k);
+  if (bias) check_dtype("gate", "bias", *bias, arithmetic, arithmetic_name);
+  if (mask) check_dtype("gate", "mask", *mask, ScalarType::Bool, "bool");
+  if (noise) check_dtype("gate", "noise", *noise, arithmetic, arithmetic_name);
+
+  args.logits = strided(logits);
+  args.bias = per_column<void>("bias", bias, num_tokens, num_columns);
+  args.mask = per_column<bool>("mask", mask, num_tokens, num_columns);
+  args.noise = per_column<void>("noise", noise, num_tokens, num_columns);
+  args.topk_groups = topk_groups;
+  args.group_score = static_cast<GroupScore>(group_score);
+  args.max_per_group = max_per_group;
+  args.top_p = top_p;
+  args.top_p_per_token = per_token<float>("top_p", top_p_per_token, num_tokens, ScalarType::Float, "float32");
+  args.threshold = threshold;
+  args.threshold_per_token =
+      per_token<float>("threshold", threshold_per_token, num_tokens, ScalarType::Float, "float32");
+  args.min_k = min_k;
+  args.k_per_token = per_token<int32_t>("k_per_token", k_per_token, num_tokens, ScalarType::Int, "int32");
+  const Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
+  const Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
+  const Tensor demand = empty(logits, {args.shape.num_experts}, ScalarType::Int);
+  const Tensor score_sum = empty(logits, {stats ? args.shape.num_experts : 0}, arithmetic);
+  const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
+  const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, args.shape.num_experts}, arithmetic);
+  args.weights = weights.mutable_data_ptr();
+  args.experts = static_cast<int32_t*>(experts.mutable_data_ptr());
+  args.demand = static_cast<int32_t*>(demand.mutable_data_ptr());
+  args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
+  args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
+  args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
+  cpu::gate(args);
+  return {weights, score_sum, logsumexp, scores, experts, demand};
+}
+
+// A contiguous gradient of the arithmetic type, checked against the shape of its output.
+const void* checked_grad(const char* name, OptionalTensor& grad, std::initializer_list<int64_t> shape,
+                         ScalarType arithmetic) {
+  if (!grad.has_value()) return nullptr;
+  check_dtype("gate_backward", name, *grad, arithmetic, "of the arithmetic dtype of logits");
+  check_dim("gate_backward", name, *grad, static_cast<int64_t>(shape.size()));
+  for (size_t d = 0; d < shape.size(); ++d)
+    check_size("gate_backward", name, *grad, static_cast<int64_t>(d), shape.begin()[d]);
+  grad = as_contiguous(*grad);
+  return grad->const_data_ptr();
+}
+
+Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum, OptionalTensor grad_logsumexp,
+                     OptionalTensor grad_scores, Tensor logits, Tensor experts, OptionalTensor logsumexp,
+                     int64_t score, bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize,
+                     double scale) {
+  check_dim("gate_backward", "experts", experts, 2);
+  check_dtype("gate_backward", "experts", experts, ScalarType::Int, "int32");
+  GateBackwardArgs args{};
+  args.shape =
+      checked_shape(logits, experts.size(1), score, softmax_over_group, num_groups, num_null, normalize, scale);
+  args.dtype = float_dtype("gate_backward", "logits", logits);
+  const int64_t num_tokens = args.shape.num_tokens;
+  const int64_t num_experts = args.shape.num_experts;
+  const ScalarType arithmetic = args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  check_size("gate_backward", "experts", experts, 0, num_tokens);
+  experts = as_contiguous(experts);
+  args.logits = strided(logits);
+  args.experts = static_cast<const int32_t*>(experts.const_data_ptr());
+  args.grad_weights = checked_grad("grad_weights", grad_weights, {num_tokens, experts.size(1)}, arithmetic);
+  args.grad_score_sum = checked_grad("grad_score_sum", grad_score_sum, {num_experts}, arithmetic);
+  args.grad_logsumexp = checked_grad("grad_logsumexp", grad_logsumexp, {num_tokens}, arithmetic);
+  args.grad_scores = checked_grad("grad_scores", grad_scores, {num_tokens, num_experts}, arithmetic);
+  args.logsumexp = checked_grad("logsumexp", logsumexp, {num_tokens}, arithmetic);
+  const Tensor grad_logits = empty(logits, {num_tokens, num_experts + num_null}, logits.scalar_type());
+  args.grad_logits = grad_logits.mutable_data_ptr();
+  cpu::gate_backward(args);
+  return grad_logits;
+}
+
+}  // namespace
+}  // namespace fastmoe_route
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+  m.impl("gate", TORCH_BOX(&fastmoe_route::gate));
+  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::gate));
+  m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));
+}

@@ -41,9 +41,9 @@ struct GateArgs {
   GateShape shape;
   DType dtype;
   Strided<void> logits;      // [T, E + num_null]
-  Strided<float> bias;       // data null: none; likewise below
+  Strided<void> bias;        // float (double for float64 logits); data null: none; likewise below
   Strided<bool> mask;
-  Strided<float> noise;
+  Strided<void> noise;       // as bias
   int64_t topk_groups;
   GroupScore group_score;
   int64_t max_per_group;     // K when unlimited

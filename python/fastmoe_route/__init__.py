@@ -4,4 +4,32 @@ from fastmoe_route._load import load_libraries
 
 load_libraries()
 
+from fastmoe_route.dispatch import (  # noqa: E402
+    expert_capacity,
+    permute,
+    plan_dispatch,
+    unpermute,
+)
+from fastmoe_route.expert_choice import expert_choice  # noqa: E402
+from fastmoe_route.gate import gate  # noqa: E402
+from fastmoe_route.grouped_mm import grouped_mm  # noqa: E402
+from fastmoe_route.moe_mlp import moe_mlp  # noqa: E402
+from fastmoe_route.results import DispatchPlan, Routing  # noqa: E402
+from fastmoe_route.softmax import softmax, softmax_topk  # noqa: E402
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DispatchPlan",
+    "Routing",
+    "expert_capacity",
+    "expert_choice",
+    "gate",
+    "grouped_mm",
+    "moe_mlp",
+    "permute",
+    "plan_dispatch",
+    "softmax",
+    "softmax_topk",
+    "unpermute",
+]

@@ -19,6 +19,8 @@ namespace avx512 { KernelTable table(); }
 namespace bf16 {
 void use_avx512_bf16(MicroKernels& micro);
 void use_amx(MicroKernels& micro);
+void peak_avx512_bf16(const PeakArgs& args);
+void peak_amx(const PeakArgs& args);
 }  // namespace bf16
 #endif
 
@@ -72,6 +74,7 @@ KernelTable chosen_table() {
   KernelTable table = level >= kAvx512 ? avx512::table() : level == kAvx2 ? avx2::table() : portable::table();
   if (level >= kAvx512Bf16) bf16::use_avx512_bf16(table.micro);
   if (level >= kAmx) bf16::use_amx(table.micro);
+  if (level >= kAvx512Bf16) table.peak_bfloat16 = level >= kAmx ? bf16::peak_amx : bf16::peak_avx512_bf16;
 #else
   KernelTable table = portable::table();
 #endif
@@ -85,6 +88,8 @@ const KernelTable& kernels() {
   static const KernelTable table = chosen_table();
   return table;
 }
+
+const char* best_level_name() { return kLevelNames[best_level()]; }
 
 namespace cpu {
 #define X(name, Args) \

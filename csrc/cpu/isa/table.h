@@ -19,6 +19,7 @@
   X(softmax, SoftmaxArgs)                       \
   X(softmax_backward, SoftmaxBackwardArgs)      \
   X(softmax_topk, SoftmaxTopkArgs)              \
+  X(softmax_topk_backward, SoftmaxTopkBackwardArgs) \
   X(permute, PermuteArgs)                       \
   X(unpermute, UnpermuteArgs)                   \
   X(unpermute_backward, UnpermuteBackwardArgs)  \
@@ -26,7 +27,9 @@
   X(grouped_mm_wgrad, GroupedMmWgradArgs)       \
   X(moe_mlp, MoeMlpArgs)                        \
   X(moe_mlp_backward, MoeMlpBackwardArgs)       \
-  X(peak, PeakArgs)
+  X(peak_float32, PeakArgs)                     \
+  X(peak_bfloat16, PeakArgs)                    \
+  X(read_all, ReadArgs)
 
 namespace fastmoe_route {
 
@@ -42,5 +45,8 @@ struct KernelTable {
 // The table of the level in use. Levels, best first: amx, avx512_bf16, avx512, avx2, portable. The environment
 // variable FASTMOE_ROUTE_ISA lowers the level (tests); a level the processor lacks is an error at load.
 const KernelTable& kernels();
+
+// The best level this processor offers, whatever FASTMOE_ROUTE_ISA asked for.
+const char* best_level_name();
 
 }  // namespace fastmoe_route

@@ -61,6 +61,11 @@ struct Vec {
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), bf16_bits()); }
   void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), f16_bits()); }
+  // A store past the caches; p is aligned to kLanes elements. A thread ends its streaming with stream_fence().
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bf16_bits()); }
+  void stream(Float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), f16_bits()); }
+  static void stream_fence() { _mm_sfence(); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -109,6 +114,30 @@ struct Vec {
   __m256i f16_bits() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
+// Integers of the width of a Vec lane, for exact comparison of floats (ordered_keys below).
+struct Keys {
+  static constexpr int kLanes = 16;
+  __m512i v;
+
+  static Keys load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Keys all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+  friend Keys max(Keys a, Keys b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  friend Keys min(Keys a, Keys b) { return {_mm512_min_epi32(a.v, b.v)}; }
+  friend uint32_t equal_lanes(Keys a, Keys b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
+  friend int32_t reduce_max(Keys a) { return _mm512_reduce_max_epi32(a.v); }
+  // a with lane `lane` set to x.
+  friend Keys replace(Keys a, int lane, int32_t x) {
+    return {_mm512_mask_set1_epi32(a.v, static_cast<__mmask16>(1u << lane), x)};
+  }
+  friend Keys select(Mask m, Keys yes, Keys no) { return {_mm512_mask_mov_epi32(no.v, m.bits, yes.v)}; }
+  static Keys of_bits(Vec x) { return {_mm512_castps_si512(x.v)}; }
+  Keys flip_negative() const {
+    const __m512i sign = _mm512_srai_epi32(v, 31);
+    return {_mm512_xor_si512(v, _mm512_srli_epi32(sign, 1))};
+  }
+};
+
 #elif defined(__AVX2__)
 
 struct Mask {
@@ -149,6 +178,10 @@ struct Vec {
   void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }
   void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), f16_bits()); }
   void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }
+  void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16_bits()); }
+  static void stream_fence() { _mm_sfence(); }
   template <class T>
   void store(T* p, int n) const {
     T lanes[kLanes];
@@ -223,6 +256,36 @@ struct Vec {
   __m128i f16_bits() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
+struct Keys {
+  static constexpr int kLanes = 8;
+  __m256i v;
+
+  static Keys load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Keys all(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  friend Keys max(Keys a, Keys b) { return {_mm256_max_epi32(a.v, b.v)}; }
+  friend Keys min(Keys a, Keys b) { return {_mm256_min_epi32(a.v, b.v)}; }
+  friend uint32_t equal_lanes(Keys a, Keys b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))));
+  }
+  friend int32_t reduce_max(Keys a) {
+    __m128i quad = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    quad = _mm_max_epi32(quad, _mm_shuffle_epi32(quad, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(quad, _mm_shuffle_epi32(quad, 0xb1)));
+  }
+  friend Keys replace(Keys a, int lane, int32_t x) {
+    const __m256i here = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(lane));
+    return {_mm256_blendv_epi8(a.v, _mm256_set1_epi32(x), here)};
+  }
+  friend Keys select(Mask m, Keys yes, Keys no) {
+    return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.bits))};
+  }
+  static Keys of_bits(Vec x) { return {_mm256_castps_si256(x.v)}; }
+  Keys flip_negative() const {
+    return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))};
+  }
+};
+
 #else  // portable: the compiler's own vectors, lowered to whatever the target has
 
 typedef float Float8 __attribute__((vector_size(32)));
@@ -272,6 +335,11 @@ struct Vec {
   void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(static_cast<float>(v[i]));
   }
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void stream_fence() {}
 
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
@@ -293,11 +361,11 @@ struct Vec {
     return a;
   }
   friend Vec ldexp(Vec a, Vec n) {
-    for (int i = 0; i < kLanes; ++i) {
-      const float bounded = n.v[i] < -300.0f ? -300.0f : n.v[i] > 300.0f ? 300.0f : n.v[i];
-      a.v[i] = std::ldexp(static_cast<float>(a.v[i]), static_cast<int>(bounded));
-    }
-    return a;
+    // As with AVX2; a NaN exponent becomes -252, and the NaN is in a.
+    const Vec bounded = min(max(n, all(-252.0f)), all(254.0f));
+    const Int8 whole = __builtin_convertvector(bounded.v, Int8);
+    const Int8 half = whole >> 1;
+    return {a.v * power(half) * power(whole - half)};
   }
   friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
     for (int i = 0; i < kLanes; ++i) {
@@ -306,6 +374,8 @@ struct Vec {
       exponent.v[i] = static_cast<float>(power - 1);
     }
   }
+
+  static Float8 power(Int8 n) { return reinterpret_cast<Float8>((n + 127) << 23); }
 
   friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
   friend Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
@@ -323,6 +393,38 @@ struct Vec {
     const float quad[4] = {a.v[0] + a.v[4], a.v[1] + a.v[5], a.v[2] + a.v[6], a.v[3] + a.v[7]};
     return (quad[0] + quad[2]) + (quad[1] + quad[3]);
   }
+};
+
+struct Keys {
+  static constexpr int kLanes = 8;
+  Int8 v;
+
+  static Keys load(const int32_t* p) {
+    Keys result;
+    std::memcpy(&result.v, p, sizeof result.v);
+    return result;
+  }
+  static Keys all(int32_t x) { return {Int8{x, x, x, x, x, x, x, x}}; }
+  void store(int32_t* p) const { std::memcpy(p, &v, sizeof v); }
+  friend Keys max(Keys a, Keys b) { return {a.v > b.v ? a.v : b.v}; }
+  friend Keys min(Keys a, Keys b) { return {a.v < b.v ? a.v : b.v}; }
+  friend uint32_t equal_lanes(Keys a, Keys b) { return Mask{a.v == b.v}.lanes(); }
+  friend int32_t reduce_max(Keys a) {
+    int32_t result = a.v[0];
+    for (int i = 1; i < kLanes; ++i) result = result > a.v[i] ? result : a.v[i];
+    return result;
+  }
+  friend Keys replace(Keys a, int lane, int32_t x) {
+    a.v[lane] = x;
+    return a;
+  }
+  friend Keys select(Mask m, Keys yes, Keys no) { return {m.bits ? yes.v : no.v}; }
+  static Keys of_bits(Vec x) {
+    Keys result;
+    std::memcpy(&result.v, &x.v, sizeof result.v);
+    return result;
+  }
+  Keys flip_negative() const { return {v ^ ((v >> 31) & 0x7fffffff)}; }
 };
 
 #endif

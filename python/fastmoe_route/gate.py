@@ -1,0 +1,274 @@
+"""gate: scores, exact top-k choice, combine weights and statistics, in one read of the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+    needs_grad,
+)
+from fastmoe_route.results import Routing
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
+SOFTMAX_OVER = ("all", "group")
+GROUP_SCORES = ("max", "top2_sum")
+MAX_EXPERTS = 8192
+
+_ops = torch.ops.fastmoe_route
+
+
+def gate(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    softmax_over: str = "all",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int | None = None,
+    group_score: str = "max",
+    max_per_group: int | None = None,
+    top_p: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    min_k: int = 1,
+    k_per_token: Tensor | None = None,
+    num_null: int = 0,
+    normalize: bool = False,
+    scale: float = 1.0,
+    stats: bool = False,
+    keep_scores: bool = False,
+) -> Routing:
+    """Chooses up to `top_k` experts per token and weighs them.
+
+    A token's *scores* are a function of its logits. Its *keys*, used for choosing only, are the
+    scores of `logits + noise`, plus `bias`. Experts are taken by falling key, ties to the lower
+    expert; a chosen expert's *weight* is its clean score, never recovered as key minus bias. Where
+    the score is monotone and there is no bias, the logits themselves are compared, so every device
+    takes the same experts. Softmax gating is Shazeer et al. (arXiv:1701.06538), sigmoid gating with
+    a selection bias and limited groups DeepSeek-V3 (arXiv:2412.19437).
+
+    Args:
+        logits: `[T, E]`, or `[T, E + num_null]` with the null columns last; float32, bfloat16,
+            float16 or float64, any strides. Arithmetic is float32 (float64 for float64). A `-inf`
+            logit is never chosen; NaN ranks below every number and makes the row's weights NaN.
+        top_k: slots per token, 1 to E; E is at most 8192.
+        score: `softmax`, `sigmoid`, `sqrtsoftplus` = sqrt(log(1 + e^z)), `relu` or `identity`.
+        softmax_over: `all` columns, or the columns of each `group` separately.
+        bias: `[E]` or `[T, E]`, added to the scores for choosing; like `mask` and `noise` it spans
+            the null columns too.
+        mask: bool `[E]` or `[T, E]`, True where an expert may be chosen.
+        noise: `[T, E]`, added to the logits for choosing.
+        num_groups: number of equal groups of neighbouring experts; divides E.
+        topk_groups: only experts of this many best groups may be chosen; None for all groups. Ties
+            go to the lower group.
+        group_score: a group's rank is its best key (`max`) or the sum of its two best (`top2_sum`).
+        max_per_group: at most this many experts are taken from one group.
+        top_p: stop after the choice that lifts the sum of chosen scores above this; float or `[T]`.
+        threshold: stop at the first key not above this; float or `[T]`.
+        min_k: real experts that `top_p` and `threshold` leave untouched.
+        k_per_token: int32 `[T]`, slots to fill per token instead of `top_k`, clamped to
+            `[0, top_k]`; wins over `min_k`.
+        num_null: null columns: they compete, use up a choice and give no slot.
+        normalize: divide the weights by their sum over the token's experts, floored at 1e-20.
+        scale: factor on the weights, applied last.
+        stats: also return `score_sum` and `logsumexp`, from the same read of the logits.
+        keep_scores: also return `scores`.
+
+    Returns:
+        `Routing`. Rows without an allowed expert hold -1 and weight 0, have `logsumexp` -inf and
+        add nothing to `score_sum`.
+
+    Raises:
+        TypeError, ValueError: an argument that breaks a rule above, by name.
+
+    Differentiable in `logits` through `weights`, `score_sum`, `logsumexp` and `scores`; the choice
+    is a constant, and the gradient at a `-inf` logit is 0.
+
+    Example:
+        >>> routing = gate(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), 2, normalize=True)
+        >>> routing.experts, routing.weights
+        (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
+    """
+    check_tensor("gate", "logits", logits, 2)
+    check_dtype("gate", "logits", logits, FLOAT_DTYPES)
+    check_int("gate", "num_null", num_null, 0, logits.shape[1] - 1)
+    num_experts = logits.shape[1] - num_null
+    if num_experts < 1 or num_experts > MAX_EXPERTS:
+        fail(ValueError, "gate", "logits", f"have 1 to {MAX_EXPERTS} experts", describe(logits))
+    check_int("gate", "top_k", top_k, 1, num_experts)
+    score_code = check_choice("gate", "score", score, SCORES)
+    over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
+    group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
+    if num_groups != 1 or topk_groups is not None or max_per_group is not None:
+        topk_groups, max_per_group = _check_groups(
+            num_experts, num_groups, topk_groups, max_per_group, num_null
+        )
+    check_int("gate", "min_k", min_k, 0, top_k)
+    arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if bias is not None:
+        bias = _per_column("bias", bias, logits, arithmetic)
+    if mask is not None:
+        mask = _per_column("mask", mask, logits, torch.bool)
+    if noise is not None:
+        noise = _per_column("noise", noise, logits, arithmetic)
+        check_tensor("gate", "noise", noise, 2)
+    p, p_per_token = _stop_rule("top_p", top_p, logits, math.inf)
+    floor, floor_per_token = _stop_rule("threshold", threshold, logits, -math.inf)
+    if k_per_token is not None:
+        check_tensor("gate", "k_per_token", k_per_token, 1)
+        check_dtype("gate", "k_per_token", k_per_token, (torch.int32,))
+        check_shape("gate", "k_per_token", k_per_token, (logits.shape[0],))
+        check_device("gate", "k_per_token", k_per_token, logits)
+
+    op = _ops.gate if needs_grad(logits) else _ops.gate_forward
+    weights, score_sum, logsumexp, scores, experts, demand = op(
+        logits,
+        top_k,
+        score_code,
+        over_group,
+        bias,
+        mask,
+        noise,
+        num_groups,
+        num_groups if topk_groups is None else topk_groups,
+        group_code,
+        top_k if max_per_group is None else max_per_group,
+        p,
+        p_per_token,
+        floor,
+        floor_per_token,
+        min_k,
+        k_per_token,
+        num_null,
+        normalize,
+        scale,
+        stats,
+        keep_scores,
+    )
+    return Routing(
+        experts,
+        weights,
+        demand,
+        score_sum if stats else None,
+        logsumexp if stats else None,
+        scores if keep_scores else None,
+    )
+
+
+def _check_groups(
+    num_experts: int,
+    num_groups: int,
+    topk_groups: int | None,
+    max_per_group: int | None,
+    num_null: int,
+) -> tuple[int | None, int | None]:
+    check_int("gate", "num_groups", num_groups, 1)
+    if num_experts % num_groups != 0:
+        rule = f"divide the number of experts {num_experts}"
+        fail(ValueError, "gate", "num_groups", rule, num_groups)
+    if num_null > 0:
+        fail(ValueError, "gate", "num_null", "be 0 with groups", num_null)
+    if topk_groups is not None:
+        check_int("gate", "topk_groups", topk_groups, 1, num_groups)
+    if max_per_group is not None:
+        check_int("gate", "max_per_group", max_per_group, 1)
+    return topk_groups, max_per_group
+
+
+def _per_column(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    check_tensor("gate", name, value, 1, 2)
+    num_tokens, num_columns = logits.shape
+    check_shape("gate", name, value, (num_tokens, num_columns)[-value.dim() :])
+    if dtype == torch.float64 and value.dtype == torch.float32:
+        value = value.double()
+    check_dtype("gate", name, value, (dtype,))
+    check_device("gate", name, value, logits)
+    return value
+
+
+def _stop_rule(
+    name: str, value: float | Tensor | None, logits: Tensor, off: float
+) -> tuple[float, Tensor | None]:
+    """The float and the per-token form of a stop rule; the one that is not given is off."""
+    if value is None:
+        return off, None
+    if isinstance(value, Tensor):
+        check_dtype("gate", name, value, (torch.float32,))
+        check_shape("gate", name, value, (logits.shape[0],))
+        check_device("gate", name, value, logits)
+        return off, value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(TypeError, "gate", name, "be a float or a float32 [T] tensor", describe(value))
+    return float(value), None
+
+
+@torch.library.register_fake("fastmoe_route::gate")
+@torch.library.register_fake("fastmoe_route::gate_forward")
+def _gate_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
+    num_null, _, _, stats, keep_scores = options[-5:]
+    num_tokens, num_experts = logits.shape[0], logits.shape[1] - num_null
+    arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty((num_tokens, top_k), dtype=arithmetic),
+        logits.new_empty((num_experts if stats else 0,), dtype=arithmetic),
+        logits.new_empty((num_tokens if stats else 0,), dtype=arithmetic),
+        logits.new_empty((num_tokens if keep_scores else 0, num_experts), dtype=arithmetic),
+        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        logits.new_empty((num_experts,), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fastmoe_route::gate_backward")
+def _gate_backward_fake(
+    grad_weights: Tensor | None,
+    grad_score_sum: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_scores: Tensor | None,
+    logits: Tensor,
+    *options: Any,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, score, over_group, _, _, _, num_groups = inputs[:8]
+    num_null, normalize, scale, stats, keep_scores = inputs[-5:]
+    _, _, logsumexp, _, experts, demand = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(experts, demand)
+    ctx.save_for_backward(logits, experts, logsumexp if stats else None)
+    ctx.options = (score, over_group, num_groups, num_null, normalize, scale)
+    ctx.stats, ctx.keep_scores = stats, keep_scores
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    weights, score_sum, logsumexp, scores = grads[:4]
+    if not ctx.stats:
+        score_sum = logsumexp = None
+    if not ctx.keep_scores:
+        scores = None
+    grad_logits = None
+    if any(grad is not None for grad in (weights, score_sum, logsumexp, scores)):
+        logits, experts, saved_logsumexp = ctx.saved_tensors
+        grad_logits = _ops.gate_backward(
+            weights, score_sum, logsumexp, scores, logits, experts, saved_logsumexp, *ctx.options
+        )
+    return (grad_logits,) + (None,) * 21
+
+
+torch.library.register_autograd("fastmoe_route::gate", _backward, setup_context=_setup_context)
