@@ -21,7 +21,50 @@ void use_torch_threads() {
 STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   use_torch_threads();
 
+  // clang-format off: a schema is one line
   // scores, top-k choice, combine weights and statistics: (weights, score_sum, logsumexp, scores, experts, demand)
   m.def("gate(Tensor logits, int top_k, int score, bool softmax_over_group, Tensor? bias, Tensor? mask, Tensor? noise, int num_groups, int topk_groups, int group_score, int max_per_group, float top_p, Tensor? top_p_per_token, float threshold, Tensor? threshold_per_token, int min_k, Tensor? k_per_token, int num_null, bool normalize, float scale, bool stats, bool keep_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_forward(Tensor logits, int top_k, int score, bool softmax_over_group, Tensor? bias, Tensor? mask, Tensor? noise, int num_groups, int topk_groups, int group_score, int max_per_group, float top_p, Tensor? top_p_per_token, float threshold, Tensor? threshold_per_token, int min_k, Tensor? k_per_token, int num_null, bool normalize, float scale, bool stats, bool keep_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
+
+  // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit
+  m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity, int drop_policy, Tensor? weights, Tensor? scope_ids, SymInt num_scopes, SymInt align, SymInt max_rows, bool allow_unrouted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // rows of tokens to rows of experts, and back as a weighted sum; `_forward` twins carry no autograd
+  m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def("permute_forward(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def("unpermute(Tensor rows, Tensor? weights, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def("unpermute_forward(Tensor rows, Tensor? weights, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
+  m.def("unpermute_backward(Tensor grad_y, Tensor? rows, Tensor? weights, Tensor row_to_slot, Tensor slot_to_row, bool needs_rows, bool needs_weights) -> (Tensor, Tensor)");
+
+  // one product per expert over its own rows; the gradient of x is grouped_mm itself with w transposed
+  m.def("grouped_mm(Tensor x, Tensor w, Tensor offsets, Tensor? bias) -> Tensor");
+  m.def("grouped_mm_forward(Tensor x, Tensor w, Tensor offsets, Tensor? bias) -> Tensor");
+  m.def("grouped_mm_wgrad(Tensor x, Tensor grad_y, Tensor offsets, bool transposed, bool needs_w, bool needs_bias) -> (Tensor, Tensor)");
+
+  // the expert layer in one op: (y, preactivation); `_forward` carries no autograd and keeps no preactivation
+  m.def("moe_mlp(Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, int activation, bool interleaved, bool weights_on_input) -> (Tensor, Tensor)");
+  m.def("moe_mlp_forward(Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, int activation, bool interleaved, bool weights_on_input) -> Tensor");
+  m.def("moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor preactivation, int activation, bool interleaved, bool weights_on_input, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // limits of this machine: operations per second on registers, one read of a buffer; what the library chose
+  m.def("machine_peak(int dtype_code, float seconds) -> float");
+  m.def("machine_read(Tensor buffer, int passes) -> float");
+  m.def("machine_info() -> str");
+
+  // softmax over the last dimension; method: auto, three_pass, online, two_pass
+  m.def("softmax(Tensor x, int method) -> Tensor");
+  m.def("softmax_forward(Tensor x, int method) -> Tensor");
+  m.def("softmax_out(Tensor x, int method, Tensor(a!) out) -> ()");
+  m.def("softmax_backward(Tensor grad_y, Tensor y) -> Tensor");
+
+  // the k best softmax probabilities of wide rows: (values, statistics, indices), bare (values, indices)
+  m.def("softmax_topk(Tensor x, int k) -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_topk_forward(Tensor x, int k) -> (Tensor, Tensor)");
+  m.def("softmax_topk_backward(Tensor grad_values, Tensor x, Tensor statistics, Tensor indices) -> Tensor");
+
+  // every expert takes its best tokens: (weights, experts, demand)
+  m.def("expert_choice(Tensor scores, int capacity, Tensor? scope_ids, int num_scopes) -> (Tensor, Tensor, Tensor)");
+  m.def("expert_choice_forward(Tensor scores, int capacity, Tensor? scope_ids, int num_scopes) -> (Tensor, Tensor, Tensor)");
+  // clang-format on
 }

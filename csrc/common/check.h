@@ -97,8 +97,8 @@ inline size_t element_bytes(ScalarType dtype) {
   }
 }
 
-// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones on
-// the CPU ask for huge pages.
+// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones
+// on the CPU ask for huge pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int64_t strides[8];
   int64_t stride = 1;

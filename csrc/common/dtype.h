@@ -1,4 +1,5 @@
 // The element types kernels see, by the numbers of the one dtype switch (dispatch.h), and their conversions.
+// All static: each instruction-set level compiles this file, and a copy shared by the linker would leak across levels.
 #pragma once
 
 #include <cstdint>
@@ -16,21 +17,21 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
+static inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline uint32_t float_to_bits(float value) {
+static inline uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float to_float(float value) { return value; }
-inline double to_float(double value) { return value; }
-inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
-inline float to_float(Float16 value) {
+static inline float to_float(float value) { return value; }
+static inline double to_float(double value) { return value; }
+static inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+static inline float to_float(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
@@ -40,7 +41,7 @@ inline float to_float(Float16 value) {
 }
 
 template <class T>
-T from_float(float value);
+static T from_float(float value);
 template <>
 inline float from_float<float>(float value) {
   return value;
@@ -71,7 +72,7 @@ inline Float16 from_float<Float16>(float value) {
 }
 // A double goes to a narrower type through its one rounding to float, except to double itself.
 template <class T>
-inline T from_float(double value) {
+static inline T from_float(double value) {
   return from_float<T>(static_cast<float>(value));
 }
 template <>
@@ -91,13 +92,13 @@ struct AccumulateType<double> {
 template <class T>
 using accumulate_t = typename AccumulateType<T>::type;
 
-inline int64_t element_size(DType dtype) {
+static inline int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // The one dtype switch: calls body(T{}) with the storage type of `dtype`.
 template <class F>
-void dispatch_float(DType dtype, F&& body) {
+static inline void dispatch_float(DType dtype, F&& body) {
   switch (dtype) {
     case DType::kFloat32: return body(float{});
     case DType::kBFloat16: return body(BFloat16{});

@@ -43,8 +43,8 @@ class GateBackward {
 
   template <class T>
   void run(int64_t t) {
-    load_logits<V>(static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row, a_.logits.stride_col,
-                   num_columns_, z_);
+    max_ = load_logits<V>(static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row, a_.logits.stride_col,
+                          num_columns_, z_, &has_nan_);
     experts_ = a_.experts + t * shape_.top_k;
     num_chosen_ = 0;
     while (num_chosen_ < shape_.top_k && experts_[num_chosen_] >= 0) ++num_chosen_;
@@ -63,18 +63,11 @@ class GateBackward {
   // The normalised-softmax case; false where the general formula has to be used (NaN, or scores near the floor).
   bool sparse(int64_t t) {
     const Float* grad = grad_weights(t);
-    V largest = V::all(-INFINITY);
-    Mask_t nan = is_nan(V::zero());
-    for (int64_t i = 0; i < padded_; i += V::kLanes) {
-      const V x = V::load(z_ + i);
-      nan = nan | is_nan(x);
-      largest = max(largest, x);
-      V::zero().store(grad_z_ + i);
-    }
+    for (int64_t i = 0; i < padded_; i += V::kLanes) V::zero().store(grad_z_ + i);
     if (num_chosen_ == 0 || grad == nullptr) return true;
     Float best = -static_cast<Float>(INFINITY);
     for (int64_t j = 0; j < num_chosen_; ++j) best = z_[experts_[j]] > best ? z_[experts_[j]] : best;
-    if (nan.lanes() != 0 || !(reduce_max(largest) - best < static_cast<Float>(kSafeDepth))) return false;
+    if (has_nan_ || !(max_ - best < static_cast<Float>(kSafeDepth))) return false;
     for (int64_t j = 0; j < num_chosen_; ++j) grad_weight_[j] = z_[experts_[j]] - best;
     for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
       const int lanes = lanes_at(j, num_chosen_);
@@ -176,8 +169,6 @@ class GateBackward {
     }
   }
 
-  using Mask_t = decltype(is_nan(V::zero()));
-
   GateBackwardArgs a_;
   GateShape shape_;
   int64_t num_columns_, padded_;
@@ -187,6 +178,8 @@ class GateBackward {
   Float *z_, *score_, *grad_score_, *grad_z_, *grad_weight_;
   const int32_t* experts_ = nullptr;
   int64_t num_chosen_ = 0;
+  Float max_ = 0;
+  bool has_nan_ = false;
 };
 
 template <class V, class T>

@@ -72,18 +72,31 @@ inline V elementwise_slope(Score score, V z) {
   }
 }
 
-// Loads `n` logits of a row as Float into z, padded to whole vectors with -inf.
+// Loads n logits of a row into z, padded to whole vectors with -inf. Returns the largest number among them, -inf if
+// there is none, and says whether there was a NaN.
 template <class V, class T>
-inline void load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* z) {
+inline typename Arithmetic<V>::Float load_logits(const T* row, int64_t stride, int64_t n,
+                                                 typename Arithmetic<V>::Float* z, bool* has_nan) {
   using Float = typename Arithmetic<V>::Float;
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + V::kLanes <= n; i += V::kLanes) V::load(row + i).store(z + i);
-    if (i < n) V::load(row + i, static_cast<int>(n - i), -INFINITY).store(z + i);
-    return;
+  V best = V::all(-INFINITY);
+  auto nan = is_nan(best);
+  const auto take = [&](V x, int64_t i) {
+    x.store(z + i);
+    nan = nan | is_nan(x);
+    best = max(x, best);  // a NaN in x gives best
+  };
+  if (stride != 1) {
+    int64_t i = 0;
+    for (; i < n; ++i) z[i] = to_float(row[i * stride]);
+    for (; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
+    for (i = 0; i < n; i += V::kLanes) take(V::load(z + i), i);
+  } else {
+    int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) take(V::load(row + i), i);
+    if (i < n) take(V::load(row + i, static_cast<int>(n - i), -INFINITY), i);
   }
-  for (; i < n; ++i) z[i] = to_float(row[i * stride]);
-  for (; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
+  *has_nan = nan.lanes() != 0;
+  return reduce_max(best);
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

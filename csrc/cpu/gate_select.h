@@ -3,7 +3,7 @@
 // A key is a float's bits made monotone as a signed integer, -0 made +0, NaN just above "disallowed", which is the
 // smallest integer. Integer maxima take one cycle where float maxima take four, and every float, infinities and NaN
 // included, has its one place. A vector of block maxima (one per vector of keys) makes an extraction cost two
-// reductions instead of a pass over the row; up to kLanes blocks stay in a register.
+// reductions instead of a pass over the row; up to kLanes blocks ("small") stay in a register.
 #pragma once
 
 #include "cpu/gate_score.h"
@@ -43,72 +43,74 @@ class Selector {
 
   // Room for the block maxima of n keys.
   static int64_t num_blocks(int64_t n) { return round_up(round_up(n, kLanes) / kLanes, kLanes); }
+  static bool is_small(int64_t n) { return num_blocks(n) == kLanes; }
 
+  Selector() = default;
   // keys: whole vectors, padded with kDisallowed. block_max: num_blocks(n) keys of room.
-  Selector(Key* keys, int64_t n, Key* block_max) : keys_(keys), block_max_(block_max), groups_(num_blocks(n) / kLanes) {
+  Selector(Key* keys, int64_t n, Key* block_max)
+      : keys_(keys), block_max_(block_max), num_groups_(num_blocks(n) / kLanes) {
     const int64_t blocks = round_up(n, kLanes) / kLanes;
-    for (int64_t b = 0; b < blocks; ++b) block_max[b] = reduce_max(KeyVec::load(keys + b * kLanes));
-    for (int64_t b = blocks; b < groups_ * kLanes; ++b) block_max[b] = kDisallowed;
+    for (int64_t b = 0; b < blocks; ++b) block_max[b] = spread_max(KeyVec::load(keys + b * kLanes)).first();
+    for (int64_t b = blocks; b < num_groups_ * kLanes; ++b) block_max[b] = kDisallowed;
   }
 
   // Writes the positions and keys of up to `count` best allowed keys and returns how many there were.
   int64_t take(int64_t count, int32_t* positions, Key* taken) {
-    return groups_ == 1 ? take_small(count, positions, taken) : take_large(count, positions, taken);
+    int64_t j = 0;
+    for (; j < count; ++j) {
+      KeyVec best = KeyVec::load(block_max_);
+      for (int64_t g = 1; g < num_groups_; ++g) best = max(best, KeyVec::load(block_max_ + g * kLanes));
+      best = spread_max(best);
+      if (best.first() == kDisallowed) break;
+      Key* maxima = block_max_;
+      while (equal_lanes(KeyVec::load(maxima), best) == 0) maxima += kLanes;
+      const uint32_t lane = lowest(equal_lanes(KeyVec::load(maxima), best));
+      const int64_t block = maxima - block_max_ + __builtin_ctz(lane);
+      select_lanes(lane, extract(block, best, positions + j), KeyVec::load(maxima)).store(maxima);
+      taken[j] = best.first();
+    }
+    return j;
+  }
+
+  // take() for kRows small rows at once. An extraction is a chain of some 60 cycles that uses few of them: rows side
+  // by side fill the gaps. Row r's results start at r * count; taken keys equal kDisallowed past the last allowed.
+  template <int kRows>
+  static void take_side_by_side(Selector* rows, int64_t count, int32_t* positions, Key* taken) {
+    KeyVec maxima[kRows];
+    for (int r = 0; r < kRows; ++r) maxima[r] = KeyVec::load(rows[r].block_max_);
+    for (int64_t j = 0; j < count; ++j)
+      for (int r = 0; r < kRows; ++r) {
+        const KeyVec best = spread_max(maxima[r]);
+        const uint32_t lane = lowest(equal_lanes(maxima[r], best));
+        const KeyVec next = rows[r].extract(__builtin_ctz(lane), best, positions + r * count + j);
+        maxima[r] = select_lanes(lane, next, maxima[r]);
+        taken[r * count + j] = best.first();
+      }
   }
 
   // Disallows keys [begin, end) from here on.
   void disallow(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) keys_[i] = kDisallowed;
     for (int64_t b = begin / kLanes; b <= (end - 1) / kLanes; ++b)
-      block_max_[b] = reduce_max(KeyVec::load(keys_ + b * kLanes));
+      block_max_[b] = spread_max(KeyVec::load(keys_ + b * kLanes)).first();
   }
 
  private:
-  int64_t take_small(int64_t count, int32_t* positions, Key* taken) {
-    KeyVec maxima = KeyVec::load(block_max_);
-    int64_t j = 0;
-    for (; j < count; ++j) {
-      const Key best = reduce_max(maxima);
-      if (best == kDisallowed) break;
-      const int block = __builtin_ctz(equal_lanes(maxima, KeyVec::all(best)));
-      maxima = replace(maxima, block, extract(block, best, positions + j));
-      taken[j] = best;
-    }
-    maxima.store(block_max_);
-    return j;
-  }
-
-  int64_t take_large(int64_t count, int32_t* positions, Key* taken) {
-    int64_t j = 0;
-    for (; j < count; ++j) {
-      KeyVec best_lanes = KeyVec::load(block_max_);
-      for (int64_t g = 1; g < groups_; ++g) best_lanes = max(best_lanes, KeyVec::load(block_max_ + g * kLanes));
-      const Key best = reduce_max(best_lanes);
-      if (best == kDisallowed) break;
-      int64_t g = 0;
-      uint32_t lanes = 0;
-      while ((lanes = equal_lanes(KeyVec::load(block_max_ + g * kLanes), KeyVec::all(best))) == 0) ++g;
-      const int64_t block = g * kLanes + __builtin_ctz(lanes);
-      const Key next = extract(block, best, positions + j);
-      replace(KeyVec::load(block_max_ + g * kLanes), __builtin_ctz(lanes), next).store(block_max_ + g * kLanes);
-      taken[j] = best;
-    }
-    return j;
-  }
+  static uint32_t lowest(uint32_t lanes) { return lanes & (0u - lanes); }
 
   // Takes the first key equal to `best` out of a block; returns the block's new maximum.
-  Key extract(int64_t block, Key best, int32_t* position) {
+  KeyVec extract(int64_t block, KeyVec best, int32_t* position) const {
     const KeyVec keys = KeyVec::load(keys_ + block * kLanes);
-    const int lane = __builtin_ctz(equal_lanes(keys, KeyVec::all(best)));
-    *position = static_cast<int32_t>(block * kLanes + lane);
-    const KeyVec rest = replace(keys, lane, kDisallowed);
+    const uint32_t lane = lowest(equal_lanes(keys, best));
+    *position = static_cast<int32_t>(block * kLanes + __builtin_ctz(lane));
+    const KeyVec rest = select_lanes(lane, KeyVec::all(kDisallowed), keys);
     rest.store(keys_ + block * kLanes);
-    return reduce_max(rest);
+    return spread_max(rest);
   }
 
-  Key* keys_;
-  Key* block_max_;
-  int64_t groups_;
+  Key* keys_ = nullptr;
+  Key* block_max_ = nullptr;
+  int64_t num_groups_ = 0;
 };
 
 FASTMOE_ROUTE_ISA_END

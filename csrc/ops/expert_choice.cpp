@@ -1,0 +1,61 @@
+#include "ops/expert_choice.h"
+
+#include <tuple>
+
+#include "common/check.h"
+
+namespace fastmoe_route {
+namespace {
+
+void check_scopes(const Tensor& scope_ids, int64_t num_tokens, int64_t num_scopes) {
+  const int32_t* ids = static_cast<const int32_t*>(scope_ids.const_data_ptr());
+  for (int64_t t = 0; t < num_tokens; ++t)
+    check(ids[t] >= 0 && ids[t] < num_scopes, "expert_choice: scope_ids must be in [0, ", num_scopes - 1, "], got ",
+          ids[t], " at token ", t);
+}
+
+// (weights [T, E], experts [T, E], demand [E])
+std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t capacity,
+                                                 const OptionalTensor& scope_ids, int64_t num_scopes) {
+  check_dim("expert_choice", "scores", scores, 2);
+  const DType dtype = float_dtype("expert_choice", "scores", scores);
+  const int64_t tokens = scores.size(0), experts = scores.size(1);
+  check(capacity >= 1, "expert_choice: capacity must be at least 1, got ", capacity);
+  check(num_scopes >= 1 && num_scopes < (int64_t{1} << 31),
+        "expert_choice: num_scopes must be in [1, 2147483647], got ", num_scopes);
+  check(experts == 0 || tokens < (int64_t{1} << 31) / experts + ((int64_t{1} << 31) % experts != 0),
+        "expert_choice: scores must have fewer than 2147483648 elements, got shape ", shape_of(scores));
+  OptionalTensor scopes;
+  if (scope_ids.has_value()) {
+    check_dim("expert_choice", "scope_ids", *scope_ids, 1);
+    check_size("expert_choice", "scope_ids", *scope_ids, 0, tokens);
+    check_dtype("expert_choice", "scope_ids", *scope_ids, ScalarType::Int, "int32");
+    scopes = as_contiguous(*scope_ids);
+    check_scopes(*scopes, tokens, num_scopes);
+  }
+  const ScalarType result = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor weights = empty(scores, {tokens, experts}, result);
+  Tensor choice = empty(scores, {tokens, experts}, ScalarType::Int);
+  Tensor demand = empty(scores, {experts}, ScalarType::Int);
+  if (experts == 0) return {weights, choice, demand};
+  cpu::expert_choice({tokens,
+                      experts,
+                      capacity,
+                      dtype,
+                      {scores.const_data_ptr(), scores.stride(0), scores.stride(1)},
+                      data_or_null<int32_t>(scopes),
+                      num_scopes,
+                      weights.mutable_data_ptr(),
+                      static_cast<int32_t*>(choice.mutable_data_ptr()),
+                      static_cast<int32_t*>(demand.mutable_data_ptr())});
+  return {weights, choice, demand};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+  m.impl("expert_choice", TORCH_BOX(&expert_choice));
+  m.impl("expert_choice_forward", TORCH_BOX(&expert_choice));
+}
+
+}  // namespace fastmoe_route

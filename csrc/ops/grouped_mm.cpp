@@ -1,0 +1,128 @@
+#include "ops/grouped_mm.h"
+
+#include <tuple>
+
+#include "common/check.h"
+
+namespace fastmoe_route {
+namespace {
+
+void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& like, const char* like_name) {
+  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name,
+        ", got dtype code ", static_cast<int>(tensor.scalar_type()));
+}
+
+// A kernel believes its offsets, so they are read before anything is written.
+Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t num_rows) {
+  const Tensor dense = as_contiguous(offsets);
+  const int32_t* bounds = static_cast<const int32_t*>(dense.const_data_ptr());
+  const int64_t num_experts = offsets.size(0) - 1;
+  check(bounds[0] == 0, op, ": offsets must start at 0, got ", bounds[0]);
+  for (int64_t e = 0; e < num_experts; ++e)
+    check(bounds[e] <= bounds[e + 1], op, ": offsets must never fall, got ", bounds[e], " then ", bounds[e + 1],
+          " at expert ", e);
+  check(bounds[num_experts] <= num_rows, op, ": offsets must end at most at ", num_rows, ", got ",
+        bounds[num_experts]);
+  return dense;
+}
+
+// Itself if its columns are contiguous, else a copy.
+Tensor with_dense_columns(const Tensor& tensor) {
+  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor as_matrix_view(const Tensor& w) {
+  const bool is_view = w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1;
+  return is_view ? w : torch::stable::contiguous(w);
+}
+
+ExpertMatrix expert_matrix(const Tensor& w) {
+  ExpertMatrix matrix{w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2)};
+  // The stride of a dimension of size 1 means nothing.
+  if (matrix.stride_row != 1 && matrix.stride_col != 1) (w.size(2) <= 1 ? matrix.stride_col : matrix.stride_row) = 1;
+  return matrix;
+}
+
+Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const OptionalTensor& bias) {
+  constexpr const char* kOp = "grouped_mm";
+  check_dim(kOp, "x", x, 2);
+  check_dim(kOp, "w", w, 3);
+  check_dim(kOp, "offsets", offsets, 1);
+  GroupedMmArgs args{};
+  args.num_rows = x.size(0);
+  args.num_experts = w.size(0);
+  args.in = w.size(1);
+  args.out = w.size(2);
+  args.dtype = float_dtype(kOp, "x", x);
+  check_like(kOp, "w", w, x, "x");
+  check_size(kOp, "x", x, 1, args.in);
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check_size(kOp, "offsets", offsets, 0, args.num_experts + 1);
+  OptionalTensor dense_bias;
+  if (bias.has_value()) {
+    check_dim(kOp, "bias", *bias, 2);
+    check_size(kOp, "bias", *bias, 0, args.num_experts);
+    check_size(kOp, "bias", *bias, 1, args.out);
+    check_like(kOp, "bias", *bias, x, "x");
+    dense_bias = as_contiguous(*bias);
+  }
+  const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
+  Tensor y = empty(x, {args.num_rows, args.out}, x.scalar_type());
+  if (args.num_rows == 0 || args.out == 0) return y;
+  const Tensor rows = with_dense_columns(x), weights = as_matrix_view(w);
+  args.x = rows.const_data_ptr();
+  args.x_stride = rows.stride(0);
+  args.w = expert_matrix(weights);
+  args.offsets = static_cast<const int32_t*>(bounds.const_data_ptr());
+  args.bias = data_or_null<void>(dense_bias);
+  args.y = y.mutable_data_ptr();
+  cpu::grouped_mm(args);
+  return y;
+}
+
+// (grad_w [E, A, B], or [E, B, A] when transposed; grad_bias [E, B]), each with no experts when not needed.
+std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_y, const Tensor& offsets,
+                                            bool transposed, bool needs_w, bool needs_bias) {
+  constexpr const char* kOp = "grouped_mm_wgrad";
+  check_dim(kOp, "x", x, 2);
+  check_dim(kOp, "grad_y", grad_y, 2);
+  check_dim(kOp, "offsets", offsets, 1);
+  GroupedMmWgradArgs args{};
+  args.num_rows = x.size(0);
+  args.num_experts = offsets.size(0) - 1;
+  args.in = x.size(1);
+  args.out = grad_y.size(1);
+  args.dtype = float_dtype(kOp, "x", x);
+  check_like(kOp, "grad_y", grad_y, x, "x");
+  check_size(kOp, "grad_y", grad_y, 0, args.num_rows);
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check(args.num_experts >= 0, kOp, ": offsets must have at least one element, got shape ", shape_of(offsets));
+  const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
+  const int64_t w_experts = needs_w ? args.num_experts : 0, bias_experts = needs_bias ? args.num_experts : 0;
+  Tensor grad_w = transposed ? empty(x, {w_experts, args.out, args.in}, x.scalar_type())
+                             : empty(x, {w_experts, args.in, args.out}, x.scalar_type());
+  Tensor grad_bias = empty(x, {bias_experts, args.out}, x.scalar_type());
+  const bool has_w = w_experts * args.in * args.out > 0, has_bias = bias_experts * args.out > 0;
+  if (!has_w && !has_bias) return {grad_w, grad_bias};
+  const Tensor rows = with_dense_columns(x), grads = with_dense_columns(grad_y);
+  args.x = rows.const_data_ptr();
+  args.x_stride = rows.stride(0);
+  args.grad_y = grads.const_data_ptr();
+  args.grad_y_stride = grads.stride(0);
+  args.offsets = static_cast<const int32_t*>(bounds.const_data_ptr());
+  args.grad_w = has_w ? grad_w.mutable_data_ptr() : nullptr;
+  args.transposed = transposed;
+  args.grad_bias = has_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  cpu::grouped_mm_wgrad(args);
+  return {grad_w, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+  m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
+  m.impl("grouped_mm_forward", TORCH_BOX(&grouped_mm));
+  m.impl("grouped_mm_wgrad", TORCH_BOX(&grouped_mm_wgrad));
+}
+
+}  // namespace fastmoe_route

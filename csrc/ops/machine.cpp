@@ -1,0 +1,52 @@
+// Host side of machine_peak, machine_read and machine_info.
+#include "ops/machine.h"
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "cpu/isa/table.h"
+
+namespace fastmoe_route {
+namespace {
+
+double machine_peak(int64_t dtype_code, double seconds) {
+  check(dtype_code == 0 || dtype_code == 1, "machine_peak: dtype_code must be 0 (float32) or 1 (bfloat16), got ",
+        dtype_code);
+  check(seconds > 0.0 && seconds <= 60.0, "machine_peak: seconds must be in (0, 60], got ", seconds);
+  double flops = 0.0;
+  const PeakArgs args{seconds, &flops};
+  if (dtype_code == 0) {
+    cpu::peak_float32(args);
+  } else {
+    cpu::peak_bfloat16(args);
+  }
+  return flops;
+}
+
+double machine_read(const Tensor& buffer, int64_t passes) {
+  check_dtype("machine_read", "buffer", buffer, ScalarType::Float, "float32");
+  check(buffer.is_contiguous(), "machine_read: buffer must be contiguous, got shape ", shape_of(buffer));
+  check(passes >= 1, "machine_read: passes must be at least 1, got ", passes);
+  if (buffer.numel() == 0) return 0.0;
+  float sum = 0.0f;
+  cpu::read_all({static_cast<const float*>(buffer.const_data_ptr()), buffer.numel(), passes, &sum});
+  return sum;
+}
+
+std::string machine_info() {
+  std::ostringstream text;
+  text << "level=" << kernels().level << ";best_level=" << best_level_name() << ";threads=" << num_threads()
+       << ";scratch_bytes=" << scratch_bytes();
+  return text.str();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CompositeExplicitAutograd, m) {
+  m.impl("machine_peak", TORCH_BOX(&machine_peak));
+  m.impl("machine_info", TORCH_BOX(&machine_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("machine_read", TORCH_BOX(&machine_read)); }
+
+}  // namespace fastmoe_route

@@ -1,4 +1,8 @@
 // machine: what this processor can do at best, measured; the denominators of the bench's "share of the limit".
+//
+// machine_peak runs fused multiply-adds (bfloat16: the products of the level in use) on registers only, so nothing but
+// the arithmetic units limits it. machine_read adds up a buffer, so that reading it is the whole cost. machine_info
+// tells what the library chose.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +11,25 @@
 
 namespace fastmoe_route {
 
+// `seconds` of arithmetic on every thread of the pool; *flops: operations per second of all threads together, of the
+// best stretch. A fused multiply-add is two operations.
 struct PeakArgs {
-  DType dtype;               // float32 or bfloat16: fused multiply-adds or bfloat16 products, on registers only
-  double seconds;            // how long to run, on every thread of the pool
-  double* flops;             // operations per second of all threads together
+  double seconds;
+  double* flops;
+};
+
+struct ReadArgs {
+  const float* values;       // [count]
+  int64_t count;
+  int64_t passes;            // times every thread reads its part
+  float* sum;
 };
 
 namespace cpu {
-void peak(const PeakArgs& args);
+void peak_float32(const PeakArgs& args);
+// The bfloat16 products the level has; without any, bfloat16 is multiplied in float32.
+void peak_bfloat16(const PeakArgs& args);
+void read_all(const ReadArgs& args);
 }  // namespace cpu
 
 }  // namespace fastmoe_route

@@ -1,0 +1,269 @@
+#include "ops/moe_mlp.h"
+
+#include "common/check.h"
+
+namespace fastmoe_route {
+namespace {
+
+// What every entry point is given, checked and in the order of the schema.
+struct Inputs {
+  const char* op;
+  const Tensor& x;
+  const Tensor& weights;
+  const Tensor& w_up;
+  const Tensor& w_down;
+  const OptionalTensor& bias_up;
+  const OptionalTensor& bias_down;
+  const Tensor& offsets;
+  const Tensor& row_to_slot;
+  const Tensor& slot_to_row;
+};
+
+bool is_matrix_view(const Tensor& w) {
+  return w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1;
+}
+
+ExpertMatrix expert_matrix(const Tensor& w) {
+  ExpertMatrix result{w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2)};
+  // A dimension of size 1 may have any stride: it is the contiguous one where neither is.
+  if (result.stride_row != 1 && result.stride_col != 1) (w.size(2) <= 1 ? result.stride_col : result.stride_row) = 1;
+  return result;
+}
+
+bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
+
+// A fresh [E, A, B] with the memory layout of `w`.
+Tensor empty_with_layout(const Tensor& w) {
+  if (!is_column_major(w)) return empty(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
+  return torch::stable::transpose(empty(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
+}
+
+void check_int32(const char* op, const char* argument, const Tensor& tensor) {
+  check_dtype(op, argument, tensor, ScalarType::Int, "int32");
+}
+
+// The maps index memory: a plan that was not made for these sizes must not be believed.
+void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row) {
+  const int32_t* bounds = offsets.const_data_ptr<int32_t>();
+  const int64_t num_experts = offsets.size(0) - 1, num_rows = row_to_slot.size(0);
+  const int64_t num_slots = slot_to_row.size(0) * slot_to_row.size(1);
+  bool good = bounds[0] == 0 && bounds[num_experts] <= num_rows;
+  for (int64_t e = 0; e < num_experts; ++e) good &= bounds[e] <= bounds[e + 1];
+  check(good, op, ": plan must have offsets that start at 0, never fall and end at most at ", num_rows, ", got others");
+  const auto in_range = [](const int32_t* values, int64_t count, int64_t limit) {
+    int32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= (values[i] < -1) | (values[i] >= limit);
+    return bad == 0;
+  };
+  check(in_range(row_to_slot.const_data_ptr<int32_t>(), num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ",
+        num_slots, "), got a value outside");
+  const int32_t* rows = slot_to_row.const_data_ptr<int32_t>();
+  check(in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
+        bounds[num_experts], "), got a value outside");
+  const int32_t* slots = row_to_slot.const_data_ptr<int32_t>();
+  int32_t astray = 0;
+  for (int64_t i = 0; i < num_slots; ++i) astray |= rows[i] >= 0 && slots[rows[i]] != i;
+  check(astray == 0, op, ": plan must have slot_to_row and row_to_slot that are inverse to each other, got others");
+}
+
+MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved, bool weights_on_input) {
+  const char* op = in.op;
+  check_dim(op, "x", in.x, 2);
+  check_dim(op, "w_up", in.w_up, 3);
+  check_dim(op, "w_down", in.w_down, 3);
+  check_dim(op, "offsets", in.offsets, 1);
+  check_dim(op, "row_to_slot", in.row_to_slot, 1);
+  check_dim(op, "slot_to_row", in.slot_to_row, 2);
+  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kRelu2), op,
+        ": activation must be in [0, 7], got ", activation);
+  MoeMlpShape shape{};
+  shape.num_tokens = in.x.size(0);
+  shape.top_k = in.slot_to_row.size(1);
+  shape.num_rows = in.row_to_slot.size(0);
+  shape.num_experts = in.w_up.size(0);
+  shape.hidden = in.x.size(1);
+  shape.intermediate = in.w_down.size(1);
+  shape.activation = static_cast<Activation>(activation);
+  shape.interleaved = interleaved;
+  shape.weights_on_input = weights_on_input;
+  shape.dtype = float_dtype(op, "x", in.x);
+  const int64_t up = shape.intermediate * (is_gated(shape.activation) ? 2 : 1);
+  check(shape.intermediate >= 1, op, ": w_down must have at least 1 in dimension 1, got shape ", shape_of(in.w_down));
+  check_size(op, "w_up", in.w_up, 1, shape.hidden);
+  check_size(op, "w_up", in.w_up, 2, up);
+  check_size(op, "w_down", in.w_down, 0, shape.num_experts);
+  check_size(op, "w_down", in.w_down, 2, shape.hidden);
+  check_size(op, "offsets", in.offsets, 0, shape.num_experts + 1);
+  check_size(op, "slot_to_row", in.slot_to_row, 0, shape.num_tokens);
+  const auto same_dtype = [&](const char* argument, const Tensor& tensor) {
+    check(tensor.scalar_type() == in.x.scalar_type(), op, ": ", argument, " must have the dtype of x, got dtype code ",
+          static_cast<int>(tensor.scalar_type()));
+  };
+  same_dtype("w_up", in.w_up);
+  same_dtype("w_down", in.w_down);
+  const auto check_bias = [&](const char* argument, const OptionalTensor& bias, int64_t size) {
+    if (!bias.has_value()) return;
+    check_dim(op, argument, *bias, 2);
+    check_size(op, argument, *bias, 0, shape.num_experts);
+    check_size(op, argument, *bias, 1, size);
+    same_dtype(argument, *bias);
+  };
+  check_bias("bias_up", in.bias_up, up);
+  check_bias("bias_down", in.bias_down, shape.hidden);
+  check_dim(op, "weights", in.weights, 2);
+  check_size(op, "weights", in.weights, 0, shape.num_tokens);
+  check_size(op, "weights", in.weights, 1, shape.top_k);
+  const bool is_double = shape.dtype == DType::kFloat64;
+  check_dtype(op, "weights", in.weights, is_double ? ScalarType::Double : ScalarType::Float,
+              is_double ? "float64" : "float32");
+  check_int32(op, "offsets", in.offsets);
+  check_int32(op, "row_to_slot", in.row_to_slot);
+  check_int32(op, "slot_to_row", in.slot_to_row);
+  return shape;
+}
+
+bool is_empty(const MoeMlpShape& shape) {
+  return shape.num_rows == 0 || shape.num_experts == 0 || shape.hidden == 0 || shape.num_tokens == 0;
+}
+
+// The tensors in the layouts kernels take; copies are made only of what has no such layout.
+struct Prepared {
+  Tensor x, weights, w_up, w_down, offsets, row_to_slot, slot_to_row;
+  OptionalTensor bias_up, bias_down;
+
+  explicit Prepared(const Inputs& in)
+      : x(in.x.size(1) <= 1 || in.x.stride(1) == 1 ? in.x : as_contiguous(in.x)), weights(as_contiguous(in.weights)),
+        w_up(is_matrix_view(in.w_up) ? in.w_up : as_contiguous(in.w_up)),
+        w_down(is_matrix_view(in.w_down) ? in.w_down : as_contiguous(in.w_down)), offsets(as_contiguous(in.offsets)),
+        row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)) {
+    if (in.bias_up.has_value()) bias_up = as_contiguous(*in.bias_up);
+    if (in.bias_down.has_value()) bias_down = as_contiguous(*in.bias_down);
+    check_maps(in.op, offsets, row_to_slot, slot_to_row);
+  }
+};
+
+void run_forward(const Inputs& in, const MoeMlpShape& shape, Tensor& y, Tensor* preactivation) {
+  if (is_empty(shape)) {
+    torch::stable::zero_(y);
+    if (preactivation != nullptr) torch::stable::zero_(*preactivation);
+    return;
+  }
+  const Prepared p(in);
+  MoeMlpArgs args{};
+  args.shape = shape;
+  args.x = p.x.const_data_ptr();
+  args.x_stride = p.x.stride(0);
+  args.offsets = p.offsets.const_data_ptr<int32_t>();
+  args.row_to_slot = p.row_to_slot.const_data_ptr<int32_t>();
+  args.slot_to_row = p.slot_to_row.const_data_ptr<int32_t>();
+  args.weights = static_cast<const float*>(p.weights.const_data_ptr());
+  args.w_up = expert_matrix(p.w_up);
+  args.w_down = expert_matrix(p.w_down);
+  args.bias_up = data_or_null<void>(p.bias_up);
+  args.bias_down = data_or_null<void>(p.bias_down);
+  args.y = y.mutable_data_ptr();
+  args.preactivation = preactivation != nullptr ? preactivation->mutable_data_ptr() : nullptr;
+  cpu::moe_mlp(args);
+}
+
+std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
+                                   const OptionalTensor& bias_up, const OptionalTensor& bias_down,
+                                   const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                   int64_t activation, bool interleaved, bool weights_on_input) {
+  const Inputs in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
+  const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
+  Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
+  Tensor preactivation = empty(x, {shape.num_rows, w_up.size(2)}, x.scalar_type());
+  run_forward(in, shape, y, &preactivation);
+  return {y, preactivation};
+}
+
+Tensor moe_mlp_forward(const Tensor& x, const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
+                       const OptionalTensor& bias_up, const OptionalTensor& bias_down, const Tensor& offsets,
+                       const Tensor& row_to_slot, const Tensor& slot_to_row, int64_t activation, bool interleaved,
+                       bool weights_on_input) {
+  const Inputs in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
+  const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
+  Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
+  run_forward(in, shape, y, nullptr);
+  return y;
+}
+
+// Bits of `wanted`, in the order of the results.
+enum Wanted : int64_t { kX = 1, kWeights = 2, kUp = 4, kDown = 8, kBiasUp = 16, kBiasDown = 32 };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
+    const OptionalTensor& bias_down, const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+    const Tensor& preactivation, int64_t activation, bool interleaved, bool weights_on_input, int64_t wanted) {
+  const char* op = "moe_mlp_backward";
+  const OptionalTensor none;
+  const Inputs in{op, x, weights, w_up, w_down, none, bias_down, offsets, row_to_slot, slot_to_row};
+  const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
+  check_dim(op, "grad_y", grad_y, 2);
+  check_size(op, "grad_y", grad_y, 0, shape.num_tokens);
+  check_size(op, "grad_y", grad_y, 1, shape.hidden);
+  check(grad_y.scalar_type() == x.scalar_type(), op, ": grad_y must have the dtype of x, got dtype code ",
+        static_cast<int>(grad_y.scalar_type()));
+  check_dim(op, "preactivation", preactivation, 2);
+  check_size(op, "preactivation", preactivation, 0, shape.num_rows);
+  check_size(op, "preactivation", preactivation, 1, w_up.size(2));
+  check(preactivation.scalar_type() == x.scalar_type(), op,
+        ": preactivation must have the dtype of x, got dtype code ", static_cast<int>(preactivation.scalar_type()));
+
+  const auto dtype = x.scalar_type();
+  const auto wants = [&](Wanted bit) { return (wanted & bit) != 0; };
+  const auto make = [&](Wanted bit, std::initializer_list<int64_t> sizes, ScalarType type) {
+    return wants(bit) ? empty(x, sizes, type) : empty(x, {0}, type);
+  };
+  Tensor grad_x = make(kX, {shape.num_tokens, shape.hidden}, dtype);
+  Tensor grad_weights = make(kWeights, {shape.num_tokens, shape.top_k}, weights.scalar_type());
+  Tensor grad_w_up = wants(kUp) ? empty_with_layout(w_up) : empty(x, {0}, dtype);
+  Tensor grad_w_down = wants(kDown) ? empty_with_layout(w_down) : empty(x, {0}, dtype);
+  Tensor grad_bias_up = make(kBiasUp, {shape.num_experts, w_up.size(2)}, dtype);
+  Tensor grad_bias_down = make(kBiasDown, {shape.num_experts, shape.hidden}, dtype);
+  const auto results = [&] {
+    return std::make_tuple(grad_x, grad_weights, grad_w_up, grad_w_down, grad_bias_up, grad_bias_down);
+  };
+  if (is_empty(shape)) {
+    for (Tensor* result : {&grad_x, &grad_weights, &grad_w_up, &grad_w_down, &grad_bias_up, &grad_bias_down})
+      torch::stable::zero_(*result);
+    return results();
+  }
+
+  const Prepared p(in);
+  const Tensor g = as_contiguous(grad_y), pre = as_contiguous(preactivation);
+  MoeMlpBackwardArgs args{};
+  args.shape = shape;
+  args.grad_y = g.const_data_ptr();
+  args.x = p.x.const_data_ptr();
+  args.x_stride = p.x.stride(0);
+  args.offsets = p.offsets.const_data_ptr<int32_t>();
+  args.row_to_slot = p.row_to_slot.const_data_ptr<int32_t>();
+  args.slot_to_row = p.slot_to_row.const_data_ptr<int32_t>();
+  args.weights = static_cast<const float*>(p.weights.const_data_ptr());
+  args.w_up = expert_matrix(p.w_up);
+  args.w_down = expert_matrix(p.w_down);
+  args.bias_down = data_or_null<void>(p.bias_down);
+  args.preactivation = pre.const_data_ptr();
+  args.grad_x = wants(kX) ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_weights = wants(kWeights) ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
+  args.grad_w_up = wants(kUp) ? grad_w_up.mutable_data_ptr() : nullptr;
+  args.grad_w_up_transposed = is_column_major(w_up);
+  args.grad_w_down = wants(kDown) ? grad_w_down.mutable_data_ptr() : nullptr;
+  args.grad_w_down_transposed = is_column_major(w_down);
+  args.grad_bias_up = wants(kBiasUp) ? grad_bias_up.mutable_data_ptr() : nullptr;
+  args.grad_bias_down = wants(kBiasDown) ? grad_bias_down.mutable_data_ptr() : nullptr;
+  cpu::moe_mlp_backward(args);
+  return results();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+  m.impl("moe_mlp", TORCH_BOX(&moe_mlp));
+  m.impl("moe_mlp_forward", TORCH_BOX(&moe_mlp_forward));
+  m.impl("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward));
+}
+
+}  // namespace fastmoe_route

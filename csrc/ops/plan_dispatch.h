@@ -2,8 +2,9 @@
 //
 //   experts [T, K] -> offsets [E + 1], row_to_slot [R], slot_to_row [T, K], kept [E], dropped [E], all int32.
 // Rows of an expert are ordered by slot. With a capacity, at most that many slots are kept per (scope, expert): first
-// choices before second choices and then lower tokens, or larger weights and then lower slots. Same bits for any
-// number of threads.
+// choices before second choices and then lower tokens, or larger weights (NaN last) and then lower slots. Expert e
+// starts at offsets[e], a multiple of align; rows between its last slot and offsets[e + 1], and rows past offsets[E],
+// hold -1. Same bits for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -15,22 +16,23 @@ namespace fastmoe_route {
 enum class DropPolicy : int32_t { kPosition, kScore };
 
 struct PlanArgs {
-  int64_t num_tokens;        // T
-  int64_t top_k;             // K
-  int64_t num_experts;       // E
-  int64_t num_rows;          // R
+  int64_t num_tokens;   // T
+  int64_t top_k;        // K
+  int64_t num_experts;  // E
+  int64_t num_rows;     // R
+  int64_t max_slots;    // most slots that fit: R without the rows that alignment adds
   bool experts_are_int64;
-  const void* experts;       // [T, K], int32 or int64
+  const void* experts;  // [T, K], int32 or int64
   int64_t experts_stride_token;
   int64_t experts_stride_slot;
-  int64_t capacity;          // 0: no limit
+  int64_t capacity;  // 0: no limit
   DropPolicy drop_policy;
   DType weights_dtype;
   const void* weights;       // [T, K], contiguous; kScore only
   const int32_t* scope_ids;  // [T], contiguous, or null
   int64_t num_scopes;
   int64_t align;
-  bool allow_unrouted;       // E also means none
+  bool allow_unrouted;  // E also means none
   int32_t* offsets;
   int32_t* row_to_slot;
   int32_t* slot_to_row;
@@ -38,15 +40,13 @@ struct PlanArgs {
   int32_t* dropped;
 };
 
-// What stopped a plan before anything was written.
+// What stopped a plan. Ids and scopes are judged before anything is written, the number of rows before any row is.
 struct PlanStatus {
   enum Kind { kOk, kBadExpert, kBadScope, kTooManyRows } kind = kOk;
-  int64_t value = 0;         // the id, or the rows needed
-  int64_t where = 0;         // the slot, or the token
+  int64_t value = 0;  // the id, or the rows needed
+  int64_t where = 0;  // the slot, or the token
 };
 
-namespace cpu {
-PlanStatus plan_dispatch(const PlanArgs& args);
-}  // namespace cpu
+namespace cpu { PlanStatus plan_dispatch(const PlanArgs& args); }  // namespace cpu
 
 }  // namespace fastmoe_route

@@ -1,0 +1,74 @@
+#include "ops/softmax.h"
+
+#include "common/check.h"
+
+namespace fastmoe_route {
+namespace {
+
+// Rows may be strided, columns may not.
+Tensor with_contiguous_columns(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
+}
+
+DType check_input(const Tensor& x, int64_t method) {
+  check_dim("softmax", "x", x, 2);
+  check(method >= 0 && method <= static_cast<int64_t>(SoftmaxMethod::kTwoPass),
+        "softmax: method must be in [0, 3], got ", method);
+  return float_dtype("softmax", "x", x);
+}
+
+void run(const Tensor& x, DType dtype, int64_t method, void* y) {
+  const Tensor rows = with_contiguous_columns(x);
+  cpu::softmax({rows.size(0), rows.size(1), dtype, static_cast<SoftmaxMethod>(method), rows.const_data_ptr(),
+                rows.stride(0), y});
+}
+
+// x [R, C] -> [R, C]
+Tensor softmax(const Tensor& x, int64_t method) {
+  const DType dtype = check_input(x, method);
+  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+  if (x.numel() == 0) return y;
+  run(x, dtype, method, y.mutable_data_ptr());
+  return y;
+}
+
+// out [R, C], contiguous
+void softmax_out(const Tensor& x, int64_t method, Tensor out) {
+  const DType dtype = check_input(x, method);
+  check_dim("softmax", "out", out, 2);
+  check_size("softmax", "out", out, 0, x.size(0));
+  check_size("softmax", "out", out, 1, x.size(1));
+  check(out.scalar_type() == x.scalar_type(), "softmax: out must have the dtype of x, got dtype code ",
+        static_cast<int>(out.scalar_type()));
+  check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
+  if (x.numel() == 0) return;
+  run(x, dtype, method, out.mutable_data_ptr());
+}
+
+// grad_y [R, C], y [R, C] -> grad_x [R, C]
+Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
+  check_dim("softmax_backward", "y", y, 2);
+  check_dim("softmax_backward", "grad_y", grad_y, 2);
+  check_size("softmax_backward", "grad_y", grad_y, 0, y.size(0));
+  check_size("softmax_backward", "grad_y", grad_y, 1, y.size(1));
+  const DType dtype = float_dtype("softmax_backward", "y", y);
+  check(grad_y.scalar_type() == y.scalar_type(), "softmax_backward: grad_y must have the dtype of y, got dtype code ",
+        static_cast<int>(grad_y.scalar_type()));
+  Tensor grad_x = empty(y, {y.size(0), y.size(1)}, y.scalar_type());
+  if (y.numel() == 0) return grad_x;
+  const Tensor grad = as_contiguous(grad_y), result = as_contiguous(y);
+  cpu::softmax_backward(
+      {y.size(0), y.size(1), dtype, grad.const_data_ptr(), result.const_data_ptr(), grad_x.mutable_data_ptr()});
+  return grad_x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+  m.impl("softmax", TORCH_BOX(&softmax));
+  m.impl("softmax_forward", TORCH_BOX(&softmax));
+  m.impl("softmax_out", TORCH_BOX(&softmax_out));
+  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+}
+
+}  // namespace fastmoe_route

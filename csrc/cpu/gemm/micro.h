@@ -12,12 +12,13 @@
 namespace fastmoe_route {
 
 // C[m, n] = A[m, k] W[k, n], accumulated in float (double for float64), for one element type and one weight layout.
+// m, n and k are at least 1. Packed buffers start at multiples of 64 bytes; weights and c may start anywhere.
 struct MicroKernel {
   // Bytes of m packed rows of k elements.
   int64_t (*packed_bytes)(int64_t m, int64_t k);
   // Copies row i, k contiguous elements at rows[i], into the layout `multiply` reads; multiplied by scale[i] in float
-  // and rounded to the element type when scale is not null.
-  void (*pack)(const void* const* rows, const float* scale, int64_t m, int64_t k, void* packed);
+  // and rounded to the element type when scale is not null. scale points at floats (at doubles for float64).
+  void (*pack)(const void* const* rows, const void* scale, int64_t m, int64_t k, void* packed);
   // c[i * c_stride + j] = sum over q of a[i, q] * w(q, j): float (double) results, overwritten, i < m, j < n.
   void (*multiply)(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                    int64_t c_stride);

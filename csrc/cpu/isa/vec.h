@@ -125,10 +125,17 @@ struct Keys {
   friend Keys max(Keys a, Keys b) { return {_mm512_max_epi32(a.v, b.v)}; }
   friend Keys min(Keys a, Keys b) { return {_mm512_min_epi32(a.v, b.v)}; }
   friend uint32_t equal_lanes(Keys a, Keys b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
-  friend int32_t reduce_max(Keys a) { return _mm512_reduce_max_epi32(a.v); }
-  // a with lane `lane` set to x.
-  friend Keys replace(Keys a, int lane, int32_t x) {
-    return {_mm512_mask_set1_epi32(a.v, static_cast<__mmask16>(1u << lane), x)};
+  // The largest lane, in every lane.
+  friend Keys spread_max(Keys a) {
+    __m512i m = _mm512_max_epi32(a.v, _mm512_shuffle_i64x2(a.v, a.v, 0x4e));
+    m = _mm512_max_epi32(m, _mm512_shuffle_i64x2(m, m, 0xb1));
+    m = _mm512_max_epi32(m, _mm512_shuffle_epi32(m, static_cast<_MM_PERM_ENUM>(0x4e)));
+    return {_mm512_max_epi32(m, _mm512_shuffle_epi32(m, static_cast<_MM_PERM_ENUM>(0xb1)))};
+  }
+  int32_t first() const { return _mm512_cvtsi512_si32(v); }
+  // Lanes of `yes` where the bit of the lane is set, of `no` elsewhere.
+  friend Keys select_lanes(uint32_t lanes, Keys yes, Keys no) {
+    return {_mm512_mask_mov_epi32(no.v, static_cast<__mmask16>(lanes), yes.v)};
   }
   friend Keys select(Mask m, Keys yes, Keys no) { return {_mm512_mask_mov_epi32(no.v, m.bits, yes.v)}; }
   static Keys of_bits(Vec x) { return {_mm512_castps_si512(x.v)}; }
@@ -268,14 +275,16 @@ struct Keys {
   friend uint32_t equal_lanes(Keys a, Keys b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))));
   }
-  friend int32_t reduce_max(Keys a) {
-    __m128i quad = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-    quad = _mm_max_epi32(quad, _mm_shuffle_epi32(quad, 0x4e));
-    return _mm_cvtsi128_si32(_mm_max_epi32(quad, _mm_shuffle_epi32(quad, 0xb1)));
+  friend Keys spread_max(Keys a) {
+    __m256i m = _mm256_max_epi32(a.v, _mm256_permute2x128_si256(a.v, a.v, 0x01));
+    m = _mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0x4e));
+    return {_mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0xb1))};
   }
-  friend Keys replace(Keys a, int lane, int32_t x) {
-    const __m256i here = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(lane));
-    return {_mm256_blendv_epi8(a.v, _mm256_set1_epi32(x), here)};
+  int32_t first() const { return _mm256_cvtsi256_si32(v); }
+  friend Keys select_lanes(uint32_t lanes, Keys yes, Keys no) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i here = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bit);
+    return {_mm256_blendv_epi8(no.v, yes.v, _mm256_cmpeq_epi32(here, bit))};
   }
   friend Keys select(Mask m, Keys yes, Keys no) {
     return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.bits))};
@@ -409,14 +418,16 @@ struct Keys {
   friend Keys max(Keys a, Keys b) { return {a.v > b.v ? a.v : b.v}; }
   friend Keys min(Keys a, Keys b) { return {a.v < b.v ? a.v : b.v}; }
   friend uint32_t equal_lanes(Keys a, Keys b) { return Mask{a.v == b.v}.lanes(); }
-  friend int32_t reduce_max(Keys a) {
+  friend Keys spread_max(Keys a) {
     int32_t result = a.v[0];
     for (int i = 1; i < kLanes; ++i) result = result > a.v[i] ? result : a.v[i];
-    return result;
+    return all(result);
   }
-  friend Keys replace(Keys a, int lane, int32_t x) {
-    a.v[lane] = x;
-    return a;
+  int32_t first() const { return v[0]; }
+  friend Keys select_lanes(uint32_t lanes, Keys yes, Keys no) {
+    for (int i = 0; i < kLanes; ++i)
+      if ((lanes >> i) & 1u) no.v[i] = yes.v[i];
+    return no;
   }
   friend Keys select(Mask m, Keys yes, Keys no) { return {m.bits ? yes.v : no.v}; }
   static Keys of_bits(Vec x) {

@@ -59,8 +59,9 @@ struct Keys64 {
   friend Keys64 max(Keys64 a, Keys64 b) { return a.v > b.v ? a : b; }
   friend Keys64 min(Keys64 a, Keys64 b) { return a.v < b.v ? a : b; }
   friend uint32_t equal_lanes(Keys64 a, Keys64 b) { return a.v == b.v ? 1u : 0u; }
-  friend int64_t reduce_max(Keys64 a) { return a.v; }
-  friend Keys64 replace(Keys64, int, int64_t x) { return {x}; }
+  friend Keys64 spread_max(Keys64 a) { return a; }
+  int64_t first() const { return v; }
+  friend Keys64 select_lanes(uint32_t lanes, Keys64 yes, Keys64 no) { return lanes != 0 ? yes : no; }
   friend Keys64 select(Mask64 m, Keys64 yes, Keys64 no) { return m.bits ? yes : no; }
   static Keys64 of_bits(Vec64 x) {
     Keys64 result;

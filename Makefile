@@ -1,0 +1,127 @@
+# `make help` lists the targets. Everything is set up in .venv, and in build/ and dist/; nothing else is touched.
+#
+#   PYTHON  the Python that .venv is made from (3.10 or newer)   make PYTHON=python3.12
+#   TORCH   the torch to install there                           make TORCH=torch==2.14.1
+#   ARGS    further arguments of pytest                          make test ARGS="-k gate -x"
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-print-directory
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for name in python3.11 python3 python3.12 python3.13 python3.10; do \
+  $$name -c 'import venv, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
+endif
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+export MPLBACKEND := Agg
+export PYTHONUNBUFFERED := 1
+
+.PHONY: build
+build: $(VENV)/.built  ## set up .venv and build the package there, in place (the default)
+
+.PHONY: demo
+demo: build  ## set up, run the bench in quick form and train a small language model; results in demo/
+	@mkdir -p demo
+	$(PY) -m fastmoe_route bench --quick --json demo/bench.json --plot demo/bench.png
+	$(PY) examples/train_moe_lm.py --plot demo/train_moe_lm.png
+	@echo "The numbers and the plots are in demo/."
+
+.PHONY: test
+test: build  ## set up and pass the tests
+	$(PY) -m pytest $(ARGS)
+
+.PHONY: test-isa
+test-isa: build  ## pass the kernels' tests on every instruction set this processor has, one after the other
+	@for level in $$($(PY) tools/levels.py); do \
+	  echo "instruction set: $$level"; \
+	  FASTMOE_ROUTE_ISA=$$level $(PY) -m pytest --kernels $(ARGS); done
+
+.PHONY: test-asan
+test-asan: build/asan/fastmoe_route_cpu.so  ## pass the kernels' tests with the address and undefined-behaviour sanitizers
+	@FASTMOE_ROUTE_LIBRARY_DIR=build/asan OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=127:max_malloc_fill_size=268435456 \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(PY) -X faulthandler -m pytest --kernels -p no:cacheprovider $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.lint build  ## ruff, mypy --strict and clang-format, without changing a file
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+.PHONY: format
+format: $(VENV)/.lint  ## write the sources as `make lint` wants them
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+.PHONY: bench
+bench: build  ## the whole bench, minutes long; results in bench/results/
+	@mkdir -p bench/results
+	$(PY) -m fastmoe_route bench --json bench/results/cpu.json --plot bench/results/cpu.png
+
+.PHONY: wheel
+wheel: $(VENV)/.base  ## wheel and source archive in dist/
+	@rm -rf dist && mkdir -p dist
+	@$(PY) -c "from scikit_build_core.build import build_sdist; build_sdist('dist')" >/dev/null
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@ls -l dist | tail -n +2
+	$(PY) tools/check_wheel.py dist/*.whl
+
+.PHONY: test-wheel
+test-wheel: wheel  ## install the wheel in a bare environment of another Python and use it there (downloads torch)
+	TORCH=$(TORCH) tools/test_wheel.sh $(PY) dist/*.whl dist/*.tar.gz
+
+.PHONY: abi
+abi: $(VENV)/.lint build  ## prove that the library keeps to torch's stable ABI
+	$(VENV)/bin/torch-abi-audit --check torch \
+	  "$$(cd / && $(abspath $(PY)) -c 'from fastmoe_route import _load; print(_load._find("fastmoe_route_cpu"))')"
+
+.PHONY: clean
+clean:  ## remove what was built (.venv stays)
+	rm -rf build dist demo $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# ---- The environment, by stamps: each step runs again only when what it depends on has changed.
+$(VENV)/.base: pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "fastmoe_route needs Python 3.10 or newer with the venv module, and none was found."; \
+	  echo "Install one, or name it: make PYTHON=/path/to/python3"; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "fastmoe_route needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
+	  echo "Name another: make PYTHON=/path/to/python3"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { \
+	  echo "fastmoe_route needs a C++17 compiler to build, and none was found."; \
+	  echo "Install g++ (Debian, Ubuntu: apt-get install g++) or name one: make CXX=/path/to/compiler"; exit 1; }
+	@echo "Setting up $(VENV) with $(TORCH) for $$($(PYTHON) --version 2>&1)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.10" "cmake>=3.20" ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.base $(SOURCES)
+	@echo "Building fastmoe_route"
+	@$(PIP) install --no-build-isolation -e ".[bench,test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	@$(PIP) install $$(sed -nE 's/^lint = \[(.*)\]/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
+
+build/asan/fastmoe_route_cpu.so: $(VENV)/.built
+	@echo "Building with sanitizers"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/asan -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DFASTMOE_ROUTE_SANITIZE=ON -DPython_EXECUTABLE="$(abspath $(PY))"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/asan -- --quiet
+	@touch $@

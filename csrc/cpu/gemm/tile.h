@@ -1,0 +1,52 @@
+// What the two vector forms of the matrix product share: register barriers, prefetch, and the copy of rows.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
+
+FASTMOE_ROUTE_ISA_BEGIN
+
+// Keeps a loaded vector in a register: left alone, gcc loads it again as the memory operand of every product it is in.
+inline void keep_in_register([[maybe_unused]] Vec& value) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(value.v));
+#elif defined(__AVX2__)
+  __asm__("" : "+x"(value.v));
+#endif
+}
+
+// Asks for the cache line at p: into L2 and beyond (it will be used later), or into L1.
+inline void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Element q of a row as it enters the product: times the row's scale, rounded to the element type, widened.
+template <class T>
+struct RowReader {
+  using A = accumulate_t<T>;
+  const T* row;
+  A scale;
+  bool scaled;
+
+  RowReader(const void* const* rows, const void* scales, int64_t i)
+      : row(static_cast<const T*>(rows[i])),
+        scale(scales != nullptr ? static_cast<const A*>(scales)[i] : A(1)),
+        scaled(scales != nullptr) {}
+
+  // count lanes from q, the rest zero.
+  Vec load(int64_t q, int count) const {
+    Vec value = count == Vec::kLanes ? Vec::load(row + q) : Vec::load(row + q, count);
+    if (!scaled) return value;
+    value = value * Vec::all(static_cast<float>(scale));
+    T rounded[Vec::kLanes];
+    value.store(rounded);
+    return Vec::load(rounded);
+  }
+  A element(int64_t q) const {
+    const A value = to_float(row[q]);
+    return scaled ? A(to_float(from_float<T>(A(value * scale)))) : value;
+  }
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+FASTMOE_ROUTE_ISA_END

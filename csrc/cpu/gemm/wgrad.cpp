@@ -1,0 +1,162 @@
+// Weight gradients on float vectors: out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j].
+//
+// The reduction runs over rows, so the native form is an outer product: a tile of 6 inputs by 4 (AVX-512) or 2 vectors
+// of outputs stays in registers while the rows go by, one broadcast of x against whole vectors of y. Both operands are
+// copied to small float panels first: they live in L1 and L2, strides no longer alias, and 2-byte types are widened
+// once. More rows than a panel holds continue in a float tile, so the result is rounded once.
+// Few rows make the stores the cost: whole aligned vectors then go past the caches.
+// Order of summation: one fma per row, ascending, from +0; a function of nothing else.
+#include <cstring>
+
+#include "common/workspace.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
+
+FASTMOE_ROUTE_ISA_BEGIN
+
+namespace {
+
+constexpr int kTileIn = 6;
+constexpr int kTileVecs = Vec::kLanes == 16 ? 4 : 2;
+constexpr int kTileOut = kTileVecs * Vec::kLanes;
+constexpr int kBlockIn = 144;     // inputs of a panel of x: whole tiles and whole vectors
+constexpr int kBlockOut = 64;     // outputs of a panel of y
+constexpr int kGroupOut = 256;    // outputs that share one copy of x
+constexpr int kBlockRows = 128;
+constexpr int kStreamRows = 64;   // up to so many rows the stores are the cost
+
+struct Panels {
+  alignas(64) float x[kBlockRows * kBlockIn];   // [row][input]
+  alignas(64) float y[kBlockRows * kBlockOut];  // [output / kTileOut][row][kTileOut]
+  alignas(64) float sum[kBlockIn * kGroupOut];  // [input][output]
+};
+
+// Copies `width` elements of each row, from column `first`, widened; columns up to `padded` become zeros.
+template <class T>
+void copy_rows(const void* const* rows, int64_t num_rows, int64_t first, int64_t width, int64_t padded, float* panel,
+               int64_t group, int64_t group_stride) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const T* row = static_cast<const T*>(rows[r]) + first;
+    for (int64_t j = 0; j < padded; j += Vec::kLanes) {
+      const int64_t left = width - j;
+      const Vec value = left >= Vec::kLanes ? Vec::load(row + j)
+                        : left > 0          ? Vec::load(row + j, static_cast<int>(left))
+                                            : Vec::zero();
+      value.store(panel + j / group * group_stride + r * group + j % group);
+    }
+  }
+}
+
+// Keeps the compiler from folding one load into several products, which would repeat it.
+inline void load_once(Vec& value) {
+#if defined(__AVX2__)
+  __asm__("" : "+v"(value.v));
+#else
+  (void)value;
+#endif
+}
+
+// One register tile over a block of rows: continues from `sum` unless `first`.
+void tile(const float* x, const float* y, int64_t num_rows, bool first, float* sum) {
+  Vec acc[kTileIn][kTileVecs];
+  for (int i = 0; i < kTileIn; ++i)
+    for (int v = 0; v < kTileVecs; ++v)
+      acc[i][v] = first ? Vec::zero() : Vec::load(sum + i * kGroupOut + v * Vec::kLanes);
+  for (int64_t r = 0; r < num_rows; ++r, x += kBlockIn, y += kTileOut) {
+    Vec column[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v) {
+      column[v] = Vec::load(y + v * Vec::kLanes);
+      load_once(column[v]);
+    }
+    for (int i = 0; i < kTileIn; ++i) {
+      Vec value = Vec::all(x[i]);
+      load_once(value);
+      for (int v = 0; v < kTileVecs; ++v) acc[i][v] = fma(value, column[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < kTileIn; ++i)
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v].store(sum + i * kGroupOut + v * Vec::kLanes);
+}
+
+template <class T>
+void store_past_caches(Vec value, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_stream_ps(out, value.v);
+  else value.store(out);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) _mm256_stream_ps(out, value.v);
+  else value.store(out);
+#else
+  value.store(out);
+#endif
+}
+
+template <class T>
+void store_block(const float* sum, int64_t in, int64_t width, bool stream, T* out, int64_t out_stride) {
+  for (int64_t i = 0; i < in; ++i, sum += kGroupOut, out += out_stride)
+    for (int64_t j = 0; j < width; j += Vec::kLanes) {
+      const Vec value = Vec::load(sum + j);
+      if (width - j < Vec::kLanes) value.store(out + j, static_cast<int>(width - j));
+      else if (stream && reinterpret_cast<uintptr_t>(out + j) % (Vec::kLanes * sizeof(T)) == 0)
+        store_past_caches(value, out + j);
+      else value.store(out + j);
+    }
+}
+
+template <class T>
+void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
+              int64_t out_stride) {
+  Panels* panels = static_cast<Panels*>(scratch(Scratch::kMicroKernel, sizeof(Panels)));
+  const auto smaller = [](int64_t p, int64_t q) { return p < q ? p : q; };
+  for (int64_t i0 = 0; i0 < a; i0 += kBlockIn)
+    for (int64_t g0 = 0; g0 < b; g0 += kGroupOut) {
+      const int64_t in = smaller(a - i0, kBlockIn), group = smaller(b - g0, kGroupOut);
+      int64_t r0 = 0;
+      do {  // once without rows: zeros
+        const int64_t count = smaller(rows - r0, kBlockRows);
+        if (g0 == 0 || rows > kBlockRows)  // one block of rows: x is copied once for all outputs
+          copy_rows<T>(x + r0, count, i0, in, (in + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes, panels->x, kBlockIn,
+                       0);
+        for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
+          const int64_t width = smaller(group - j0, kBlockOut);
+          const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
+          copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
+          for (int64_t i = 0; i < in; i += kTileIn)
+            for (int64_t j = 0; j < padded; j += kTileOut)
+              tile(panels->x + i, panels->y + j * kBlockRows, count, r0 == 0,
+                   panels->sum + i * kGroupOut + j0 + j);
+        }
+        r0 += kBlockRows;
+      } while (r0 < rows);
+      store_block(panels->sum, in, group, rows <= kStreamRows, static_cast<T*>(out) + i0 * out_stride + g0,
+                  out_stride);
+    }
+#if defined(__AVX2__)
+  if (rows <= kStreamRows) _mm_sfence();
+#endif
+}
+
+// float64, for gradient checks: plain loops.
+void multiply_double(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
+                     int64_t out_stride) {
+  for (int64_t i = 0; i < a; ++i) {
+    double* line = static_cast<double*>(out) + i * out_stride;
+    std::memset(line, 0, b * sizeof(double));
+    for (int64_t r = 0; r < rows; ++r) {
+      const double value = static_cast<const double*>(x[r])[i];
+      const double* other = static_cast<const double*>(y[r]);
+      for (int64_t j = 0; j < b; ++j) line[j] += value * other[j];
+    }
+  }
+}
+
+}  // namespace
+
+void wgrad_kernels(MicroKernels& micro) {
+  micro.wgrad[static_cast<int>(DType::kFloat32)] = {multiply<float>};
+  micro.wgrad[static_cast<int>(DType::kBFloat16)] = {multiply<BFloat16>};
+  micro.wgrad[static_cast<int>(DType::kFloat16)] = {multiply<Float16>};
+  micro.wgrad[static_cast<int>(DType::kFloat64)] = {multiply_double};
+}
+
+FASTMOE_ROUTE_ISA_END

@@ -1,0 +1,111 @@
+"""The figure of a bench report: how much faster than plain PyTorch, and how close to the limit."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+# One colour per op family; hatching marks training.
+_COLOURS = {
+    "softmax": "#4477aa",
+    "softmax_topk": "#66ccee",
+    "gate": "#228833",
+    "plan_dispatch": "#aaaa33",
+    "permute": "#ccbb44",
+    "unpermute": "#ee8866",
+    "grouped_mm": "#ee6677",
+    "moe_mlp": "#aa3377",
+    "layer": "#553388",
+}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def require_matplotlib() -> None:
+    """Raises a friendly error when the figure could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("bench: --plot needs matplotlib: pip install 'fastmoe-route[bench]'")
+
+
+def _label(row: dict[str, Any]) -> str:
+    passes = " train" if row["pass"] == "training" else ""
+    name = row["shape"]["name"]
+    return f"{row['op']}  {name}  T={row['tokens']}  {_DTYPES[row['dtype']]}{passes}"
+
+
+def plot_report(report: dict[str, Any], path: Path) -> None:
+    """Draws every timed row of a report into an image file; the suffix picks the format."""
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+    rows = [row for row in report["rows"] if "ratios" in row]
+    if not rows:
+        raise ValueError("plot: the report must have timed rows, got none")
+    height = max(3.0, 0.27 * len(rows) + 1.7)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, height), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    positions = range(len(rows))
+    colours = [_COLOURS[row["op"]] for row in rows]
+    hatches = ["////" if row["pass"] == "training" else "" for row in rows]
+    ratios = [row["ratios"][row["fastest_baseline"]] for row in rows]
+    medians = [ratio["median"] for ratio in ratios]
+    spread = [
+        [ratio["median"] - ratio["p10"] for ratio in ratios],
+        [ratio["p90"] - ratio["median"] for ratio in ratios],
+    ]
+    style: dict[str, Any] = {"color": colours, "edgecolor": "white", "linewidth": 0.5}
+    left.barh(
+        positions, [median - 1 for median in medians], left=1, hatch=hatches, height=0.78, **style
+    )
+    left.errorbar(
+        medians, positions, xerr=spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2
+    )
+    left.axvline(1.0, color="black", linewidth=1)
+    left.set_xscale("log", base=2)
+    low, high = min([1.0, *(r["p10"] for r in ratios)]), max([2.0, *(r["p90"] for r in ratios)])
+    left.set_xlim(low / 1.15, high * 1.6)
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    for position, ratio in enumerate(ratios):
+        left.annotate(
+            f"{ratio['median']:.2f}x", (max(ratio["p90"], 1.0), position),
+            xytext=(5, 0), textcoords="offset points", va="center", fontsize=7.5,
+        )  # fmt: skip
+    left.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
+    left.invert_yaxis()
+    left.margins(y=0.01)
+    left.set_title("Speed beside the fastest plain PyTorch form (median, p10 to p90)", fontsize=10)
+
+    shares = [row["limit"]["share"] for row in rows]
+    right.barh(positions, shares, hatch=hatches, height=0.78, **style)
+    right.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    for position, row in enumerate(rows):
+        right.annotate(
+            f"{shares[position]:.0%} {row['limit']['bound_by']}", (shares[position], position),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5,
+        )  # fmt: skip
+    right.set_xlim(0, max(1.25, max(shares) + 0.25))
+    right.xaxis.set_major_formatter(PercentFormatter(1.0))
+    right.set_title("Share of this machine's measured limit", fontsize=10)
+    for axes in (left, right):
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    machine, limits = report["machine"], report["limits"]
+    memory = max(limits["read_bytes_per_second"], limits["copy_bytes_per_second"])
+    figure.suptitle(
+        f"fastmoe_route {report['versions']['fastmoe_route']} and torch "
+        f"{report['versions']['torch']} on {machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['level']}\nlimits: fp32 {limits['peak_flops']['float32'] / 1e9:,.0f} and bf16 "
+        f"{limits['peak_flops']['bfloat16'] / 1e9:,.0f} GFLOP/s, memory {memory / 1e9:.0f} GB/s; "
+        f"hatched: forward and backward",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,263 @@
+"""Runs the rows: data, check, time, limit, result; one shape in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastmoe_route as fr
+from fastmoe_route.bench import machine
+from fastmoe_route.bench.case import Case
+from fastmoe_route.bench.cases import build_case
+from fastmoe_route.bench.check import Finding
+from fastmoe_route.bench.machine import Limits
+from fastmoe_route.bench.report import Reporter
+from fastmoe_route.bench.shapes import WEIGHT_OPS, Row, Shape, quick_rows, select_rows
+from fastmoe_route.bench.timing import Timing, interleave
+from fastmoe_route.bench.workload import OutOfMemory, Weights, make_weights
+
+SCHEMA_VERSION = 1
+Build = Callable[[Row, Limits, int, "Weights | None"], Case]
+
+
+@dataclass
+class Options:
+    """What the command line asked for; empty sequences mean the default rows."""
+
+    ops: Sequence[str] = ()
+    shapes: Sequence[Shape] = ()
+    tokens: Sequence[int] = ()
+    dtypes: Sequence[str] = ()
+    passes: str = "both"
+    quick: bool = False
+    threads: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    json_path: Path | None = None
+    plot_path: Path | None = None
+
+    def rows(self) -> list[Row]:
+        """The rows to run."""
+        if self.quick:
+            rows = quick_rows(self.ops, self.shapes, self.tokens, self.dtypes)
+            if rows:
+                return [row for row in rows if self.passes in ("both", _pass_name(row))]
+        return select_rows(self.ops, self.shapes, self.tokens, self.dtypes, self.passes)
+
+
+def _pass_name(row: Row) -> str:
+    return "training" if row.training else "forward"
+
+
+@dataclass
+class Result:
+    """One finished row: timed, wrong or skipped."""
+
+    row: Row
+    findings: list[Finding] = field(default_factory=list)
+    timing: Timing | None = None
+    num_bytes: int = 0
+    flops: float = 0.0
+    copies: int = 1
+    cached: bool = False
+    floor_seconds: float = 0.0
+    bound_by: str = ""
+    skipped: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison held. A skipped row is not wrong."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def share(self) -> float:
+        """Share of the machine's limit that our time reaches."""
+        assert self.timing is not None
+        return self.floor_seconds / self.timing.seconds["fastmoe_route"].median
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON; the format is described in bench/README.md."""
+        shape = self.row.shape
+        result: dict[str, object] = {
+            "op": self.row.op,
+            "shape": {
+                "name": shape.name,
+                "hidden": shape.hidden,
+                "intermediate": shape.intermediate,
+                "num_experts": shape.num_experts,
+                "top_k": shape.top_k,
+                "gate": shape.gate,
+            },
+            "tokens": self.row.tokens,
+            "dtype": self.row.dtype,
+            "pass": _pass_name(self.row),
+            "check": {
+                "passed": self.passed,
+                "findings": [finding.as_dict() for finding in self.findings],
+            },
+            "skipped": self.skipped or None,
+        }
+        if self.timing is None:
+            return result
+        timing = self.timing
+        return result | {
+            "declared": {"bytes": self.num_bytes, "flops": self.flops},
+            "data": {"copies": self.copies, "in_cache": self.cached},
+            "limit": {
+                "seconds": self.floor_seconds,
+                "bound_by": self.bound_by,
+                "share": self.share,
+            },
+            "seconds": {name: summary.as_dict() for name, summary in timing.seconds.items()},
+            "ratios": {name: summary.as_dict() for name, summary in timing.ratios.items()},
+            "calls_per_sample": timing.calls_per_sample,
+            "fastest_baseline": timing.best,
+        }
+
+
+def run_row(
+    row: Row,
+    limits: Limits,
+    weights: Weights | None,
+    *,
+    seconds: float,
+    min_rounds: int,
+    seed: int,
+    build: Build = build_case,
+) -> Result:
+    """Checks a row and, if it is right, times it."""
+    torch.manual_seed(seed)
+    try:
+        case = build(row, limits, seed, weights)
+    except OutOfMemory as error:
+        return Result(row, skipped=str(error))
+    result = Result(
+        row,
+        num_bytes=case.num_bytes,
+        flops=case.flops,
+        copies=case.copies,
+        cached=case.cached,
+    )
+    result.findings = case.check()
+    if not result.passed:
+        return result
+    with torch.set_grad_enabled(row.training):
+        result.timing = interleave(case.contenders, seconds, min_rounds=min_rounds)
+    result.floor_seconds, result.bound_by = limits.floor(
+        case.num_bytes, case.flops, row.dtype, cached=case.cached
+    )
+    return result
+
+
+def _weights_for(row: Row, limits: Limits, seed: int) -> Weights | str:
+    """The weights of the row's shape, or why there are none."""
+    try:
+        return make_weights(
+            row.shape, getattr(torch, row.dtype), seed, limits.cached_set, limits.rotation_bytes
+        )
+    except OutOfMemory as error:
+        return str(error)
+
+
+def run_rows(
+    rows: Sequence[Row], limits: Limits, options: Options, reporter: Reporter
+) -> list[Result]:
+    """Every row in order. Weights live as long as rows of their shape and dtype follow."""
+    seconds = options.seconds or (0.4 if options.quick else 1.5)
+    min_rounds = 3 if options.quick else 5
+    results: list[Result] = []
+    weights: Weights | str | None = None
+    group: tuple[bool, str, str] | None = None
+    for row in rows:
+        heavy = row.op in WEIGHT_OPS
+        wanted = (heavy, row.shape.name, row.dtype)
+        if wanted != group:
+            weights = None
+            gc.collect()
+            if heavy:
+                if not options.quick:
+                    limits.probe(0.02)
+                weights = _weights_for(row, limits, options.seed)
+            group = wanted
+        reporter.start(row)
+        if isinstance(weights, str):
+            result = Result(row, skipped=weights)
+        else:
+            result = run_row(
+                row,
+                limits,
+                weights,
+                seconds=seconds,
+                min_rounds=min_rounds,
+                seed=options.seed,
+            )
+        results.append(result)
+        reporter.finish(result)
+    return results
+
+
+def as_report(
+    results: Sequence[Result], limits: Limits, options: Options, took: float
+) -> dict[str, object]:
+    """The JSON document."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds_taken": took,
+        "versions": {
+            "fastmoe_route": fr.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": machine.describe(),
+        "limits": limits.as_dict(),
+        "seed": options.seed,
+        "quick": options.quick,
+        "rows": [result.as_dict() for result in results],
+    }
+
+
+def run(options: Options) -> int:
+    """Runs the bench. Returns the exit code: 0, or 1 if an answer was wrong."""
+    started = time.perf_counter()
+    if options.plot_path is not None:
+        from fastmoe_route.bench.plot import require_matplotlib
+
+        require_matplotlib()
+    for path in (options.json_path, options.plot_path):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rows = options.rows()
+    if not rows:
+        print(
+            "bench: nothing to run: no op asked for applies to a shape asked for", file=sys.stderr
+        )
+        return 2
+    reporter = Reporter(len(rows))
+    reporter.head()
+    limits = Limits(quick=options.quick)
+    limits.probe(0.1)
+    limits.probe_torch()
+    reporter.limits(limits)
+    with reporter:
+        results = run_rows(rows, limits, options, reporter)
+    limits.release()
+    report = as_report(results, limits, options, time.perf_counter() - started)
+    if options.json_path is not None:
+        options.json_path.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot_path is not None:
+        from fastmoe_route.bench.plot import plot_report
+
+        plot_report(report, options.plot_path)
+    reporter.tail(results, time.perf_counter() - started, options.json_path, options.plot_path)
+    return 0 if all(result.passed for result in results) else 1

@@ -1,0 +1,174 @@
+"""Cases whose input is rows of scores: softmax, softmax_topk, gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastmoe_route as fr
+from fastmoe_route.bench import baselines
+from fastmoe_route.bench.case import EXP_FLOPS, Case, Function, backward, compare
+from fastmoe_route.bench.check import TOLERANCE, Finding, exact
+from fastmoe_route.bench.machine import Limits
+from fastmoe_route.bench.shapes import Row
+from fastmoe_route.bench.timing import Call
+from fastmoe_route.bench.workload import copies_for, random_tensor
+
+
+def _row_case(
+    row: Row,
+    limits: Limits,
+    seed: int,
+    *,
+    ours: Function,
+    plain: dict[str, Function],
+    exact_function: Function,
+    columns: int,
+    num_bytes: int,
+    flops: float,
+    grad_columns: int,
+    ids: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+) -> Case:
+    """Softmax-like ops: contenders, gradients and check from functions of the rows."""
+    dtype: torch.dtype = getattr(torch, row.dtype)
+    copies, cached = copies_for(num_bytes, limits.cached_set, limits.rotation_bytes)
+    first = random_tensor((row.tokens, columns), dtype, seed, 2.0)
+    inputs = [first, *(first.clone() for _ in range(copies - 1))]
+    sample = ours(first)
+    grad = torch.randn(row.tokens, grad_columns).to(sample.dtype)
+
+    def contender(function: Function) -> Call:
+        if not row.training:
+            return lambda i: function(inputs[i % copies])
+
+        def step(i: int) -> object:
+            x = inputs[i % copies].detach().requires_grad_()
+            return backward(function(x), [x], grad)
+
+        return step
+
+    baseline = next(iter(plain.values()))
+
+    def check() -> list[Finding]:
+        findings = []
+        if ids is not None:
+            findings.append(exact("chosen columns", *(find(first) for find in ids)))
+        tolerance = TOLERANCE[sample.dtype]
+        if not row.training:
+            wanted = exact_function(first.double())
+            return findings + compare("values", ours(first), baseline(first), wanted, tolerance)
+
+        def gradient(function: Function, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return backward(function(x), [x], grad.to(function(x).dtype))[0]
+
+        wanted = gradient(exact_function, first.double())
+        got, theirs = gradient(ours, first), gradient(baseline, first)
+        return findings + compare("gradient", got, theirs, wanted, TOLERANCE[dtype])
+
+    contenders = {"fastmoe_route": contender(ours)}
+    contenders.update({name: contender(function) for name, function in plain.items()})
+    return Case(row, contenders, num_bytes, flops, copies, cached, check)
+
+
+def softmax_case(row: Row, limits: Limits, seed: int) -> Case:
+    """Softmax over the last dimension."""
+    columns = row.shape.num_experts
+    elements = row.tokens * columns
+    size: int = getattr(torch, row.dtype).itemsize
+    return _row_case(
+        row,
+        limits,
+        seed,
+        ours=fr.softmax,
+        plain={"torch.softmax": lambda x: torch.softmax(x, -1)},
+        exact_function=lambda x: torch.softmax(x, -1),
+        columns=columns,
+        num_bytes=(5 if row.training else 2) * elements * size,
+        flops=(EXP_FLOPS + 4 if row.training else EXP_FLOPS) * elements,
+        grad_columns=columns,
+    )
+
+
+def softmax_topk_case(row: Row, limits: Limits, seed: int) -> Case:
+    """The k best of wide rows."""
+    columns, k = row.shape.num_experts, row.shape.top_k
+    elements = row.tokens * columns
+    size: int = getattr(torch, row.dtype).itemsize
+
+    def falling(x: Tensor) -> Tensor:
+        return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1).topk(k, -1).values
+
+    return _row_case(
+        row,
+        limits,
+        seed,
+        ours=lambda x: fr.softmax_topk(x, k)[0],
+        plain={"softmax + topk": plain},
+        exact_function=lambda x: torch.softmax(x, -1).gather(1, falling(x)),
+        columns=columns,
+        num_bytes=(3 if row.training else 1) * elements * size + row.tokens * k * (size + 8),
+        flops=EXP_FLOPS * elements,
+        grad_columns=k,
+        ids=(lambda x: fr.softmax_topk(x, k)[1], falling),
+    )
+
+
+def gate_case(row: Row, limits: Limits, seed: int) -> Case:
+    """Softmax and renormalise, or DeepSeek-V3's recipe."""
+    columns, k = row.shape.num_experts, row.shape.top_k
+    elements = row.tokens * columns
+    size: int = getattr(torch, row.dtype).itemsize
+    if row.shape.gate == "dsv3":
+        bias = 0.1 * torch.randn(columns, generator=torch.Generator().manual_seed(seed))
+
+        def routing(x: Tensor) -> fr.Routing:
+            return fr.gate(
+                x, k, score="sigmoid", bias=bias, num_groups=8, topk_groups=4,
+                group_score="top2_sum", normalize=True, scale=2.5,
+            )  # fmt: skip
+
+        def plain(x: Tensor) -> Tensor:
+            return baselines.gate_dsv3(x, k, bias)[0]
+
+        def plain_ids(x: Tensor) -> Tensor:
+            return baselines.gate_dsv3(x, k, bias)[1].int()
+
+        def wide(x: Tensor) -> Tensor:
+            scores = x.sigmoid()
+            chosen = scores.gather(1, baselines.gate_dsv3(x.float(), k, bias)[1])
+            return chosen / chosen.sum(-1, keepdim=True) * 2.5
+
+    else:
+
+        def routing(x: Tensor) -> fr.Routing:
+            return fr.gate(x, k, normalize=True)
+
+        def plain(x: Tensor) -> Tensor:
+            return baselines.gate_softmax(x, k)[0]
+
+        def plain_ids(x: Tensor) -> Tensor:
+            return x.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
+
+        def wide(x: Tensor) -> Tensor:
+            chosen = torch.softmax(x, -1).gather(1, plain_ids(x).long())
+            return chosen / chosen.sum(-1, keepdim=True)
+
+    return _row_case(
+        row,
+        limits,
+        seed,
+        ours=lambda x: routing(x).weights,
+        plain={"plain": plain},
+        exact_function=wide,
+        columns=columns,
+        num_bytes=(3 if row.training else 1) * elements * size + row.tokens * k * 8,
+        flops=EXP_FLOPS * elements * (2 if row.training else 1),
+        grad_columns=k,
+        ids=(lambda x: routing(x).experts, plain_ids),
+    )

@@ -1,0 +1,362 @@
+"""Dispatch: the plan that groups slots by expert, and the two row movements it drives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+    needs_grad,
+)
+from fastmoe_route.results import DispatchPlan
+
+_ops = torch.ops.fastmoe_route
+_MAX_EXPERTS = 65536
+_INT32_LIMIT = 2**31
+_ID_DTYPES = (torch.int32, torch.int64)
+_DROP_POLICIES = ("position", "score")
+
+
+# ---- plan_dispatch -----------------------------------------------------------------------------
+
+
+def expert_capacity(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    factor: float,
+    *,
+    min_capacity: int = 1,
+    multiple_of: int = 1,
+) -> int:
+    """The usual capacity of an expert: its even share of the slots, times a factor.
+
+    Args:
+        num_tokens: `T`.
+        num_experts: `E`.
+        top_k: `K`.
+        factor: 1.0 leaves room for a perfectly even load only.
+        min_capacity: the least result before rounding.
+        multiple_of: the result is rounded up to a multiple of it.
+
+    Returns:
+        `max(ceil(factor * T * K / E), min_capacity)`, rounded up to a multiple of `multiple_of`.
+
+    Raises:
+        TypeError: a count is no int.
+        ValueError: a count is out of range, or `factor` is negative or not finite.
+
+    >>> expert_capacity(100, 8, 2, 1.25)
+    32
+    """
+    check_int("expert_capacity", "num_tokens", num_tokens, 0)
+    check_int("expert_capacity", "num_experts", num_experts, 1)
+    check_int("expert_capacity", "top_k", top_k, 0)
+    check_int("expert_capacity", "min_capacity", min_capacity, 1)
+    check_int("expert_capacity", "multiple_of", multiple_of, 1)
+    if not 0 <= factor < math.inf:
+        fail(ValueError, "expert_capacity", "factor", "be finite and at least 0", factor)
+    share = math.ceil(factor * num_tokens * top_k / num_experts)
+    capacity = max(share, min_capacity)
+    return (capacity + multiple_of - 1) // multiple_of * multiple_of
+
+
+def plan_dispatch(
+    experts: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    weights: Tensor | None = None,
+    scope_ids: Tensor | None = None,
+    num_scopes: int = 1,
+    align: int = 1,
+    max_rows: int | None = None,
+    allow_unrouted: bool = False,
+) -> DispatchPlan:
+    """Groups slots by expert, and inside an expert by slot number: a stable counting sort.
+
+    The result is the same on every device and with any number of threads. With `capacity` one
+    request can push out another's tokens (arXiv:2402.05526) unless each has its own scope.
+
+    Args:
+        experts: int32 or int64 `[T, K]`, any strides: the expert of each slot, -1 for none. An
+            expert that a token names twice gets two rows.
+        num_experts: `E`, at most 65,536.
+        capacity: the most slots an expert keeps; with `scope_ids`, per scope and expert. None
+            keeps all.
+        drop_policy: which slots are kept: `position`, first choices before second choices, then
+            lower tokens; `score`, larger `weights`, ties to the lower slot, NaN last.
+        weights: float `[T, K]`, needed by `score`.
+        scope_ids: int32 `[T]` in `[0, num_scopes)`: the request each token belongs to. What one
+            scope keeps never depends on another.
+        num_scopes: the number of scopes.
+        align: every expert starts at a multiple of it, and `offsets[E]` is one too.
+        max_rows: the caller's bound on the slots in use, for methods with a wide `K`.
+        allow_unrouted: the id `E` means none, too.
+
+    Returns:
+        A `DispatchPlan`, not differentiable, with
+        `R = min(T * K, E * capacity * num_scopes, max_rows) + E * (align - 1)` rows.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape or is out of range.
+        RuntimeError: an id of `experts` or `scope_ids` is out of range, more slots are in use than
+            `max_rows`, or `T * K` or `R` reaches 2^31. On CUDA an id out of range is none, and
+            surplus slots are dropped, highest first.
+
+    >>> plan = plan_dispatch(torch.tensor([[0, 2], [2, -1], [2, 0]]), num_experts=3)
+    >>> plan.offsets.tolist(), plan.row_to_slot.tolist()
+    ([0, 2, 2, 5], [0, 5, 1, 2, 4, -1])
+    """
+    check_tensor("plan_dispatch", "experts", experts, 2)
+    if experts.dtype not in _ID_DTYPES:
+        check_dtype("plan_dispatch", "experts", experts, _ID_DTYPES)
+    check_int("plan_dispatch", "num_experts", num_experts, 1, _MAX_EXPERTS)
+    if capacity is not None:
+        check_int("plan_dispatch", "capacity", capacity, 1)
+    if max_rows is not None:
+        check_int("plan_dispatch", "max_rows", max_rows, 0)
+    if align != 1:
+        check_int("plan_dispatch", "align", align, 1, _INT32_LIMIT - 1)
+    policy = 0
+    if drop_policy != "position":
+        policy = check_choice("plan_dispatch", "drop_policy", drop_policy, _DROP_POLICIES)
+        weights = _score_weights(experts, weights)
+    if scope_ids is not None or num_scopes != 1:
+        _check_scopes(experts, scope_ids, num_scopes)
+    return DispatchPlan(
+        *_ops.plan_dispatch(
+            experts,
+            num_experts,
+            0 if capacity is None else capacity,
+            policy,
+            weights if policy else None,
+            scope_ids,
+            num_scopes,
+            align,
+            -1 if max_rows is None else max_rows,
+            bool(allow_unrouted),
+        )
+    )
+
+
+def _score_weights(experts: Tensor, weights: Tensor | None) -> Tensor:
+    """The weights that drop policy `score` ranks by."""
+    if weights is None:
+        fail(ValueError, "plan_dispatch", "weights", "be given with drop_policy 'score'", None)
+    check_tensor("plan_dispatch", "weights", weights, 2)
+    check_shape("plan_dispatch", "weights", weights, experts.shape)
+    check_dtype("plan_dispatch", "weights", weights, FLOAT_DTYPES)
+    check_device("plan_dispatch", "weights", weights, experts)
+    return weights.detach()
+
+
+def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) -> None:
+    check_int("plan_dispatch", "num_scopes", num_scopes, 1, _INT32_LIMIT)
+    if scope_ids is not None:
+        check_tensor("plan_dispatch", "scope_ids", scope_ids, 1)
+        check_shape("plan_dispatch", "scope_ids", scope_ids, experts.shape[:1])
+        check_dtype("plan_dispatch", "scope_ids", scope_ids, (torch.int32,))
+        check_device("plan_dispatch", "scope_ids", scope_ids, experts)
+
+
+@torch.library.register_fake("fastmoe_route::plan_dispatch")
+def _(
+    experts: Tensor,
+    num_experts: int,
+    capacity: int,
+    drop_policy: int,
+    weights: Tensor | None,
+    scope_ids: Tensor | None,
+    num_scopes: int,
+    align: int,
+    max_rows: int,
+    allow_unrouted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows = experts.shape[0] * experts.shape[1]
+    if capacity > 0:
+        num_rows = torch.sym_min(num_rows, num_experts * capacity * num_scopes)
+    if max_rows >= 0:
+        num_rows = torch.sym_min(num_rows, max_rows)
+    sizes = (
+        (num_experts + 1,),
+        (num_rows + num_experts * (align - 1),),
+        experts.shape,
+        (num_experts,),
+        (num_experts,),
+    )
+    offsets, row_to_slot, slot_to_row, kept, dropped = (
+        experts.new_empty(size, dtype=torch.int32) for size in sizes
+    )
+    return offsets, row_to_slot, slot_to_row, kept, dropped
+
+
+# ---- permute -----------------------------------------------------------------------------------
+
+
+def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """Copies each token's row to every row its slots hold: tokens in, rows of experts out.
+
+    Args:
+        x: `[T, H]`, float32, bfloat16, float16 or float64; any strides.
+        plan: from `plan_dispatch`.
+
+    Returns:
+        `[R, H]` in the dtype of `x`; row `r` is `x[row_to_slot[r] // K]`, bit for bit, and zero
+        where `row_to_slot[r]` is -1. Differentiable in `x`; the gradient is `unpermute`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: `x` does not fit the plan.
+        RuntimeError: the maps of the plan disagree.
+
+    >>> plan = plan_dispatch(torch.tensor([[1], [0]]), num_experts=2)
+    >>> permute(torch.tensor([[1.0], [2.0]]), plan).tolist()
+    [[2.0], [1.0]]
+    """
+    row_to_slot, slot_to_row = _maps("permute", plan)
+    check_tensor("permute", "x", x, 2)
+    if x.dtype not in FLOAT_DTYPES:
+        check_dtype("permute", "x", x, FLOAT_DTYPES)
+    if x.shape[0] != slot_to_row.shape[0]:
+        check_shape("permute", "x", x, (slot_to_row.shape[0], -1))
+    copy_rows = _ops.permute if needs_grad(x) else _ops.permute_forward
+    return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
+
+
+def _maps(op: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """`row_to_slot` and `slot_to_row` of a plan."""
+    if not isinstance(plan, DispatchPlan):
+        fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
+    return plan.row_to_slot, plan.slot_to_row
+
+
+@torch.library.register_fake("fastmoe_route::permute")
+@torch.library.register_fake("fastmoe_route::permute_forward")
+def _(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+    return x.new_empty((row_to_slot.shape[0], x.shape[1]))
+
+
+def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, row_to_slot, slot_to_row = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(row_to_slot, slot_to_row)
+
+
+def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
+    sum_rows = _ops.unpermute if needs_grad(grad) else _ops.unpermute_forward
+    return sum_rows(grad, None, *ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::permute", _permute_backward, setup_context=_save_maps
+)
+
+
+# ---- unpermute ---------------------------------------------------------------------------------
+
+
+def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:
+    """Sums each token's rows, weighted: rows of experts in, tokens out.
+
+    Args:
+        rows: `[R, H]`, float32, bfloat16, float16 or float64; any strides. Padding rows are not
+            read.
+        plan: from `plan_dispatch`.
+        weights: `[T, K]`, any float dtype; None for 1. Weights of slots without a row are ignored.
+
+    Returns:
+        `[T, H]` in the dtype of `rows`: the sum over `j` ascending of
+        `weights[t, j] * rows[slot_to_row[t, j]]`, taken in float32 (float64 for float64 rows) and
+        rounded once; 0 for a token without a row. Differentiable in `rows` and `weights`, both in
+        one read.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: `rows` or `weights` does not fit the plan.
+        RuntimeError: the plan names rows outside `[-1, R)`.
+
+    >>> plan = plan_dispatch(torch.tensor([[1, 0], [0, -1]]), num_experts=2)
+    >>> rows = torch.tensor([[1.0], [10.0], [100.0], [0.0]])
+    >>> unpermute(rows, plan, torch.tensor([[0.5, 2.0], [3.0, 7.0]])).tolist()
+    [[52.0], [30.0]]
+    """
+    row_to_slot, slot_to_row = _maps("unpermute", plan)
+    check_tensor("unpermute", "rows", rows, 2)
+    if rows.dtype not in FLOAT_DTYPES:
+        check_dtype("unpermute", "rows", rows, FLOAT_DTYPES)
+    if rows.shape[0] != row_to_slot.shape[0]:
+        check_shape("unpermute", "rows", rows, (row_to_slot.shape[0], -1))
+    if weights is not None:
+        check_tensor("unpermute", "weights", weights, 2)
+        if weights.shape != slot_to_row.shape:
+            check_shape("unpermute", "weights", weights, slot_to_row.shape)
+        check_dtype("unpermute", "weights", weights, FLOAT_DTYPES)
+    sum_rows = _ops.unpermute if needs_grad(rows, weights) else _ops.unpermute_forward
+    return sum_rows(rows, weights, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("fastmoe_route::unpermute")
+@torch.library.register_fake("fastmoe_route::unpermute_forward")
+def _(rows: Tensor, weights: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+    return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
+
+
+@torch.library.register_fake("fastmoe_route::unpermute_backward")
+def _(
+    grad_y: Tensor,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    needs_rows: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, top_k = slot_to_row.shape
+    grad_rows = grad_y.new_empty((row_to_slot.shape[0] if needs_rows else 0, grad_y.shape[1]))
+    weights_dtype = torch.float32 if weights is None else weights.dtype
+    grad_weights = grad_y.new_empty(
+        (num_tokens if needs_weights else 0, top_k), dtype=weights_dtype
+    )
+    return grad_rows, grad_weights
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, row_to_slot, slot_to_row = inputs
+    ctx.set_materialize_grads(False)
+    # The rows are read again only for the gradient of the weights.
+    needed_rows = rows if weights is not None and ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(needed_rows, weights, row_to_slot, slot_to_row)
+
+
+def _unpermute_backward(
+    ctx: Any, grad: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    needs_rows, needs_weights = ctx.needs_input_grad[:2]
+    grad_rows, grad_weights = _ops.unpermute_backward(
+        grad, *ctx.saved_tensors, needs_rows, needs_weights
+    )
+    return grad_rows if needs_rows else None, grad_weights if needs_weights else None, None, None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::unpermute", _unpermute_backward, setup_context=_save_rows
+)

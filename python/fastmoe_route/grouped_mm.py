@@ -1,0 +1,174 @@
+"""Grouped matrix product: every expert multiplies its own rows with its own weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+    needs_grad,
+)
+
+
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Multiplies the rows `offsets[e] : offsets[e + 1]` of `x` by `w[e]`, for every expert `e`.
+
+    Products are accumulated in float32 (float64 for float64), the bias is added, and the result is
+    rounded once. A row's result has the same bits whatever rows stand around it and with any number
+    of threads. Under `torch.autocast`, `x`, `w` and `bias` are cast to the autocast dtype (float64
+    is left alone, as everywhere in torch).
+
+    Args:
+        x: float `[R, A]`, rows may be strided.
+        w: `[E, A, B]` in the dtype of `x`. Any view whose last two dimensions are row- or
+            column-major is used in place, so an `nn.Linear`-style `[E, out, in]` parameter is
+            passed as `w.transpose(1, 2)`.
+        offsets: int32 `[E + 1]`, from 0, never falling, ending at most at `R`: those of a
+            `DispatchPlan`.
+        bias: `[E, B]` in the dtype of `x`, or None.
+
+    Returns:
+        `[R, B]` in the dtype of `x`; rows past `offsets[E]` are zero. Differentiable in `x`, `w` and
+        `bias`: the gradient of `w` has the memory layout of `w`, experts without rows get exact
+        zeros, and so do rows past `offsets[E]`.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a shape or device that does not fit.
+        RuntimeError: for offsets that break their rule (checked on CPU).
+
+    Example:
+        >>> import torch, fastmoe_route as fr
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> w = torch.tensor([[[1.0], [1.0]], [[10.0], [0.0]]])  # two experts, A = 2, B = 1
+        >>> fr.grouped_mm(x, w, torch.tensor([0, 1, 3], dtype=torch.int32))
+        tensor([[ 3.],
+                [30.],
+                [50.]])
+    """
+    check_tensor("grouped_mm", "x", x, 2)
+    check_tensor("grouped_mm", "w", w, 3)
+    check_tensor("grouped_mm", "offsets", offsets, 1)
+    if bias is not None:
+        check_tensor("grouped_mm", "bias", bias, 2)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w = x.to(dtype), w.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_dtype("grouped_mm", "x", x, FLOAT_DTYPES)
+    check_dtype("grouped_mm", "offsets", offsets, (torch.int32,))
+    check_shape("grouped_mm", "x", x, (-1, w.shape[1]))
+    check_shape("grouped_mm", "offsets", offsets, (w.shape[0] + 1,))
+    _check_like(x, "w", w)
+    check_device("grouped_mm", "offsets", offsets, x)
+    if bias is not None:
+        check_shape("grouped_mm", "bias", bias, (w.shape[0], w.shape[2]))
+        _check_like(x, "bias", bias)
+    ops = torch.ops.fastmoe_route
+    op = ops.grouped_mm if needs_grad(x, w, bias) else ops.grouped_mm_forward
+    y: Tensor = op(x, w, offsets, bias)
+    return y
+
+
+def _check_like(x: Tensor, argument: str, value: Tensor) -> None:
+    if value.dtype != x.dtype:
+        rule = f"have the dtype of x, {str(x.dtype).removeprefix('torch.')}"
+        fail(TypeError, "grouped_mm", argument, rule, describe(value))
+    check_device("grouped_mm", argument, value, x)
+
+
+@torch.library.register_fake("fastmoe_route::grouped_mm")
+@torch.library.register_fake("fastmoe_route::grouped_mm_forward")
+def _fake(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[2]))
+
+
+@torch.library.register_fake("fastmoe_route::grouped_mm_wgrad")
+def _wgrad_fake(
+    x: Tensor, grad_y: Tensor, offsets: Tensor, transposed: bool, needs_w: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    num_experts = offsets.shape[0] - 1
+    shape = (grad_y.shape[1], x.shape[1]) if transposed else (x.shape[1], grad_y.shape[1])
+    return (
+        x.new_empty((num_experts if needs_w else 0, *shape)),
+        x.new_empty((num_experts if needs_bias else 0, grad_y.shape[1])),
+    )
+
+
+def _is_column_major(w: Tensor) -> bool:
+    return w.stride(1) == 1 and w.stride(2) != 1
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, offsets, bias = inputs
+    ctx.set_materialize_grads(False)
+    needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    ctx.needs_bias = bias is not None and ctx.needs_input_grad[3]
+    # The bias gradient needs no rows of x, but the operator takes its shape from them.
+    ctx.save_for_backward(x if needs_w or ctx.needs_bias else None, w if needs_x else None, offsets)
+    ctx.is_column_major = _is_column_major(w)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+    if grad_y is None:
+        return None, None, None, None
+    x, w, offsets = ctx.saved_tensors
+    needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    grad_x = grad_w = grad_bias = None
+    ops = torch.ops.fastmoe_route
+    if needs_x:
+        grad_x = ops.grouped_mm(grad_y, w.transpose(1, 2), offsets, None)
+    if needs_w or ctx.needs_bias:
+        is_column_major = ctx.is_column_major
+        grad_w, grad_bias = ops.grouped_mm_wgrad(
+            x, grad_y, offsets, is_column_major, needs_w, ctx.needs_bias
+        )
+        if is_column_major:
+            grad_w = grad_w.transpose(1, 2)
+    return grad_x, grad_w if needs_w else None, None, grad_bias if ctx.needs_bias else None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::grouped_mm", _backward, setup_context=_setup_context
+)
+
+
+def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, grad_y, offsets, ctx.transposed, ctx.needs_w, ctx.needs_bias = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, grad_y, offsets)
+
+
+def _wgrad_backward(ctx: Any, grad_grad_w: Tensor | None, grad_grad_bias: Tensor | None) -> Any:
+    """Second derivatives: both factors of the product `x^T grad_y` are multiplied again."""
+    x, grad_y, offsets = ctx.saved_tensors
+    ops = torch.ops.fastmoe_route
+    grad_x = grad_grad_y = None
+    v = grad_grad_w if ctx.needs_w else None
+    if v is not None and ctx.transposed:
+        v = v.transpose(1, 2)
+    bias = grad_grad_bias if ctx.needs_bias else None
+    if ctx.needs_input_grad[0] and v is not None:
+        grad_x = ops.grouped_mm(grad_y, v.transpose(1, 2), offsets, None)
+    if ctx.needs_input_grad[1] and (v is not None or bias is not None):
+        if v is None:
+            v = x.new_zeros((offsets.shape[0] - 1, x.shape[1], grad_y.shape[1]))
+        grad_grad_y = ops.grouped_mm(x, v, offsets, bias)
+    return grad_x, grad_grad_y, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::grouped_mm_wgrad", _wgrad_backward, setup_context=_wgrad_setup_context
+)

@@ -1,0 +1,281 @@
+"""The expert layer in one op: gather, up projection, activation, down projection, combine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+    needs_grad,
+)
+from fastmoe_route.dispatch import plan_dispatch
+from fastmoe_route.results import DispatchPlan, Routing
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
+ACTIVATIONS = (*GATED_ACTIVATIONS, "silu", "gelu", "relu", "relu2")
+WEIGHTS_ON = ("output", "input")
+
+
+def moe_mlp(
+    x: Tensor,
+    routing: Routing | tuple[Tensor, Tensor],
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    bias_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    weights_on: str = "output",
+    plan: DispatchPlan | None = None,
+) -> Tensor:
+    """Sends every token through its experts and sums what they return.
+
+    `y[t] = sum over j ascending of weights[t, j] * expert(x[t])` over the kept slots of token `t`,
+    in float32 (float64 for float64), where
+    `expert_e(x) = act(x @ w_up[e] + bias_up[e]) @ w_down[e] + bias_down[e]`.
+    A token without a kept slot gives 0. No permuted copy of `x` and no expert output is kept; the
+    backward saves `x`, the up projection's output and integer maps.
+
+    Activations: `silu`, `gelu` (exact, erf), `relu`, `relu2` (`relu(x)^2`), and the gated
+    `swiglu`, `geglu`, `reglu` = `f(gate) * up` with `f` = silu, gelu, relu, and `swiglu_clamped`
+    (gpt-oss): `(clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g)` with `g = min(gate, 7)`.
+
+    Deterministic with any number of threads, and batch-invariant: a token's result does not depend
+    on the other tokens (unless a capacity drops slots). Under `torch.autocast`, `x`, the expert
+    weights and the biases are cast to the autocast dtype.
+
+    Args:
+        x: float `[T, H]`, rows may be strided.
+        routing: a `Routing`, or a pair `(experts [T, K], weights [T, K])` with weights of any float
+            dtype. `experts` is read only if `plan` is None.
+        w_up: `[E, H, 2I]` for gated activations, else `[E, H, I]`; the dtype of `x`. Any view whose
+            last two dimensions are row- or column-major is used in place, so an `nn.Linear`-style
+            `[E, out, in]` parameter is passed as `w.transpose(1, 2)`.
+        w_down: `[E, I, H]`, likewise.
+        activation: see above.
+        interleaved: gate and up are the even and odd columns of `w_up` instead of its halves.
+        bias_up: `[E, 2I]` or `[E, I]`, laid out as the columns of `w_up`.
+        bias_down: `[E, H]`.
+        weights_on: `"output"`, or `"input"`: the expert sees `weights[t, j] * x[t]` and outputs are
+            summed unweighted (Llama 4).
+        plan: where the slots go; None makes one without capacity.
+
+    Returns:
+        `[T, H]` in the dtype of `x`. Differentiable in `x`, the routing weights, `w_up`, `w_down`,
+        `bias_up` and `bias_down`; gradients of weights have the memory layout of their weights, and
+        experts without rows get zeros.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a shape, device or name that does not fit.
+        RuntimeError: for a plan that was not made for these sizes.
+
+    Example:
+        >>> import torch, fastmoe_route as fr
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> w_up = torch.eye(2).repeat(3, 1, 1)  # three experts, H = I = 2
+        >>> w_down = torch.eye(2) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+        >>> pair = (torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.5]]))
+        >>> fr.moe_mlp(x, pair, w_up, w_down, activation="relu")
+        tensor([[ 50.5000, 101.0000]])
+    """
+    code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
+    on_input = check_choice("moe_mlp", "weights_on", weights_on, WEIGHTS_ON) == 1
+    check_tensor("moe_mlp", "x", x, 2)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w_up, w_down = (_cast("moe_mlp", v, dtype) for v in (x, w_up, w_down))
+        bias_up = None if bias_up is None else _cast("moe_mlp", bias_up, dtype)
+        bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
+    experts, weights = _check_routing(x, routing)
+    _check_weights(x, w_up, w_down, bias_up, bias_down, code < len(GATED_ACTIVATIONS))
+    if plan is None:
+        plan = plan_dispatch(experts, w_up.shape[0])
+    else:
+        _check_plan(x, plan, w_up.shape[0], weights.shape[1])
+    weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    maps = (plan.offsets, plan.row_to_slot, plan.slot_to_row)
+    ops = torch.ops.fastmoe_route
+    tensors = (x, weights, w_up, w_down, bias_up, bias_down)
+    y: Tensor
+    if needs_grad(*tensors):
+        y, _ = ops.moe_mlp(*tensors, *maps, code, interleaved, on_input)
+    else:
+        y = ops.moe_mlp_forward(*tensors, *maps, code, interleaved, on_input)
+    return y
+
+
+def _cast(op: str, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        fail(TypeError, op, "x, w_up, w_down and the biases", "be tensors", describe(value))
+    return value.to(dtype)
+
+
+def _check_routing(x: Tensor, routing: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(routing, tuple) or len(routing) < 2:
+        fail(TypeError, "moe_mlp", "routing", "be a Routing or a pair (experts, weights)", routing)
+    experts, weights = routing[0], routing[1]
+    check_tensor("moe_mlp", "experts", experts, 2)
+    check_dtype("moe_mlp", "experts", experts, (torch.int32, torch.int64))
+    check_shape("moe_mlp", "experts", experts, (x.shape[0], -1))
+    check_device("moe_mlp", "experts", experts, x)
+    check_tensor("moe_mlp", "weights", weights, 2)
+    check_dtype("moe_mlp", "weights", weights, FLOAT_DTYPES)
+    check_shape("moe_mlp", "weights", weights, experts.shape)
+    check_device("moe_mlp", "weights", weights, x)
+    return experts, weights
+
+
+def _check_weights(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    bias_up: Tensor | None,
+    bias_down: Tensor | None,
+    gated: bool,
+) -> None:
+    check_dtype("moe_mlp", "x", x, FLOAT_DTYPES)
+    check_tensor("moe_mlp", "w_up", w_up, 3)
+    check_tensor("moe_mlp", "w_down", w_down, 3)
+    num_experts, hidden = w_up.shape[0], x.shape[1]
+    check_shape("moe_mlp", "w_up", w_up, (-1, hidden, -1))
+    check_shape("moe_mlp", "w_down", w_down, (num_experts, -1, hidden))
+    up = w_down.shape[1] * (2 if gated else 1)
+    if w_down.shape[1] == 0:
+        fail(ValueError, "moe_mlp", "w_down", "have an expert width of at least 1", describe(w_down))
+    check_shape("moe_mlp", "w_up", w_up, (num_experts, hidden, up))
+    named = [("w_up", w_up), ("w_down", w_down)]
+    if bias_up is not None:
+        check_tensor("moe_mlp", "bias_up", bias_up, 2)
+        check_shape("moe_mlp", "bias_up", bias_up, (num_experts, up))
+        named.append(("bias_up", bias_up))
+    if bias_down is not None:
+        check_tensor("moe_mlp", "bias_down", bias_down, 2)
+        check_shape("moe_mlp", "bias_down", bias_down, (num_experts, hidden))
+        named.append(("bias_down", bias_down))
+    for name, value in named:
+        check_dtype("moe_mlp", name, value, (x.dtype,))
+        check_device("moe_mlp", name, value, x)
+
+
+def _check_plan(x: Tensor, plan: DispatchPlan, num_experts: int, top_k: int) -> None:
+    if not isinstance(plan, tuple) or len(plan) < 3:
+        fail(TypeError, "moe_mlp", "plan", "be a DispatchPlan", describe(plan))
+    wanted = (
+        ("plan.offsets", plan[0], (num_experts + 1,)),
+        ("plan.row_to_slot", plan[1], (-1,)),
+        ("plan.slot_to_row", plan[2], (x.shape[0], top_k)),
+    )
+    for name, value, shape in wanted:
+        check_tensor("moe_mlp", name, value)
+        check_dtype("moe_mlp", name, value, (torch.int32,))
+        check_shape("moe_mlp", name, value, shape)
+        check_device("moe_mlp", name, value, x)
+
+
+@torch.library.register_fake("fastmoe_route::moe_mlp")
+def _(
+    x: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    bias_up: Tensor | None,
+    bias_down: Tensor | None,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    activation: int,
+    interleaved: bool,
+    weights_on_input: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(row_to_slot.shape[0], w_up.shape[2])
+
+
+@torch.library.register_fake("fastmoe_route::moe_mlp_forward")
+def _(
+    x: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    bias_up: Tensor | None,
+    bias_down: Tensor | None,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    activation: int,
+    interleaved: bool,
+    weights_on_input: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _empty_with_layout(w: Tensor) -> Tensor:
+    """An empty tensor of the shape of `w`, column-major where `w` is."""
+    experts, rows, cols = w.shape
+    if w.stride(1) == 1 and w.stride(2) != 1:
+        return w.new_empty(experts, cols, rows).transpose(1, 2)
+    return w.new_empty(experts, rows, cols)
+
+
+@torch.library.register_fake("fastmoe_route::moe_mlp_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    bias_down: Tensor | None,
+    offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    preactivation: Tensor,
+    activation: int,
+    interleaved: bool,
+    weights_on_input: bool,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    num_experts = w_up.shape[0]
+    return (
+        x.new_empty(x.shape if wanted & 1 else 0),
+        weights.new_empty(weights.shape if wanted & 2 else 0),
+        _empty_with_layout(w_up) if wanted & 4 else x.new_empty(0),
+        _empty_with_layout(w_down) if wanted & 8 else x.new_empty(0),
+        x.new_empty((num_experts, w_up.shape[2]) if wanted & 16 else 0),
+        x.new_empty((num_experts, x.shape[1]) if wanted & 32 else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, w_up, w_down, _, bias_down, *maps, activation, interleaved, on_input = inputs
+    _, preactivation = output
+    ctx.mark_non_differentiable(preactivation)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weights, w_up, w_down, bias_down, *maps, preactivation)
+    ctx.options = (activation, interleaved, on_input)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 12
+    wanted = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
+    grads = torch.ops.fastmoe_route.moe_mlp_backward(
+        grad_y, *ctx.saved_tensors, *ctx.options, wanted
+    )
+    return (*(grad if wanted >> i & 1 else None for i, grad in enumerate(grads)), *(None,) * 6)
+
+
+torch.library.register_autograd(
+    "fastmoe_route::moe_mlp", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,218 @@
+"""Softmax along any dimension, and the k best softmax probabilities of wide rows in one read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+    needs_grad,
+)
+
+_METHODS = ("auto", "three_pass", "online", "two_pass")
+_MAX_K = 64
+_ops = torch.ops.fastmoe_route
+
+
+def softmax(
+    x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | None = None
+) -> Tensor:
+    """Computes `exp(x - max) / sum(exp(x - max))` along `dim`.
+
+    Same values and the same NaN/inf pattern as `torch.softmax`: a slice with a NaN or a +inf, and
+    one that is all -inf, is NaN throughout; -inf beside finite values gives exactly 0. A slice has
+    the same bits whatever else `x` holds and however many threads run.
+
+    The methods differ in speed only: `three_pass` finds the max, the sum, and writes; `online` has
+    one pass for max and sum (arXiv:1805.02867); `two_pass` sums mantissas and exponents and needs
+    no max (arXiv:2001.04438). `auto` picks by the length of the slice and the dtype. float64 is
+    always computed in three passes.
+
+    Args:
+        x: any shape; float32, bfloat16, float16 (computed in float32) or float64; any strides.
+        dim: the dimension that sums to 1.
+        method: `auto`, `three_pass`, `online` or `two_pass`.
+        out: where to write the result, contiguous, of the shape and dtype of `x`. As in torch,
+            no gradient flows through it.
+
+    Returns:
+        Shape and dtype of `x`; differentiable. `out` if given.
+
+    Raises:
+        TypeError: if an argument is of the wrong type or dtype.
+        ValueError: if `dim`, `method` or `out` does not fit.
+        RuntimeError: if `out` is given and `x` requires a gradient.
+
+    Example:
+        >>> softmax(torch.tensor([0.0, 0.0, -torch.inf]))
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+    check_tensor("softmax", "x", x)
+    check_dtype("softmax", "x", x, FLOAT_DTYPES)
+    num_dims = max(x.dim(), 1)
+    check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
+    method_idx = check_choice("softmax", "method", method, _METHODS)
+    if out is not None:
+        return _softmax_into(x, dim, method_idx, out)
+    op = _ops.softmax if needs_grad(x) else _ops.softmax_forward
+    if x.dim() == 2 and dim in (1, -1):
+        return op(x, method_idx)
+    if x.numel() == 0:
+        return x.clone()
+    if x.dim() == 0:
+        return op(x.reshape(1, 1), method_idx).reshape(())
+    moved = x.movedim(dim, -1)
+    rows = op(moved.reshape(-1, moved.shape[-1]), method_idx)
+    return rows.reshape(moved.shape).movedim(-1, dim)
+
+
+def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
+    check_tensor("softmax", "out", out)
+    check_dtype("softmax", "out", out, (x.dtype,))
+    check_shape("softmax", "out", out, x.shape)
+    check_device("softmax", "out", out, x)
+    if not out.is_contiguous():
+        fail(ValueError, "softmax", "out", "be contiguous", f"strides {out.stride()}")
+    if needs_grad(x, out):
+        fail(RuntimeError, "softmax", "out", "not be given when a gradient is needed", describe(x))
+    if x.numel() == 0:
+        return out
+    if dim in (-1, x.dim() - 1) or x.dim() == 0:
+        columns = x.shape[-1] if x.dim() else 1
+        _ops.softmax_out(x.reshape(-1, columns), method_idx, out.view(-1, columns))
+        return out
+    return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
+
+
+def _fake_softmax(x: Tensor, method: int) -> Tensor:
+    del method
+    return x.new_empty(x.shape)
+
+
+torch.library.register_fake("fastmoe_route::softmax")(_fake_softmax)
+torch.library.register_fake("fastmoe_route::softmax_forward")(_fake_softmax)
+
+
+@torch.library.register_fake("fastmoe_route::softmax_out")
+def _fake_softmax_out(x: Tensor, method: int, out: Tensor) -> None:
+    del x, method, out
+
+
+@torch.library.register_fake("fastmoe_route::softmax_backward")
+def _fake_softmax_backward(grad_y: Tensor, y: Tensor) -> Tensor:
+    del grad_y
+    return y.new_empty(y.shape)
+
+
+def _softmax_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad_y is None:
+        return None, None
+    (y,) = ctx.saved_tensors
+    return _ops.softmax_backward(grad_y, y), None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::softmax", _softmax_backward, setup_context=_softmax_setup_context
+)
+
+
+def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest softmax probabilities of each row and their columns, in one read of `x`.
+
+    Ranked by `x` itself, best first: ties go to the lower column, NaN ranks below every number
+    (-inf included). A row with a NaN or a +inf, and one that is all -inf, has NaN values, as its
+    softmax would; its columns are valid and distinct all the same. The sum of exponentials is the
+    online softmax's (arXiv:1805.02867).
+
+    Args:
+        x: `[..., C]`, up to 2^31 - 1 columns; float32, bfloat16, float16 (computed in float32) or
+            float64; rows may be strided.
+        k: how many, in `[1, min(C, 64)]`.
+
+    Returns:
+        Values `[..., k]` in the dtype of `x`, differentiable, and their int64 columns `[..., k]`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type or dtype.
+        ValueError: if `x` has no dimension or `k` is out of range.
+
+    Example:
+        >>> softmax_topk(torch.tensor([0.0, 1.0, 1.0, -torch.inf]), 2)
+        (tensor([0.4223, 0.4223]), tensor([1, 2]))
+    """
+    check_tensor("softmax_topk", "x", x)
+    check_dtype("softmax_topk", "x", x, FLOAT_DTYPES)
+    if x.dim() == 0:
+        fail(ValueError, "softmax_topk", "x", "have at least 1 dimension", describe(x))
+    columns = x.shape[-1]
+    check_int("softmax_topk", "k", k, 1, min(columns, _MAX_K))
+    rows = x if x.dim() == 2 else x.reshape(-1, columns)
+    if needs_grad(x):
+        values, _, indices = _ops.softmax_topk(rows, k)
+    else:
+        values, indices = _ops.softmax_topk_forward(rows, k)
+    if x.dim() == 2:
+        return values, indices
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
+
+
+@torch.library.register_fake("fastmoe_route::softmax_topk")
+def _fake_softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, k),
+        x.new_empty(rows, 2, dtype=torch.float64),
+        x.new_empty(rows, k, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("fastmoe_route::softmax_topk_forward")
+def _fake_softmax_topk_forward(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+@torch.library.register_fake("fastmoe_route::softmax_topk_backward")
+def _fake_softmax_topk_backward(
+    grad_values: Tensor, x: Tensor, statistics: Tensor, indices: Tensor
+) -> Tensor:
+    del grad_values, statistics, indices
+    return x.new_empty(x.shape)
+
+
+def _topk_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, statistics, indices = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, indices)
+    ctx.save_for_backward(inputs[0], statistics, indices)
+
+
+def _topk_backward(
+    ctx: Any, grad_values: Tensor | None, grad_statistics: None, grad_indices: None
+) -> tuple[Tensor | None, None]:
+    del grad_statistics, grad_indices
+    if grad_values is None:
+        return None, None
+    return _ops.softmax_topk_backward(grad_values, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(
+    "fastmoe_route::softmax_topk", _topk_backward, setup_context=_topk_setup_context
+)

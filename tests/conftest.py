@@ -1,0 +1,102 @@
+"""Options, the backend parameter, poisoned memory and guard zones of every test."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+# Files about the package as a whole, and tests of torch's own machinery around an op: the same for
+# every instruction set, and slow or impossible under a sanitizer.
+PACKAGE_FILES = {"test_structure.py", "test_package.py", "test_readme.py", "test_bench.py"}
+TORCH_MACHINERY = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
+
+GUARD_BYTES = 256
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="run the tests marked large as well")
+    parser.addoption(
+        "--kernels",
+        action="store_true",
+        help="run only what depends on the kernels: no package files, no compile, export, opcheck",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fills fresh memory with 0x7f bytes: the largest float32 or bfloat16, NaN as float16.
+
+    An output, a scratch buffer or padding that is read before it is written then wins every
+    maximum and spoils every sum. glibc only; a sanitizer brings its own filling.
+    """
+    m_perturb, fill = -6, 0x7F
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(m_perturb, fill ^ 0xFF)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--large"):
+        skip = pytest.mark.skip(reason="needs --large")
+        for item in items:
+            if "large" in item.keywords:
+                item.add_marker(skip)
+    if config.getoption("--kernels"):
+        chosen = [item for item in items if _tests_kernels(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+def _tests_kernels(item: pytest.Item) -> bool:
+    name = item.name.lower()
+    return item.path.name not in PACKAGE_FILES and not any(w in name for w in TORCH_MACHINERY)
+
+
+@pytest.fixture(params=["cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The device type whose kernels a test runs on."""
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`threads(n)` sets the number of torch's threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
+    """`guarded(x)` is `x` between two poisoned zones; at the end nothing may have been written.
+
+    The zones hold the largest value of the dtype, so reading them shows as well. The start is one
+    element past an aligned address.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def guard(x: Tensor) -> Tensor:
+        pad = GUARD_BYTES // x.element_size()
+        info = torch.finfo if x.is_floating_point() else torch.iinfo
+        largest = 1 if x.dtype == torch.bool else info(x.dtype).max
+        store = torch.full((x.numel() + 2 * pad + 1,), largest, dtype=x.dtype, device=x.device)
+        view = store[pad + 1 : pad + 1 + x.numel()].view(x.shape)
+        view.copy_(x)
+        kept.append((store, store.clone()))
+        return view.requires_grad_(x.requires_grad)
+
+    yield guard
+    for store, before in kept:
+        assert torch.equal(store.view(torch.uint8), before.view(torch.uint8)), (
+            "an input or the memory around it was written"
+        )
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent

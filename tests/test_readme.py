@@ -1,0 +1,64 @@
+"""Everything the documentation shows is run: snippets, docstring examples, commands it names."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import fastmoe_route
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def modules() -> list[str]:
+    """Every module of the package whose import does not start a program."""
+    found = pkgutil.walk_packages(fastmoe_route.__path__, "fastmoe_route.")
+    names = [module.name for module in found]
+    return ["fastmoe_route", *(n for n in names if not n.endswith(("__main__", "_cpu", "_cuda")))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_snippets(page: Path) -> None:
+    results = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_snippet_is_a_doctest(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        assert block.startswith(">>> "), block
+        assert block.endswith("\n\n") or not block.rstrip().splitlines()[-1], block
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name: str) -> None:
+    torch.manual_seed(0)
+    results = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_targets_and_files_exist(page: Path) -> None:
+    text = page.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    commands = " ".join(re.findall(r"`[^`]+`|^make .*", text, re.M))
+    for target in re.findall(r"\bmake ([a-z][a-z-]+)", commands):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+    for path in re.findall(r"`((?:csrc|python|tests|tools|bench|examples|docs)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_commands_in_the_readme_are_understood() -> None:
+    from fastmoe_route import cli
+
+    parser = cli.parser()
+    text = (ROOT / "README.md").read_text()
+    for line in re.findall(r"^python -m fastmoe_route (.*)$", text, re.M):
+        parser.parse_args(line.split("#")[0].split())
