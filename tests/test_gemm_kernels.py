@@ -43,7 +43,9 @@ def multiply(x: Tensor, w: Tensor) -> Tensor:
 
 
 def wgrad(x: Tensor, y: Tensor, counts: Sequence[int], transposed: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastmoe_route.grouped_mm_wgrad(x, y, offsets_of(counts), transposed, True, True)
+    return torch.ops.fastmoe_route.grouped_mm_wgrad(
+        x, y, offsets_of(counts), transposed, True, True
+    )
 
 
 def sum_limit(left: Tensor, right: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,7 +226,9 @@ def test_nothing_is_read_past_the_operands(
         w = weights_of(k, n, outer, dtype)
         dense = w if outer else w.transpose(1, 2)
         placed = before_hole(dense)
-        assert_exact(multiply(x, placed if outer else placed.transpose(1, 2)), multiply(x.clone(), w))
+        assert_exact(
+            multiply(x, placed if outer else placed.transpose(1, 2)), multiply(x.clone(), w)
+        )
         y = before_hole(normal(m, n, dtype=dtype, seed=-i))
         assert_exact(wgrad(x, y, [m], outer)[0], wgrad(x.clone(), y.clone(), [m], outer)[0])
 

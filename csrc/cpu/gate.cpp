@@ -144,10 +144,10 @@ class Gate {
       for (int64_t r = 0; r < count; ++r) {
         int32_t* taken = taken_ + r * shape_.top_k;
         Key* taken_keys = taken_keys_ + r * shape_.top_k;
+        if (count == 1) take_columns(rows_[r], selectors[r], taken, taken_keys);
         const int64_t limit = slots_of(t + r);
         int64_t num_taken = 0;
-        if (count == 1) num_taken = take_columns(rows_[r], selectors[r], limit, taken, taken_keys);
-        else while (num_taken < limit && taken_keys[num_taken] != kDisallowed) ++num_taken;
+        while (num_taken < limit && taken_keys[num_taken] != kDisallowed) ++num_taken;
         finish(rows_[r], t + r, taken, taken_keys, num_taken, score_sum);
       }
       t += count;
@@ -175,7 +175,7 @@ class Gate {
     const int64_t num_chosen = has_stops() ? num_before_stop(row, t, taken, taken_keys, num_taken) : num_taken;
     write_choice(row, t, taken, num_chosen);
     if (a_.scores != nullptr) copy(row.scores, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
-    if (a_.logsumexp != nullptr) write_statistics(row, t, num_taken == 0 && nothing_allowed(row), score_sum);
+    if (a_.logsumexp != nullptr) write_statistics(row, t, taken_keys[0] == kDisallowed, score_sum);
   }
 
   // Scores of all columns of z, whose largest number is max_z; NaN logits count as -inf, so that the others stay
@@ -322,22 +322,19 @@ class Gate {
     return wanted < 0 ? 0 : wanted < shape_.top_k ? wanted : shape_.top_k;
   }
 
-  // The best allowed columns of one row, best first; returns how many there were.
-  int64_t take_columns(Row<V>& row, Selector<V>& columns, int64_t limit, int32_t* taken, Key* taken_keys) const {
-    if (a_.max_per_group >= shape_.top_k || shape_.num_null > 0) return columns.take(limit, taken, taken_keys);
-    for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
+  // The best allowed columns of one row, best first; keys past the last are kDisallowed.
+  void take_columns(Row<V>& row, Selector<V>& columns, int32_t* taken, Key* taken_keys) const {
     int64_t j = 0;
-    while (j < limit && columns.take(1, taken + j, taken_keys + j) == 1) {
-      const int64_t g = taken[j++] / group_size_;
-      if (++row.group_count[g] == a_.max_per_group) columns.disallow(g * group_size_, (g + 1) * group_size_);
+    if (a_.max_per_group >= shape_.top_k) {
+      j = columns.take(shape_.top_k, taken, taken_keys);
+    } else {
+      for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
+      for (; j < shape_.top_k && columns.take(1, taken + j, taken_keys + j) == 1; ++j) {
+        const int64_t g = taken[j] / group_size_;
+        if (++row.group_count[g] == a_.max_per_group) columns.disallow(g * group_size_, (g + 1) * group_size_);
+      }
     }
-    return j;
-  }
-
-  bool nothing_allowed(const Row<V>& row) const {
-    for (int64_t i = 0; i < num_columns_; ++i)
-      if (row.keys[i] != kDisallowed) return false;
-    return true;
+    for (; j < shape_.top_k; ++j) taken_keys[j] = kDisallowed;
   }
 
   bool has_top_p() const { return a_.top_p_per_token.data != nullptr || a_.top_p < INFINITY; }

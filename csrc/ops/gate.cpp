@@ -74,7 +74,8 @@ GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_
   const char* arithmetic_name = args.dtype == DType::kFloat64 ? "float64" : "float32";
   check_range<int64_t>("topk_groups", topk_groups, 1, num_groups);
   check_range<int64_t>("group_score", group_score, 0, 1);
-  check(max_per_group >= 1, "gate: max_per_group must be at least 1, got ", max_per_group);
+  check(max_per_group >= (num_null > 0 ? top_k : 1), "gate: max_per_group must be at least ",
+        num_null > 0 ? top_k : 1, ", got ", max_per_group);
   check_range<int64_t>("min_k", min_k, 0, top_k);
   if (bias) check_dtype("gate", "bias", *bias, arithmetic, arithmetic_name);
   if (mask) check_dtype("gate", "mask", *mask, ScalarType::Bool, "bool");

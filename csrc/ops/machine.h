@@ -19,9 +19,9 @@ struct PeakArgs {
 };
 
 struct ReadArgs {
-  const float* values;       // [count]
+  const float* values;  // [count]
   int64_t count;
-  int64_t passes;            // times every thread reads its part
+  int64_t passes;  // times every thread reads its part
   float* sum;
 };
 

@@ -181,7 +181,7 @@ def _check_groups(
     if num_experts % num_groups != 0:
         rule = f"divide the number of experts {num_experts}"
         fail(ValueError, "gate", "num_groups", rule, num_groups)
-    if num_null > 0:
+    if num_null > 0 and (num_groups > 1 or max_per_group is not None):
         fail(ValueError, "gate", "num_null", "be 0 with groups", num_null)
     if topk_groups is not None:
         check_int("gate", "topk_groups", topk_groups, 1, num_groups)

@@ -37,9 +37,9 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
         bias: `[E, B]` in the dtype of `x`, or None.
 
     Returns:
-        `[R, B]` in the dtype of `x`; rows past `offsets[E]` are zero. Differentiable in `x`, `w` and
-        `bias`: the gradient of `w` has the memory layout of `w`, experts without rows get exact
-        zeros, and so do rows past `offsets[E]`.
+        `[R, B]` in the dtype of `x`; rows past `offsets[E]` are zero. Differentiable in `x`, `w`
+        and `bias`: the gradient of `w` has the memory layout of `w`, experts without rows get
+        exact zeros, and so do rows past `offsets[E]`.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.

@@ -178,19 +178,21 @@ void multiply_rows(const char* packed, int64_t m, const char* w, int64_t w_strid
   const int64_t next_row_tile = divide_up(k, kDepth) * kTileBytes;
   const int64_t row_tiles = divide_up(m, kSide);
   constexpr int64_t kSlice = kSliceTiles * kDepth;
-  constexpr int64_t kWidth = (kOuter ? kSlices : 1) * kPair;
+  // Many rows of x: a block of them is read from L2 for several slices. Few: whole weight rows are read in one go.
+  const int64_t panel_width = kOuter || row_tiles > 4 ? kSlices * kPair : kPair;
   const int64_t pairs = divide_up(row_tiles, 2);
-  for (int64_t n0 = 0; n0 < n; n0 += kWidth) {
-    const int64_t width = smaller(n - n0, kWidth);
+  for (int64_t n0 = 0; n0 < n; n0 += panel_width) {
+    const int64_t width = smaller(n - n0, panel_width);
     for (int64_t k0 = 0; k0 < k; k0 += kSlice) {
       const int64_t depth = smaller(k - k0, kSlice);
       const bool last = k0 + kSlice >= k;
       if (kOuter) {
         copy_outer_panel(w + k0 * stride_bytes + n0 * 2, stride_bytes, width, depth,
-                         last ? kWidth * 2 - k0 * stride_bytes : kSlice * stride_bytes, panel);
+                         last ? panel_width * 2 - k0 * stride_bytes : kSlice * stride_bytes, panel);
       } else {
-        copy_dot_slice(w + n0 * stride_bytes + k0 * 2, stride_bytes, width, depth,
-                       last ? kPair * stride_bytes - k0 * 2 : kSlice * 2, panel);
+        for (int64_t j = 0; j < width; j += kPair)
+          copy_dot_slice(w + (n0 + j) * stride_bytes + k0 * 2, stride_bytes, smaller(width - j, kPair), depth,
+                         last ? panel_width * stride_bytes - k0 * 2 : kSlice * 2, panel + j / kPair * kSliceBytes);
       }
       finish_stores();
       for (int64_t j = 0; j < width; j += kPair) {
@@ -216,10 +218,10 @@ void multiply_rows(const char* packed, int64_t m, const char* w, int64_t w_strid
 template <bool kOuter>
 void multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
               int64_t c_stride) {
-  constexpr int64_t kPanelBytes = (kOuter ? kSlices : 1) * kSliceBytes;
+  constexpr int64_t kPanelBytes = kSlices * kSliceBytes;
   const int64_t rows = smaller(divide_up(m, kPair) * kPair, kMaxRows);
   char* panel = static_cast<char*>(
-      scratch(Scratch::kMicroKernel, kPanelBytes + rows * (kOuter ? kSlices : 1) * kPair * sizeof(float)));
+      scratch(Scratch::kMicroKernel, kPanelBytes + rows * kSlices * kPair * sizeof(float)));
   const Tiles tiles;
   for (int64_t i = 0; i < m; i += kMaxRows)
     multiply_rows<kOuter>(static_cast<const char*>(packed) + i / kSide * divide_up(k, kDepth) * kTileBytes,

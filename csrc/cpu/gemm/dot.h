@@ -1,10 +1,10 @@
 // Products with reduction-contiguous weights (nn.Linear's layout): vectors run along k, one accumulator per output, so
 // weights are read in place, in order, and never packed.
 //
-// Order of summation: k is cut into equal blocks of at most 1024. In a block, lane l of an accumulator sums elements l, l + kLanes,
-// ... with one fma each, from +0; the lanes are added by one fixed tree; block sums are added in order. Every tile
-// shape follows it, so a row's result depends on nothing but its own elements. It also errs 3 to 10 times less than one
-// running sum.
+// Order of summation: k is cut into equal blocks of at most 1024. In a block, lane l of an accumulator sums elements
+// l, l + kLanes, ... with one fma each, from +0; the lanes are added by one fixed tree; block sums are added in order.
+// Every tile shape follows it, so a row's result depends on nothing but its own elements. It also errs 3 to 10 times
+// less than one running sum.
 //
 // Tiles of kDotRows rows by 4 weights. Rows are packed, widened to float, as [tile][k / kLanes][row][lane]: a tile's k
 // block is 24 KB that stays in L1 while a panel of weights passes from L2. Few rows (one tile) go through the weights in

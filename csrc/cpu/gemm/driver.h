@@ -1,7 +1,7 @@
 // Who multiplies what: blocks of rows of one expert times chunks of columns of its weights, shared among threads.
 //
-// A block is a run of at most `max_block_rows` rows of one expert; a task is one block and one chunk of columns. Tasks are
-// numbered block by block, and every worker starts with its own run of numbers, so it packs a block's rows once and
+// A block is a run of at most 512 rows of one expert; a task is one block and one chunk of columns. Tasks are numbered
+// block by block, and every worker starts with its own run of numbers, so it packs a block's rows once and
 // streams the weights of its own experts in order; a worker that has finished takes single tasks from the next one that
 // has not. One token's few experts are spread over all threads by columns; many rows cost one packing per block.
 // No result depends on who computed it: the micro-kernels sum in an order of k alone.
@@ -181,7 +181,8 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
         }
         const int64_t column = task % chunks * chunk;
         const int64_t width = product.n - column < chunk ? product.n - column : chunk;
-        FinishedTile<A> done{block.expert, block.begin, block.end, column, column + width, scratch_tile, width * widths};
+        FinishedTile<A> done{block.expert,   block.begin,  block.end,      column,
+                             column + width, scratch_tile, width * widths};
         if (product.direct != nullptr) {
           done.stride = product.direct_stride;
           done.tile = static_cast<A*>(product.direct) + block.begin * done.stride + column;
@@ -189,8 +190,8 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
         for (int64_t side = 0; side < widths; ++side) {
           A* to = done.tile + side * width;
           if (product.k > 0) {
-            product.weights.kernel.multiply(packed, m, product.weights.at(block.expert, column + side * product.partner),
-                                            product.weights.stride, width, product.k, to, done.stride);
+            const void* w = product.weights.at(block.expert, column + side * product.partner);
+            product.weights.kernel.multiply(packed, m, w, product.weights.stride, width, product.k, to, done.stride);
           } else {
             for (int64_t i = 0; i < m; ++i)
               for (int64_t j = 0; j < width; ++j) to[i * done.stride + j] = A(0);

@@ -38,7 +38,8 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < V; ++j) sums[i][j] = end == OuterEnd::kContinue ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
+    for (int j = 0; j < V; ++j)
+      sums[i][j] = end == OuterEnd::kContinue ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
   for (int64_t q = 0; q < k; ++q, w += w_stride, a += R) {
     if (kPrefetch) {
       const char* line = reinterpret_cast<const char*>(w + k * w_stride);

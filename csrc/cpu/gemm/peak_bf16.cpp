@@ -7,9 +7,7 @@
 #include "cpu/gemm/peak_timer.h"
 
 namespace fastmoe_route {
-namespace avx512 {
-void peak_float32(const PeakArgs& args);
-}
+namespace avx512 { void peak_float32(const PeakArgs& args); }
 }  // namespace fastmoe_route
 
 FASTMOE_ROUTE_ISA_BEGIN

@@ -1,5 +1,6 @@
 // The timing around every peak kernel: burn(iterations) does a fixed number of operations on registers, and all
-// threads do it at the same time. The best stretch counts: a limit is what the machine reaches when left alone.
+// threads do it at the same time, in stretches short enough that some are not interrupted. The best stretch counts: a
+// limit is what the machine reaches when left alone.
 #pragma once
 
 #include <time.h>
@@ -18,22 +19,26 @@ inline double now() {
 
 template <class Burn>
 inline void measure_peak(const PeakArgs& args, double flops_per_iteration, const Burn& burn) {
-  constexpr double kStretch = 0.01;  // long beside starting the threads, short beside an interruption
+  constexpr double kStretch = 2e-3;  // long beside starting the threads, short beside a time slice
+  constexpr int64_t kTrial = 10000;
   const int threads = num_threads();
-  int64_t iterations = 1000;
-  double shortest = 1e30;  // of any iteration so far: a stretch that was interrupted does not end the search
-  bool is_long = false;
+  double shortest = 1e30;  // seconds of one iteration, on this thread alone
+  for (int trial = 0; trial < 20; ++trial) {
+    const double start = now();
+    burn(kTrial);
+    const double seconds = (now() - start) / kTrial;
+    shortest = seconds < shortest ? seconds : shortest;
+  }
+  const int64_t iterations = static_cast<int64_t>(kStretch / shortest) + 1;
+  shortest = 1e30;  // on all threads
   const double end = now() + args.seconds;
   do {
     const double start = now();
     parallel_workers(threads, [&](int) { burn(iterations); });
     const double seconds = (now() - start) / static_cast<double>(iterations);
     shortest = seconds < shortest ? seconds : shortest;
-    is_long = shortest * static_cast<double>(iterations) >= kStretch;
-    if (!is_long) iterations *= 2;
-  } while (!is_long || now() < end);
-  const double best = flops_per_iteration * threads / shortest;
-  *args.flops = best;
+  } while (now() < end);
+  *args.flops = flops_per_iteration * threads / shortest;
 }
 
 FASTMOE_ROUTE_ISA_END

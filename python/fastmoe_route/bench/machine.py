@@ -200,6 +200,7 @@ def describe() -> dict[str, object]:
         "l2_bytes": cache_bytes(2),
         "l3_bytes": cache_bytes(3),
         "available_bytes": available_bytes(),
+        "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "level": info["level"],
         "best_level": info["best_level"],

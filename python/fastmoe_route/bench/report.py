@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,12 @@ class Reporter:
             f"fastmoe_route {fr.__version__}, torch {torch.__version__}, {machine.cpu_name()}, "
             f"{torch.get_num_threads()} threads, level {info['level']}"
         )
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+        if load > 0.5 * cpus:
+            self._print(
+                f"NOTE: other programs keep this machine busy (load {load:.1f} on {cpus} CPUs): "
+                "limits, times and ratios will say little"
+            )
 
     def limits(self, limits: Limits) -> None:
         """The denominators, with what torch.mm reaches beside the peaks."""
