@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=150, help="training steps of each run")
+    add("--steps", type=int, default=120, help="training steps of each run")
     add("--out", "--plot", dest="out", type=Path, help="file for the plot (needs matplotlib)")
     add("--experts", type=int, default=default.experts, help="experts per layer")
     add("--top-k", type=int, default=default.top_k, help="experts per token")
@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     add("--context", type=int, default=default.context, help="bytes per window")
     add("--batch", type=int, default=default.batch, help="windows per step")
     add("--rate", type=float, default=3e-3, help="highest learning rate")
-    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
+    add("--balance", type=float, default=0.1, help="weight of the load-balancing loss")
     add("--seed", type=int, default=0, help="seed of weights and batches")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args(arguments)

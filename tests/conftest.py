@@ -14,12 +14,11 @@ from torch import Tensor
 # Files about the package as a whole, and tests of torch's own machinery around an op: the same for
 # every instruction set, and slow or impossible under a sanitizer.
 PACKAGE_FILES = {
-    "test_structure.py",
-    "test_package.py",
-    "test_readme.py",
-    "test_bench.py",
-    "test_cli.py",
-    "test_example.py",
+    f"test_{name}.py"
+    for name in (
+        *("structure", "package", "readme", "bench", "cli", "example"),
+        *("reference", "reference_gate", "tolerance"),
+    )
 }
 TORCH_MACHINERY = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
 

@@ -1,4 +1,4 @@
-"""moe_mlp. Tolerance classes: ratio (against plain torch in the same dtype), exact (invariances)."""
+"""moe_mlp. Classes: ratio (against plain torch of the same dtype), exact (invariances)."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_biases_join_before_and_after(backend: str) -> None:
 
 
 def test_random_cases_equal_reference(backend: str) -> None:
-    check_cases(11, 80, (*DTYPES, torch.float64))
+    check_cases(11, 60, (*DTYPES, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,7 +212,7 @@ def test_activations_over_their_range(backend: str, activation: str) -> None:
 def test_every_instruction_set(backend: str, level: str) -> None:
     code = (
         "import torch, test_moe_mlp as t\n"
-        "t.check_cases(5, 16, (torch.float32, torch.bfloat16, torch.float16, torch.float64))\n"
+        "t.check_cases(5, 12, (torch.float32, torch.bfloat16, torch.float16, torch.float64))\n"
         "t.check_case(t.make(40, 200, 130, 3, 2, dtype=torch.bfloat16, biases=True))"
     )
     tests = Path(__file__).parent
@@ -240,7 +240,7 @@ def test_gradcheck(backend: str, activation: str, weights_on: str) -> None:
     case["interleaved"] = activation in ("geglu", "swiglu_clamped")
     tensors = [case.pop(n) if n != "weights" else weights for n in TENSORS]
 
-    def layer(x, weights, w_up, w_down, bias_up, bias_down):  # noqa: ANN001, ANN202
+    def layer(x, weights, w_up, w_down, bias_up, bias_down):
         return fr.moe_mlp(
             x, (experts, weights), w_up, w_down, bias_up=bias_up, bias_down=bias_down, **case
         )
@@ -426,8 +426,10 @@ def test_sizes(backend: str, num_tokens: int, top_k: int, hidden: int) -> None:
 def test_no_slot_gives_zero(backend: str) -> None:
     case = make(6, 16, 8, 3, 2, biases=True)
     case["routing"][0][2] = -1
-    case["routing"] = (case["routing"][0], case["routing"][1].masked_fill(
-        case["routing"][0] < 0, math.nan))
+    case["routing"] = (
+        case["routing"][0],
+        case["routing"][1].masked_fill(case["routing"][0] < 0, math.nan),
+    )
     got = results(fr.moe_mlp, case)
     assert not got["y"][2].any()
     assert not got["x"][2].any()

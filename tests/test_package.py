@@ -38,7 +38,7 @@ def machine_info() -> dict[str, str]:
 
 
 def test_import_is_quick() -> None:
-    """CPU time, the best of some runs: the wall clock of a busy machine says nothing."""
+    """CPU time, the best of up to three runs: the wall clock of a busy machine says nothing."""
     program = """
         import time
         import torch
@@ -46,8 +46,8 @@ def test_import_is_quick() -> None:
         import fastmoe_route
         print(time.process_time() - start)
     """
-    best = min(float(run(program, OMP_NUM_THREADS="1").stdout) for _ in range(3))
-    assert best < MAX_IMPORT_SECONDS
+    times = (float(run(program, OMP_NUM_THREADS="1").stdout) for _ in range(3))
+    assert any(seconds < MAX_IMPORT_SECONDS for seconds in times)
 
 
 def test_import_needs_no_compiler_network_or_gpu(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ LEVELS = ("portable", "avx2", "avx512", "bf16")
 SUFFIXES = ("_forward", "_backward", "_wgrad", "_out")
 
 MAX_LINES = 600
-MAX_COLUMNS = {".cpp": 120, ".h": 120, ".py": 100, ".sh": 120, ".md": 200}
+MAX_COLUMNS = {".cpp": 120, ".h": 120, ".py": 100, ".sh": 120}
 HEADINGS = ("literals", "reference", "gradients", "registration", "edges", "layouts", "errors")
 
 

@@ -2,7 +2,8 @@
 //
 // peak_float32: independent chains of fused multiply-adds, enough of them to hide the latency (4 cycles on two units
 // takes 8 chains) and few enough to stay in 16 registers. The values settle at 1, away from subnormals and infinity.
-// read_all: one stream per thread, eight accumulators, so that the loads are never waited for. Reads 4 * count bytes per pass.
+// read_all: one stream per thread, eight accumulators, so that the loads are never waited for. Reads 4 * count bytes
+// per pass.
 #include "cpu/gemm/peak_timer.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/vec.h"

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions, with one message form: ``op: argument must <rule>, got <value>``.
+"""Argument checks of the public functions: ``op: argument must <rule>, got <value>``.
 
 Messages are built only in the failing branch, so the checks vanish under ``torch.compile``.
 """

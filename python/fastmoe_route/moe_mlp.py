@@ -154,7 +154,9 @@ def _check_weights(
     check_shape("moe_mlp", "w_down", w_down, (num_experts, -1, hidden))
     up = w_down.shape[1] * (2 if gated else 1)
     if w_down.shape[1] == 0:
-        fail(ValueError, "moe_mlp", "w_down", "have an expert width of at least 1", describe(w_down))
+        fail(
+            ValueError, "moe_mlp", "w_down", "have an expert width of at least 1", describe(w_down)
+        )
     check_shape("moe_mlp", "w_up", w_up, (num_experts, hidden, up))
     named = [("w_up", w_up), ("w_down", w_down)]
     if bias_up is not None:
@@ -276,6 +278,4 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     return (*(grad if wanted >> i & 1 else None for i, grad in enumerate(grads)), *(None,) * 6)
 
 
-torch.library.register_autograd(
-    "fastmoe_route::moe_mlp", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastmoe_route::moe_mlp", _backward, setup_context=_setup_context)

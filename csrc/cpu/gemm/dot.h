@@ -7,8 +7,8 @@
 // less than one running sum.
 //
 // Tiles of kDotRows rows by 4 weights. Rows are packed, widened to float, as [tile][k / kLanes][row][lane]: a tile's k
-// block is 24 KB that stays in L1 while a panel of weights passes from L2. Few rows (one tile) go through the weights in
-// long runs instead, at the speed of memory.
+// block is 24 KB that stays in L1 while a panel of weights passes from L2. Few rows (one tile) go through the weights
+// in long runs instead, at the speed of memory.
 #pragma once
 
 #include "cpu/gemm/tile.h"

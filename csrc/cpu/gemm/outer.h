@@ -132,7 +132,8 @@ void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, 
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kWidth)
         outer_tile<R, kOuterVecs, false>(p.a + row * p.k + q * R, panel + j * depth, kWidth, depth,
-                                         p.c + row * p.c_stride + first + j, p.c_stride, columns - j, q > 0 ? OuterEnd::kAdd : OuterEnd::kStore);
+                                         p.c + row * p.c_stride + first + j, p.c_stride, columns - j,
+                                         q > 0 ? OuterEnd::kAdd : OuterEnd::kStore);
     });
   }
 }

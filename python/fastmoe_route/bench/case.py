@@ -32,6 +32,7 @@ class Case:
     copies: int
     cached: bool
     check: Callable[[], list[Finding]]
+    written: int = 0  # of num_bytes, those of outputs that later calls write again
 
 
 def backward(outputs: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:

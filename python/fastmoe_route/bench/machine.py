@@ -5,8 +5,9 @@
 - *memory bandwidth*: reading once through a buffer larger than the last-level cache, all threads
   adding up their part (`machine_read`), and `copy_` from one half of it to the other, which counts
   bytes read plus bytes written; the limit is the larger of the two.
-- *cache bandwidth*: every thread reading its part of a small buffer over and over, once in half of
-  the level-1 and once in half of the level-2 caches: the limits of rows whose data stays there.
+- *cache bandwidth*: every thread reading its part of a small buffer over and over, in half of the
+  level-1 and of the level-2 caches, the limits of rows whose data stays there, and in 32 MB of the
+  level-3 cache, the limit of outputs that later calls write again in the same place.
 
 The best of several probes counts, and probes are repeated through the run: a limit is what the
 machine reaches when nobody disturbs it. The rates of `torch.mm` are printed beside the peaks: a
@@ -101,6 +102,7 @@ class Limits:
     copy: float = 0.0
     level1: float = 0.0  # from the level-1 caches
     level2: float = 0.0
+    level3: float = 0.0
     torch_mm: dict[str, float] = field(default_factory=dict)  # flops/s by dtype
     _buffer: Tensor | None = None
 
@@ -138,6 +140,7 @@ class Limits:
         self.copy = max(self.copy, half * 8 / took)
         self.level1 = max(self.level1, self._cached_read(self._cached_set(1)))
         self.level2 = max(self.level2, self._cached_read(self._cached_set(2)))
+        self.level3 = max(self.level3, self._cached_read(min(cache_bytes(3) // 2, 32 << 20)))
 
     @staticmethod
     def _cached_read(num_bytes: int) -> float:
@@ -164,14 +167,23 @@ class Limits:
         """Gives the probe's memory back."""
         self._buffer = None
 
-    def floor(self, num_bytes: int, flops: float, dtype: str, *, cached: bool) -> tuple[float, str]:
-        """Seconds below which the work cannot be done, and what sets them."""
+    def floor(
+        self, num_bytes: int, flops: float, dtype: str, *, cached: bool, written: int = 0
+    ) -> tuple[float, str]:
+        """Seconds below which the work cannot be done, and what sets them.
+
+        `written` of the bytes are an output that the allocator hands out again in the next call:
+        up to half of the last-level cache, it may stay there.
+        """
         bandwidth, where = self.memory, "memory"
         if cached:
             is_tiny = num_bytes <= self._cached_set(1)
             bandwidth, where = (self.level1, "level 1") if is_tiny else (self.level2, "level 2")
         peak = self.peak.get(dtype, self.peak["float32"])
         by_memory, by_arithmetic = num_bytes / bandwidth, flops / peak
+        if not cached and written <= cache_bytes(3) // 2:
+            stays = max(self.level3, self.memory)
+            by_memory = (num_bytes - written) / bandwidth + written / stays
         if by_arithmetic >= by_memory:
             return by_arithmetic, "arithmetic"
         return by_memory, where
@@ -185,6 +197,7 @@ class Limits:
             "copy_bytes_per_second": self.copy,
             "level1_read_bytes_per_second": self.level1,
             "level2_read_bytes_per_second": self.level2,
+            "level3_read_bytes_per_second": self.level3,
             "cached_set_bytes": self.cached_set,
             "rotation_bytes": self.rotation_bytes,
         }

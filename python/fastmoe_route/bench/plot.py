@@ -89,7 +89,7 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
             f"{shares[position]:.0%} {row['limit']['bound_by']}", (shares[position], position),
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5,
         )  # fmt: skip
-    right.set_xlim(0, max(1.25, max(shares) + 0.25))
+    right.set_xlim(0, 1.3 * max(1.0, *shares))
     right.xaxis.set_major_formatter(PercentFormatter(1.0))
     right.set_title("Share of this machine's measured limit", fontsize=10)
     for axes in (left, right):

@@ -138,7 +138,8 @@ class Reporter:
         self._print(f"limits, measured: GFLOP/s {peaks};")
         self._print(
             f"  GB/s memory read {limits.read / 1e9:.1f}, copy {limits.copy / 1e9:.1f}, "
-            f"caches read: level 1 {limits.level1 / 1e9:.0f}, level 2 {limits.level2 / 1e9:.0f}"
+            f"caches read: level 1 {limits.level1 / 1e9:.0f}, level 2 {limits.level2 / 1e9:.0f}, "
+            f"level 3 {limits.level3 / 1e9:.0f}"
         )
         self._print(
             "ratio = time of the fastest plain PyTorch form / ours, of the same turns: above 1 is"

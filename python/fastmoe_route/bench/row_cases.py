@@ -111,4 +111,5 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         copies,
         cached,
         check,
+        written=out_rows * shape.hidden * dtype.itemsize * (2 if row.training else 1),
     )

@@ -152,7 +152,7 @@ def run_row(
     with torch.set_grad_enabled(row.training):
         result.timing = interleave(case.contenders, seconds, min_rounds=min_rounds)
     result.floor_seconds, result.bound_by = limits.floor(
-        case.num_bytes, case.flops, row.dtype, cached=case.cached
+        case.num_bytes, case.flops, row.dtype, cached=case.cached, written=case.written
     )
     return result
 

@@ -70,7 +70,16 @@ def _row_case(
 
     contenders = {"fastmoe_route": contender(ours)}
     contenders.update({name: contender(function) for name, function in plain.items()})
-    return Case(row, contenders, num_bytes, flops, copies, cached, check)
+    return Case(
+        row,
+        contenders,
+        num_bytes,
+        flops,
+        copies,
+        cached,
+        check,
+        written=row.tokens * grad_columns * first.element_size(),
+    )
 
 
 def softmax_case(row: Row, limits: Limits, seed: int) -> Case:

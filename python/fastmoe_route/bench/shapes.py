@@ -210,7 +210,7 @@ _QUICK: tuple[tuple[str, str, str, tuple[int, ...], str], ...] = (
     ("moe_mlp", "mixtral", "float32", (1, 16, 512), "forward"),
     ("layer", "mixtral", "float32", (512,), "training"),
     ("moe_mlp", "qwen3", "bfloat16", (1, 16, 512), "forward"),
-    ("layer", "qwen3", "bfloat16", (512,), "both"),
+    ("layer", "qwen3", "bfloat16", (512,), "training"),
 )
 
 
