@@ -21,6 +21,8 @@ PACKAGE_FILES = {
     )
 }
 TORCH_MACHINERY = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
+# Tests that start other levels themselves: running on every level does that already.
+OTHER_LEVELS = ("test_levels", "instruction_set")
 
 GUARD_BYTES = 256
 
@@ -59,7 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _tests_kernels(item: pytest.Item) -> bool:
     name = item.name.lower()
-    return item.path.name not in PACKAGE_FILES and not any(w in name for w in TORCH_MACHINERY)
+    return item.path.name not in PACKAGE_FILES and not any(
+        word in name for word in (*TORCH_MACHINERY, *OTHER_LEVELS)
+    )
 
 
 @pytest.fixture(params=["cpu"])

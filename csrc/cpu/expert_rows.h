@@ -1,5 +1,5 @@
-// What the two passes of the expert layer share beside gemm/driver.h: the rows a plan leaves to each expert, small loops
-// over one row, and the combine.
+// What the two passes of the expert layer share beside gemm/driver.h: the rows a plan leaves to each expert, small
+// loops over one row, and the combine.
 #pragma once
 
 #include <cstring>
@@ -9,8 +9,8 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
-// The rows of one plan. A row without a slot inside an expert's rows (a plan may have them) reads a row of zeros and its
-// results are ignored; rows without a slot at an expert's end (alignment) are not computed at all.
+// The rows of one plan. A row without a slot inside an expert's rows (a plan may have them) reads a row of zeros and
+// its results are ignored; rows without a slot at an expert's end (alignment) are not computed at all.
 struct ExpertRows {
   const MoeMlpShape& shape;
   const int32_t* offsets;

@@ -168,8 +168,8 @@ struct Backward {
     while (block_cols > kMinBlockCols && shape.num_experts * high * wide() < 8 * num_threads()) block_cols /= 2;
     const int64_t per_expert = high * wide(), num_tasks = shape.num_experts * per_expert;
     const int64_t workers = num_tasks < num_threads() ? num_tasks : num_threads();
-    const void** base =
-        static_cast<const void**>(scratch(Scratch::kPackedRows, static_cast<size_t>(2 * most * workers) * sizeof(void*)));
+    const size_t pointer_bytes = static_cast<size_t>(2 * most * workers) * sizeof(void*);
+    const void** base = static_cast<const void**>(scratch(Scratch::kPackedRows, pointer_bytes));
     int64_t next = 0;
     parallel_workers(workers, [&](int worker) {
       const void** x = base + 2 * most * worker;
@@ -185,8 +185,15 @@ struct Backward {
           x[count] = left(r) + i;
           y[count++] = right(r) + j;
         }
-        kernel.multiply(x, y, count, a - i < kBlockRows ? a - i : kBlockRows, b - j < block_cols ? b - j : block_cols,
-                        static_cast<T*>(grad_w) + (e * a + i) * b + j, b);
+        const int64_t block_high = a - i < kBlockRows ? a - i : kBlockRows;
+        const int64_t block_wide = b - j < block_cols ? b - j : block_cols;
+        T* out = static_cast<T*>(grad_w) + (e * a + i) * b + j;
+        if (count > 0) {
+          kernel.multiply(x, y, count, block_high, block_wide, out, b);
+        } else {
+          const size_t line = static_cast<size_t>(block_wide) * sizeof(T);
+          for (int64_t q = 0; q < block_high; ++q) std::memset(out + q * b, 0, line);
+        }
       }
     });
   }

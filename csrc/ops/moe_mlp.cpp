@@ -55,12 +55,12 @@ void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot
     for (int64_t i = 0; i < count; ++i) bad |= (values[i] < -1) | (values[i] >= limit);
     return bad == 0;
   };
-  check(in_range(row_to_slot.const_data_ptr<int32_t>(), num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ",
+  const int32_t* slots = row_to_slot.const_data_ptr<int32_t>();
+  check(in_range(slots, num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ",
         num_slots, "), got a value outside");
   const int32_t* rows = slot_to_row.const_data_ptr<int32_t>();
   check(in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
         bounds[num_experts], "), got a value outside");
-  const int32_t* slots = row_to_slot.const_data_ptr<int32_t>();
   int32_t astray = 0;
   for (int64_t i = 0; i < num_slots; ++i) astray |= rows[i] >= 0 && slots[rows[i]] != i;
   check(astray == 0, op, ": plan must have slot_to_row and row_to_slot that are inverse to each other, got others");

@@ -190,8 +190,9 @@ void dot_many_rows(const DotProblem<T>& p, int64_t m) {
                                 : panel + kDotPanel >= p.n      ? 0
                                 : p.n - panel - kDotPanel < kDotPanel ? p.n - panel - kDotPanel
                                                                       : kDotPanel;
-      const int64_t lines = tiles >= 4 ? 1 : 2;
-      int64_t fetched = 0;
+      // Its rows are fetched evenly over the calls of this one: a burst would fill the queue to memory.
+      const int64_t calls = tiles * ((columns + kDotCols - 1) / kDotCols);
+      int64_t fetched = 0, called = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * kDotRows, rows = m - first < kDotRows ? m - first : kDotRows;
         const float* a = p.a + first * padded + q * rows;
@@ -206,14 +207,15 @@ void dot_many_rows(const DotProblem<T>& p, int64_t m) {
               out.c[i] = p.c + first * p.c_stride + column;
             }
             const char* line = reinterpret_cast<const char*>(next) + fetched * stride_bytes;
-            if (fetched >= next_rows) {
+            const int64_t lines = ++called * next_rows / calls - fetched;
+            if (lines == 0) {
               dot_tile<R, kDotCols, 0>(a, w, depth, line, stride_bytes, out);
             } else if (lines == 1) {
               dot_tile<R, kDotCols, 1>(a, w, depth, line, stride_bytes, out);
             } else {
               dot_tile<R, kDotCols, 2>(a, w, depth, line, stride_bytes, out);
             }
-            fetched += lines;
+            fetched += lines < 2 ? lines : 2;
           }
         });
       }

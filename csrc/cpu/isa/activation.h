@@ -2,8 +2,9 @@
 //
 // Gated: swiglu, geglu, reglu are f(gate) * up with f = silu, gelu, relu; swiglu_clamped (gpt-oss) is
 // (clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g) with g = min(gate, 7). Pointwise: silu, gelu, relu, relu2 = relu(x)^2.
-// gelu is the exact form x Phi(x). Phi(-z sqrt 2) = erfc(z) / 2 with erfc(z) = e^(-z^2) Q(t), t = 1 / (1 + 0.35 z) and Q
-// of degree 10, fitted to a relative error of 7e-9: the tails keep their relative accuracy, where 1 + erf would cancel.
+// gelu is the exact form x Phi(x). Phi(-z sqrt 2) = erfc(z) / 2 with erfc(z) = e^(-z^2) Q(t), t = 1 / (1 + 0.35 z) and
+// Q of degree 10, fitted to a relative error of 7e-9: the tails keep their relative accuracy, where 1 + erf would
+// cancel.
 // Each activation is a struct with value(gate, up), and slope(gate, up, d_gate, d_up) that also returns the value.
 #pragma once
 
@@ -207,7 +208,8 @@ inline A activate_backward(Activation activation, const A* gate, const A* up, co
       const int rest = n - i < V::kLanes ? static_cast<int>(n - i) : V::kLanes;
       const V g = V::load(grad + i, rest);
       V slope_gate, slope_up;
-      const V a = F::slope(V::load(gate + i, rest), F::kGated ? V::load(up + i, rest) : V::zero(), slope_gate, slope_up);
+      const V other = F::kGated ? V::load(up + i, rest) : V::zero();
+      const V a = F::slope(V::load(gate + i, rest), other, slope_gate, slope_up);
       const V weighted = V::all(weight) * g;
       (weighted * slope_gate).store(d_gate + i, rest);
       if (F::kGated) (weighted * slope_up).store(d_up + i, rest);
