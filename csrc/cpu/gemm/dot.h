@@ -19,6 +19,7 @@ constexpr int kDotRows = Vec::kLanes == 16 ? 6 : 3;
 constexpr int kDotCols = 4;
 constexpr int64_t kDotMaxBlock = 1024;  // elements of k summed before the lanes are added, at most
 constexpr int64_t kDotPanel = 96;       // weights whose k block stays in L2 while all rows pass
+constexpr int64_t kDotRowBlock = 192;   // rows whose k block stays in L2 beside them: whole tiles
 
 // Lane sums of four accumulators. One tree for all widths of tile: (0 + 2) + (1 + 3) inside quads, then quads alike.
 #if defined(__AVX512F__)
@@ -228,7 +229,16 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
                   int64_t c_stride) {
   const DotProblem<T> problem{static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k,
                               static_cast<float*>(c), c_stride, dot_block(k)};
-  if (m > kDotRows) return dot_many_rows(problem, m);
+  if (m > kDotRows) {
+    const int64_t padded = round_up(k, Vec::kLanes);
+    for (int64_t first = 0; first < m; first += kDotRowBlock) {
+      DotProblem<T> part = problem;
+      part.a += first * padded;
+      part.c += first * c_stride;
+      dot_many_rows(part, m - first < kDotRowBlock ? m - first : kDotRowBlock);
+    }
+    return;
+  }
   with_rows(m, [&](auto count) { dot_few_rows<decltype(count)::value>(problem); });
 }
 
