@@ -1,6 +1,6 @@
 #include "ops/gate.h"
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -95,6 +95,7 @@ GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_
       per_token<float>("threshold", threshold_per_token, num_tokens, ScalarType::Float, "float32");
   args.min_k = min_k;
   args.k_per_token = per_token<int32_t>("k_per_token", k_per_token, num_tokens, ScalarType::Int, "int32");
+  check_devices("gate", logits, bias, mask, noise, top_p_per_token, threshold_per_token, k_per_token);
   const Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
   const Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
   const Tensor demand = empty(logits, {args.shape.num_experts}, ScalarType::Int);
@@ -107,7 +108,7 @@ GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_
   args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
   args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
   args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
-  cpu::gate(args);
+  launch("gate", &kernels::gate, args, logits);
   return {weights, score_sum, logsumexp, scores, experts, demand};
 }
 
@@ -145,16 +146,17 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
   args.grad_logsumexp = checked_grad("grad_logsumexp", grad_logsumexp, {num_tokens}, arithmetic);
   args.grad_scores = checked_grad("grad_scores", grad_scores, {num_tokens, num_experts}, arithmetic);
   args.logsumexp = checked_grad("logsumexp", logsumexp, {num_tokens}, arithmetic);
+  check_devices("gate_backward", logits, grad_weights, grad_score_sum, grad_logsumexp, grad_scores, experts, logsumexp);
   const Tensor grad_logits = empty(logits, {num_tokens, num_experts + num_null}, logits.scalar_type());
   args.grad_logits = grad_logits.mutable_data_ptr();
-  cpu::gate_backward(args);
+  launch("gate_backward", &kernels::gate_backward, args, logits);
   return grad_logits;
 }
 
 }  // namespace
 }  // namespace fastmoe_route
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("gate", TORCH_BOX(&fastmoe_route::gate));
   m.impl("gate_forward", TORCH_BOX(&fastmoe_route::gate));
   m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));

@@ -19,6 +19,8 @@ constexpr int kDotRows = Vec::kLanes == 16 ? 6 : 3;
 constexpr int kDotCols = 4;
 constexpr int64_t kDotMaxBlock = 1024;  // elements of k summed before the lanes are added, at most
 constexpr int64_t kDotPanel = 96;       // weights whose k block stays in L2 while all rows pass
+constexpr int64_t kDotSegment = 8;      // steps of k between two fetches of what is multiplied later
+constexpr int kDotAhead = 320;          // bytes of a weight row on their way from L2 to L1
 constexpr int64_t kDotRowBlock = 192;   // rows whose k block stays in L2 beside them: whole tiles
 
 // Lane sums of four accumulators. One tree for all widths of tile: (0 + 2) + (1 + 3) inside quads, then quads alike.
@@ -70,11 +72,41 @@ struct DotOutput {
   bool add;
 };
 
-// P lines per step are prefetched from `next` on, `next_stride` bytes apart: rows of the weights that come later.
-template <int R, int C, int P, class T>
-inline __attribute__((always_inline)) void dot_tile(const float* a, const T* const* w, int64_t k, const char* next,
-                                                    int64_t next_stride, const DotOutput& out) {
+// Fetches rows of weights that are multiplied later into L2, line by line.
+struct LineFetcher {
+  const char* line;
+  const char* row_end;
+  int64_t row_bytes, stride;
+  int64_t rows;  // left
+
+  template <class T>
+  LineFetcher(const T* first, int64_t count, int64_t w_stride, int64_t k)
+      : line(reinterpret_cast<const char*>(first)),
+        row_end(line + k * static_cast<int64_t>(sizeof(T))),
+        row_bytes(row_end - line),
+        stride(w_stride * static_cast<int64_t>(sizeof(T))),
+        rows(count) {}
+  inline __attribute__((always_inline)) void fetch(int64_t lines) {
+    for (; lines > 0 && rows > 0; --lines) {
+      prefetch_later(line);
+      line += 64;
+      if (line < row_end) continue;
+      line = row_end - row_bytes + stride;
+      row_end += stride;
+      --rows;
+    }
+  }
+};
+
+// `lines` lines of what comes later are fetched per kDotSegment steps of k: at even distances, because a burst would
+// fill the queue to memory and hold up the loads from L2. The weights themselves are asked for kAhead bytes before they
+// are used, from L2 to L1, and the results' lines at the start, unless kAhead is 0.
+template <int R, int C, int kAhead, class T>
+inline __attribute__((always_inline)) void dot_tile(const float* a, const T* const* w, int64_t k, LineFetcher& later,
+                                                    int64_t lines, const DotOutput& out) {
   constexpr int L = Vec::kLanes;
+  if (kAhead > 0)
+    for (int i = 0; i < R; ++i) __builtin_prefetch(out.c[0] + i * out.stride, 1, 3);
   Vec sums[R][C];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -90,16 +122,19 @@ inline __attribute__((always_inline)) void dot_tile(const float* a, const T* con
     }
   };
   int64_t q = 0;
-  for (; q + L <= k; q += L) {
-    Vec weights[C];
+  while (q + L <= k) {
+    later.fetch(lines);
+    const int64_t end = k - q < kDotSegment * L ? k / L * L : q + kDotSegment * L;
+    for (; q < end; q += L) {
+      Vec weights[C];
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      weights[j] = Vec::load(w[j] + q);
-      keep_in_register(weights[j]);
+      for (int j = 0; j < C; ++j) {
+        weights[j] = Vec::load(w[j] + q);
+        keep_in_register(weights[j]);
+        if (kAhead > 0) prefetch_soon(reinterpret_cast<const char*>(w[j] + q) + kAhead);
+      }
+      step(weights, a + q * R);
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) prefetch_later(next + p * next_stride + q * static_cast<int64_t>(sizeof(T)));
-    step(weights, a + q * R);
   }
   if (q < k) {
     Vec weights[C];
@@ -168,58 +203,53 @@ void dot_few_rows(const DotProblem<T>& p) {
       const T* block[C];
       for (int i = 0; i < C; ++i) block[i] = w[i] + q;
       out.add = q > 0;
-      dot_tile<R, C, R <= 2 ? 0 : 4>(p.a + q * R, block, depth, reinterpret_cast<const char*>(block[0]) + 2048,
-                                     p.w_stride * static_cast<int64_t>(sizeof(T)), out);
+      // The next four rows' block of k.
+      LineFetcher later(block[0] + C * p.w_stride, R <= 2 || j + 2 * C > p.n ? 0 : C, p.w_stride, depth);
+      dot_tile<R, C, 0>(p.a + q * R, block, depth, later, C * kDotSegment, out);
     }
   }
 }
 
-// Panels of weights, then blocks of k, then row tiles, then four weights: the tile's rows stay in L1, the panel in L2,
-// and the next panel is fetched into L2 meanwhile.
+// One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2. The
+// `next_rows` rows from `next` on, multiplied next, are fetched into L2 meanwhile.
+template <class T>
+void dot_panel(const DotProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
+               const T* next, int64_t next_rows) {
+  const int64_t padded = round_up(p.k, Vec::kLanes), tiles = (m + kDotRows - 1) / kDotRows;
+  LineFetcher later(next, next_rows, p.w_stride, depth);
+  const int64_t segments = tiles * ((columns + kDotCols - 1) / kDotCols) *
+                           ((depth + kDotSegment * Vec::kLanes - 1) / (kDotSegment * Vec::kLanes));
+  const int64_t lines = (next_rows * ((later.row_bytes + 63) / 64) + segments - 1) / segments;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * kDotRows, rows = m - first < kDotRows ? m - first : kDotRows;
+    const float* a = p.a + first * padded + q * rows;
+    with_rows(rows, [&](auto count) __attribute__((always_inline)) {
+      constexpr int R = decltype(count)::value;
+      for (int64_t j = 0; j < columns; j += kDotCols) {
+        const T* w[kDotCols];
+        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), q > 0};
+        for (int i = 0; i < kDotCols; ++i) {
+          const int64_t column = panel + j + (i < out.count ? i : 0);
+          w[i] = p.w + column * p.w_stride + q;
+          out.c[i] = p.c + first * p.c_stride + column;
+        }
+        dot_tile<R, kDotCols, kDotAhead>(a, w, depth, later, lines, out);
+      }
+    });
+  }
+}
+
+// Blocks of k, then panels of weights: the rows' block and the panel share L2.
 template <class T>
 void dot_many_rows(const DotProblem<T>& p, int64_t m) {
-  const int64_t padded = round_up(p.k, Vec::kLanes), tiles = (m + kDotRows - 1) / kDotRows;
-  const int64_t stride_bytes = p.w_stride * static_cast<int64_t>(sizeof(T));
-  for (int64_t panel = 0; panel < p.n; panel += kDotPanel) {
-    const int64_t columns = p.n - panel < kDotPanel ? p.n - panel : kDotPanel;
-    for (int64_t q = 0; q < p.k; q += p.block) {
-      const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
-      const bool last_block = q + p.block >= p.k;
-      // What is multiplied next: the panel's next block of k, or the next panel.
-      const T* next = last_block ? p.w + (panel + kDotPanel) * p.w_stride : p.w + panel * p.w_stride + q + p.block;
-      const int64_t next_rows = !last_block                     ? columns
-                                : panel + kDotPanel >= p.n      ? 0
-                                : p.n - panel - kDotPanel < kDotPanel ? p.n - panel - kDotPanel
-                                                                      : kDotPanel;
-      // Its rows are fetched evenly over the calls of this one: a burst would fill the queue to memory.
-      const int64_t calls = tiles * ((columns + kDotCols - 1) / kDotCols);
-      int64_t fetched = 0, called = 0;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = tile * kDotRows, rows = m - first < kDotRows ? m - first : kDotRows;
-        const float* a = p.a + first * padded + q * rows;
-        with_rows(rows, [&](auto count) __attribute__((always_inline)) {
-          constexpr int R = decltype(count)::value;
-          for (int64_t j = 0; j < columns; j += kDotCols) {
-            const T* w[kDotCols];
-            DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), q > 0};
-            for (int i = 0; i < kDotCols; ++i) {
-              const int64_t column = panel + j + (i < out.count ? i : 0);
-              w[i] = p.w + column * p.w_stride + q;
-              out.c[i] = p.c + first * p.c_stride + column;
-            }
-            const char* line = reinterpret_cast<const char*>(next) + fetched * stride_bytes;
-            const int64_t lines = ++called * next_rows / calls - fetched;
-            if (lines == 0) {
-              dot_tile<R, kDotCols, 0>(a, w, depth, line, stride_bytes, out);
-            } else if (lines == 1) {
-              dot_tile<R, kDotCols, 1>(a, w, depth, line, stride_bytes, out);
-            } else {
-              dot_tile<R, kDotCols, 2>(a, w, depth, line, stride_bytes, out);
-            }
-            fetched += lines < 2 ? lines : 2;
-          }
-        });
-      }
+  for (int64_t q = 0; q < p.k; q += p.block) {
+    const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
+    for (int64_t panel = 0; panel < p.n; panel += kDotPanel) {
+      const int64_t columns = p.n - panel < kDotPanel ? p.n - panel : kDotPanel;
+      const bool is_last = panel + kDotPanel >= p.n;
+      const T* next = is_last ? p.w + q + p.block : p.w + (panel + kDotPanel) * p.w_stride + q;
+      const int64_t left = is_last ? (q + p.block < p.k ? p.n : 0) : p.n - panel - kDotPanel;
+      dot_panel(p, m, q, depth, panel, columns, next, left < kDotPanel ? left : kDotPanel);
     }
   }
 }
