@@ -19,7 +19,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1
 
@@ -85,6 +85,17 @@ test-wheel: wheel  ## install the wheel in a bare environment of another Python 
 abi: $(VENV)/.lint build  ## prove that the library keeps to torch's stable ABI
 	$(VENV)/bin/torch-abi-audit --check torch \
 	  "$$(cd / && $(abspath $(PY)) -c 'from fastmoe_route import _load; print(_load._find("fastmoe_route_cpu"))')"
+
+.PHONY: cuda
+cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every architecture (needs nvcc; executes nothing)
+	@command -v $${CUDACXX:-nvcc} >/dev/null || { \
+	  echo "make cuda needs nvcc (CUDA 13), and none was found on PATH; name one: make cuda CUDACXX=/path/to/nvcc"; exit 1; }
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/cuda -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DFASTMOE_ROUTE_CUDA=ON -DPython_EXECUTABLE="$(abspath $(PY))"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cuda --target fastmoe_route_cuda -- --quiet
+	@$(PIP) install nvidia-cuda-cuobjdump==13.2.51
+	@echo "build/cuda/fastmoe_route_cuda.so was compiled only: nothing of it was executed."
+	@echo "Its tests, which look at the file and need no GPU: make test ARGS=tests/test_cuda_build.py"
 
 .PHONY: clean
 clean:  ## remove what was built (.venv stays)

@@ -6,7 +6,8 @@
 namespace {
 
 void use_torch_threads() {
-  fastmoe_route::thread_pool.run = [](int64_t count, int64_t grain, fastmoe_route::ThreadPool::Body body, void* context) {
+  fastmoe_route::thread_pool.run = [](int64_t count, int64_t grain, fastmoe_route::ThreadPool::Body body,
+                                      void* context) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
   };
   fastmoe_route::thread_pool.num_threads = [] {

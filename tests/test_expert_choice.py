@@ -32,9 +32,7 @@ def check(scores: Tensor, capacity: int, backend: str, **scopes) -> None:
     assert_exact(got.experts.cpu(), wanted.experts, stride=False)
     assert_exact(got.demand.cpu(), wanted.demand)
     assert_exact(got.weights.isnan().cpu(), wanted.weights.isnan(), stride=False)
-    assert_exact(
-        got.weights.nan_to_num(7.0).cpu(), wanted.weights.nan_to_num(7.0), stride=False
-    )
+    assert_exact(got.weights.nan_to_num(7.0).cpu(), wanted.weights.nan_to_num(7.0), stride=False)
     assert got[3:] == (None, None, None)
 
 

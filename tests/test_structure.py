@@ -21,7 +21,7 @@ LEVELS = ("portable", "avx2", "avx512", "bf16")
 SUFFIXES = ("_forward", "_backward", "_wgrad", "_out")
 
 MAX_LINES = 600
-MAX_COLUMNS = {".cpp": 120, ".h": 120, ".py": 100, ".sh": 120}
+MAX_COLUMNS = {".cpp": 120, ".h": 120, ".cu": 120, ".cuh": 120, ".py": 100, ".sh": 120}
 HEADINGS = ("literals", "reference", "gradients", "registration", "edges", "layouts", "errors")
 
 
@@ -130,19 +130,21 @@ def test_python_registers_only_ops_of_the_library() -> None:
 
 
 def test_cmake_lists_every_source() -> None:
-    listed = set(re.findall(r"csrc/[\w/]+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
-    on_disk = {str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp")}
+    text = (ROOT / "CMakeLists.txt").read_text()
+    listed = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", text))
+    on_disk = {str(path.relative_to(ROOT)) for path in sources(".cpp", ".cu")}
     assert listed == on_disk
 
 
 def test_every_header_is_included_somewhere() -> None:
-    text = "".join(path.read_text() for path in sources(".cpp", ".h"))
-    included = set(re.findall(r'#include "([\w/]+\.h)"', text))
-    assert {str(path.relative_to(CSRC)) for path in CSRC.rglob("*.h")} == included
+    text = "".join(path.read_text() for path in sources(".cpp", ".h", ".cu", ".cuh"))
+    included = set(re.findall(r'#include "([\w/]+\.(?:h|cuh))"', text))
+    assert {str(path.relative_to(CSRC)) for path in sources(".h", ".cuh")} == included
 
 
 def test_host_files_are_the_only_ones_that_know_torch() -> None:
-    kernels = [*(CSRC / "cpu").rglob("*"), *(CSRC / "ops").glob("*.h")]
+    folders = (CSRC / "cpu", CSRC / "cuda")
+    kernels = [*(path for f in folders for path in f.rglob("*")), *(CSRC / "ops").glob("*.h")]
     for path in kernels:
         if path.is_file():
             assert not re.search(r"#include [<\"](torch/|common/check)", path.read_text()), path
@@ -194,7 +196,8 @@ def test_level_defines_nothing_outside_its_namespace(level: str) -> None:
 
 
 def test_no_file_is_long() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in sources(".cpp", ".h", ".py")}
+    kinds = (".cpp", ".h", ".cu", ".cuh", ".py")
+    lengths = {path: len(path.read_text().splitlines()) for path in sources(*kinds)}
     assert {path.name: n for path, n in lengths.items() if n > MAX_LINES} == {}
 
 
@@ -213,7 +216,7 @@ def test_comments_hold_no_plans() -> None:
     marks = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b")
     found = [
         f"{path.relative_to(ROOT)}:{number}"
-        for path in sources(".cpp", ".h", ".py", ".sh")
+        for path in sources(".cpp", ".h", ".cu", ".cuh", ".py", ".sh")
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if marks.search(line)
     ]
@@ -224,7 +227,7 @@ def test_comments_say_what_is_true_not_what_changed() -> None:
     change = re.compile(r"(//|#).*\b(used to be|was changed|formerly|at the moment)\b", re.I)
     found = [
         f"{path.relative_to(ROOT)}:{number}"
-        for path in sources(".cpp", ".h", ".py")
+        for path in sources(".cpp", ".h", ".cu", ".cuh", ".py")
         if path.name != Path(__file__).name
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if change.search(line)

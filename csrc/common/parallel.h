@@ -24,8 +24,7 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
   if (count <= 0) return;
   if (count <= grain) return body(int64_t{0}, count);
   thread_pool.run(
-      count, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -9,8 +9,17 @@ namespace fastmoe_route {
 // Slots that may be in use at the same time by nested code; a slot has one user per thread at a time.
 // kMicroKernel belongs to the matrix micro-kernels, on the thread that runs them.
 enum class Scratch {
-  kGateRows, kPlan, kPlanDrops, kExpertRows, kExpertRows2, kExpertRows3,
-  kPackedRows, kReduction, kExpertTasks, kMicroKernel, kCount
+  kGateRows,
+  kPlan,
+  kPlanDrops,
+  kExpertRows,
+  kExpertRows2,
+  kExpertRows3,
+  kPackedRows,
+  kReduction,
+  kExpertTasks,
+  kMicroKernel,
+  kCount
 };
 
 // At least `bytes` writable bytes, aligned to 64, uninitialised, owned by the calling thread and valid until it

@@ -27,19 +27,19 @@ int64_t rows_per_tile(int64_t num_tokens) {
 
 // Which parts of the general algorithm this call needs: decided once, not per row.
 struct Needs {
-  bool logit_keys;     // choice compares the logits themselves
-  bool scores;         // every column's score is formed
-  bool noisy_scores;   // and every column's score under noise
-  bool softmax_sum;    // the softmax denominator is formed
+  bool logit_keys;    // choice compares the logits themselves
+  bool scores;        // every column's score is formed
+  bool noisy_scores;  // and every column's score under noise
+  bool softmax_sum;   // the softmax denominator is formed
 
   explicit Needs(const GateArgs& a) {
     const GateShape& shape = a.shape;
     const bool softmax = shape.score == Score::kSoftmax;
     const bool monotone = shape.score != Score::kRelu && !(softmax && shape.softmax_over_group);
-    const bool restricted = a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 ||
-                            a.max_per_group < shape.top_k;
-    const bool stops = a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY ||
-                       a.threshold > -INFINITY;
+    const bool restricted =
+        a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 || a.max_per_group < shape.top_k;
+    const bool stops =
+        a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY || a.threshold > -INFINITY;
     const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
     logit_keys = monotone && !a.bias.data;
     scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
@@ -140,7 +140,8 @@ class Gate {
         prepare<T>(rows_[r], t + r);
         selectors[r] = Selector<V>(rows_[r].keys, padded_, rows_[r].block_max);
       }
-      if (count == kBatch) Selector<V>::template take_side_by_side<kBatch>(selectors, shape_.top_k, taken_, taken_keys_);
+      if (count == kBatch)
+        Selector<V>::template take_side_by_side<kBatch>(selectors, shape_.top_k, taken_, taken_keys_);
       for (int64_t r = 0; r < count; ++r) {
         int32_t* taken = taken_ + r * shape_.top_k;
         Key* taken_keys = taken_keys_ + r * shape_.top_k;
@@ -414,9 +415,9 @@ class Gate {
       *logsumexp = -static_cast<Float>(INFINITY);
       return;
     }
-    const Float sum = shape_.score == Score::kSoftmax ? row.sum
-                                                      : exponentials<V>(row.logits, num_columns_, row.max, nullptr);
-    *logsumexp = row.has_nan ? static_cast<Float>(NAN)
+    const Float sum =
+        shape_.score == Score::kSoftmax ? row.sum : exponentials<V>(row.logits, num_columns_, row.max, nullptr);
+    *logsumexp = row.has_nan           ? static_cast<Float>(NAN)
                  : std::isinf(row.max) ? row.max
                                        : row.max + static_cast<Float>(std::log(static_cast<double>(sum)));
     for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
@@ -430,9 +431,9 @@ class Gate {
   Needs needs_;
   int64_t num_columns_, padded_, group_size_;
   Row<V> rows_[kBatch];
-  Key* taken_keys_;         // [kBatch, K]
-  int32_t* taken_;          // [kBatch, K]
-  int32_t* demand_;         // [E], of the rows this worker has seen
+  Key* taken_keys_;  // [kBatch, K]
+  int32_t* taken_;   // [kBatch, K]
+  int32_t* demand_;  // [E], of the rows this worker has seen
 };
 
 template <class V, class T>

@@ -50,7 +50,8 @@ class GateBackward {
     while (num_chosen_ < shape_.top_k && experts_[num_chosen_] >= 0) ++num_chosen_;
     if (!(weights_only_ && sparse(t))) dense(t);
     T* out = static_cast<T*>(a_.grad_logits) + t * num_columns_;
-    for (int64_t i = 0; i < num_columns_; i += V::kLanes) V::load(grad_z_ + i).store(out + i, lanes_at(i, num_columns_));
+    for (int64_t i = 0; i < num_columns_; i += V::kLanes)
+      V::load(grad_z_ + i).store(out + i, lanes_at(i, num_columns_));
   }
 
  private:
@@ -81,8 +82,8 @@ class GateBackward {
   }
 
   void dense(int64_t t) {
-    const bool takes_part = a_.logsumexp == nullptr ||
-                            static_cast<const Float*>(a_.logsumexp)[t] != -static_cast<Float>(INFINITY);
+    const bool takes_part =
+        a_.logsumexp == nullptr || static_cast<const Float*>(a_.logsumexp)[t] != -static_cast<Float>(INFINITY);
     form_scores();
     form_grad_scores(t, takes_part);
     if (is_softmax_) {

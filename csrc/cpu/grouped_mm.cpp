@@ -45,9 +45,8 @@ void multiply_all(const GroupedMmArgs& args) {
     for (int64_t r = begin; r < end; ++r) pointers[r - begin] = static_cast<const T*>(args.x) + r * args.x_stride;
   };
   const auto finish = [&](const FinishedTile<A>& done) {
-    const T* bias = args.bias == nullptr
-                        ? nullptr
-                        : static_cast<const T*>(args.bias) + done.expert * args.out + done.col_begin;
+    const T* bias =
+        args.bias == nullptr ? nullptr : static_cast<const T*>(args.bias) + done.expert * args.out + done.col_begin;
     if (kDirect && bias == nullptr) return;
     for (int64_t r = done.row_begin; r < done.row_end; ++r)
       finish_row(done.tile + (r - done.row_begin) * done.stride, bias, done.col_end - done.col_begin,

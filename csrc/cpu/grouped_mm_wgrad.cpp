@@ -16,11 +16,11 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int64_t kBlockRows = 256;      // of a weight gradient
+constexpr int64_t kBlockRows = 256;  // of a weight gradient
 constexpr int64_t kBlockCols = 1024;
 constexpr int64_t kMinBlockCols = 256;
 constexpr int64_t kBiasCols = 256;
-constexpr int64_t kBiasRows = 64;        // partial sums of this many rows bound the error of long segments
+constexpr int64_t kBiasRows = 64;  // partial sums of this many rows bound the error of long segments
 
 struct Operand {
   const char* data;

@@ -22,8 +22,8 @@ struct Forward {
   const int64_t up_size;  // U
   const bool pairs;       // gate and up columns alternate
   const A* weights;
-  T* activated;           // [R, I]
-  A* rows;                // [R, H]
+  T* activated;  // [R, I]
+  A* rows;       // [R, H]
 
   explicit Forward(const MoeMlpArgs& a)
       : args(a), shape(a.shape), plan(a.shape, a.offsets, a.row_to_slot), inter(a.shape.intermediate),
@@ -103,8 +103,7 @@ struct Forward {
     if (args.preactivation != nullptr) clear_unused_preactivation();
     up();
     down();
-    combine_rows<T>(shape, rows, args.slot_to_row, shape.weights_on_input ? nullptr : weights,
-                    static_cast<T*>(args.y));
+    combine_rows<T>(shape, rows, args.slot_to_row, shape.weights_on_input ? nullptr : weights, static_cast<T*>(args.y));
   }
 };
 

@@ -44,9 +44,7 @@ struct Backward {
     rows = wants_rows() ? static_cast<A*>(scratch(Scratch::kExpertRows2, count * shape.hidden * sizeof(A))) : nullptr;
   }
 
-  bool wants_rows() const {
-    return args.grad_x != nullptr || (shape.weights_on_input && args.grad_weights != nullptr);
-  }
+  bool wants_rows() const { return args.grad_x != nullptr || (shape.weights_on_input && args.grad_weights != nullptr); }
   const T* grad_row(int64_t row) const { return plan.template gathered<T>(args.grad_y, shape.hidden, row); }
   const T* x_row(int64_t row) const { return plan.template gathered<T>(args.x, args.x_stride, row); }
   T* scaled_x_row(int64_t row) const { return scaled + shape.num_rows * inter + row * shape.hidden; }
@@ -143,9 +141,8 @@ struct Backward {
         const V weight = V::all(weights[args.row_to_slot[r]]);
         const T* from = x_row(r);
         T* to = scaled_x_row(r);
-        for_lanes<V>(shape.hidden, [&](int64_t i, int lanes) {
-          (weight * V::load(from + i, lanes)).store(to + i, lanes);
-        });
+        for_lanes<V>(shape.hidden,
+                     [&](int64_t i, int lanes) { (weight * V::load(from + i, lanes)).store(to + i, lanes); });
       }
     });
   }
@@ -232,23 +229,24 @@ struct Backward {
     const auto g = [&](int64_t r) { return grad_row(r); };
     const auto d = [&](int64_t r) -> const T* { return grad_pre + r * up_size; };
     if (args.grad_w_down != nullptr)
-      weight_gradient(args.grad_w_down, args.grad_w_down_transposed, inter, hidden,
-                      [&](int64_t r) -> const T* { return scaled + r * inter; }, g);
+      weight_gradient(
+          args.grad_w_down, args.grad_w_down_transposed, inter, hidden,
+          [&](int64_t r) -> const T* { return scaled + r * inter; }, g);
     if (args.grad_w_up != nullptr) {
       if (shape.weights_on_input) {
         scale_x();
-        weight_gradient(args.grad_w_up, args.grad_w_up_transposed, hidden, up_size,
-                        [&](int64_t r) -> const T* { return scaled_x_row(r); }, d);
+        weight_gradient(
+            args.grad_w_up, args.grad_w_up_transposed, hidden, up_size,
+            [&](int64_t r) -> const T* { return scaled_x_row(r); }, d);
       } else {
-        weight_gradient(args.grad_w_up, args.grad_w_up_transposed, hidden, up_size,
-                        [&](int64_t r) { return x_row(r); }, d);
+        weight_gradient(
+            args.grad_w_up, args.grad_w_up_transposed, hidden, up_size, [&](int64_t r) { return x_row(r); }, d);
       }
     }
     if (args.grad_bias_up != nullptr) bias_gradient(args.grad_bias_up, up_size, d, [](int64_t) { return A(1); });
     if (args.grad_bias_down != nullptr)
-      bias_gradient(args.grad_bias_down, hidden, g, [&](int64_t r) {
-        return shape.weights_on_input ? A(1) : weights[args.row_to_slot[r]];
-      });
+      bias_gradient(args.grad_bias_down, hidden, g,
+                    [&](int64_t r) { return shape.weights_on_input ? A(1) : weights[args.row_to_slot[r]]; });
   }
 };
 

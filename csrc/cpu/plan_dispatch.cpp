@@ -326,12 +326,10 @@ PlanStatus check_scopes(const PlanArgs& args) {
 
 namespace cpu {
 
-PlanStatus plan_dispatch(const PlanArgs& args) {
-  if (args.scope_ids != nullptr) {
-    const PlanStatus status = check_scopes(args);
-    if (status.kind != PlanStatus::kOk) return status;
-  }
-  return args.experts_are_int64 ? plan<int64_t>(args) : plan<int32_t>(args);
+void plan_dispatch(const PlanArgs& args) {
+  if (args.scope_ids != nullptr) *args.status = check_scopes(args);
+  if (args.status->kind != PlanStatus::kOk) return;
+  *args.status = args.experts_are_int64 ? plan<int64_t>(args) : plan<int32_t>(args);
 }
 
 }  // namespace cpu

@@ -18,13 +18,11 @@ struct ExpertChoiceArgs {
   Strided<void> scores;      // [T, E]
   const int32_t* scope_ids;  // [T], contiguous, checked, or null
   int64_t num_scopes;
-  void* weights;             // [T, E] float (double)
+  void* weights;  // [T, E] float (double)
   int32_t* experts;
   int32_t* demand;
 };
 
-namespace cpu {
-void expert_choice(const ExpertChoiceArgs& args);
-}  // namespace cpu
+namespace cpu { void expert_choice(const ExpertChoiceArgs& args); }  // namespace cpu
 
 }  // namespace fastmoe_route

@@ -35,14 +35,14 @@ void check_range(const char* name, Int value, Int low, Int high) {
   check(value >= low && value <= high, "gate: ", name, " must be in [", low, ", ", high, "], got ", value);
 }
 
-GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool softmax_over_group,
-                        int64_t num_groups, int64_t num_null, bool normalize, double scale) {
+GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool softmax_over_group, int64_t num_groups,
+                        int64_t num_null, bool normalize, double scale) {
   check_dim("gate", "logits", logits, 2);
   check(num_null >= 0 && num_null < logits.size(1), "gate: num_null must be in [0, ", logits.size(1) - 1, "], got ",
         num_null);
   const int64_t num_experts = logits.size(1) - num_null;
-  check(logits.size(1) <= 2 * kMaxExperts && num_experts <= kMaxExperts, "gate: logits must have at most ",
-        kMaxExperts, " experts, got shape ", shape_of(logits));
+  check(logits.size(1) <= 2 * kMaxExperts && num_experts <= kMaxExperts, "gate: logits must have at most ", kMaxExperts,
+        " experts, got shape ", shape_of(logits));
   check_range<int64_t>("top_k", top_k, 1, num_experts);
   check_range<int64_t>("score", score, 0, 4);
   check(num_groups >= 1 && num_experts % num_groups == 0, "gate: num_groups must divide the number of experts ",
@@ -50,13 +50,11 @@ GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool
   check(num_groups == 1 || num_null == 0, "gate: num_groups must be 1 with null columns, got ", num_groups);
   check(logits.size(0) * top_k < (int64_t{1} << 31), "gate: logits must have fewer than 2^31 / top_k rows, got ",
         shape_of(logits));
-  return {logits.size(0), num_experts,        num_null,   top_k, static_cast<Score>(score),
-          softmax_over_group, num_groups, normalize, scale};
+  return {logits.size(0),     num_experts, num_null,  top_k, static_cast<Score>(score),
+          softmax_over_group, num_groups,  normalize, scale};
 }
 
-Strided<void> strided(const Tensor& matrix) {
-  return {matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1)};
-}
+Strided<void> strided(const Tensor& matrix) { return {matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1)}; }
 
 using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -74,8 +72,8 @@ GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_
   const char* arithmetic_name = args.dtype == DType::kFloat64 ? "float64" : "float32";
   check_range<int64_t>("topk_groups", topk_groups, 1, num_groups);
   check_range<int64_t>("group_score", group_score, 0, 1);
-  check(max_per_group >= (num_null > 0 ? top_k : 1), "gate: max_per_group must be at least ",
-        num_null > 0 ? top_k : 1, ", got ", max_per_group);
+  check(max_per_group >= (num_null > 0 ? top_k : 1), "gate: max_per_group must be at least ", num_null > 0 ? top_k : 1,
+        ", got ", max_per_group);
   check_range<int64_t>("min_k", min_k, 0, top_k);
   if (bias) check_dtype("gate", "bias", *bias, arithmetic, arithmetic_name);
   if (mask) check_dtype("gate", "mask", *mask, ScalarType::Bool, "bool");
@@ -125,9 +123,8 @@ const void* checked_grad(const char* name, OptionalTensor& grad, std::initialize
 }
 
 Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum, OptionalTensor grad_logsumexp,
-                     OptionalTensor grad_scores, Tensor logits, Tensor experts, OptionalTensor logsumexp,
-                     int64_t score, bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize,
-                     double scale) {
+                     OptionalTensor grad_scores, Tensor logits, Tensor experts, OptionalTensor logsumexp, int64_t score,
+                     bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize, double scale) {
   check_dim("gate_backward", "experts", experts, 2);
   check_dtype("gate_backward", "experts", experts, ScalarType::Int, "int32");
   GateBackwardArgs args{};

@@ -21,8 +21,7 @@ Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t num_rows) 
   for (int64_t e = 0; e < num_experts; ++e)
     check(bounds[e] <= bounds[e + 1], op, ": offsets must never fall, got ", bounds[e], " then ", bounds[e + 1],
           " at expert ", e);
-  check(bounds[num_experts] <= num_rows, op, ": offsets must end at most at ", num_rows, ", got ",
-        bounds[num_experts]);
+  check(bounds[num_experts] <= num_rows, op, ": offsets must end at most at ", num_rows, ", got ", bounds[num_experts]);
   return dense;
 }
 

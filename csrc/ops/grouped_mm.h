@@ -20,17 +20,17 @@ struct ExpertMatrix {
 };
 
 struct GroupedMmArgs {
-  int64_t num_rows;          // R
-  int64_t num_experts;       // E
-  int64_t in;                // A
-  int64_t out;               // B
+  int64_t num_rows;     // R
+  int64_t num_experts;  // E
+  int64_t in;           // A
+  int64_t out;          // B
   DType dtype;
-  const void* x;             // [R, A]
-  int64_t x_stride;          // elements between rows; columns are contiguous
-  ExpertMatrix w;            // [E, A, B]
-  const int32_t* offsets;    // [E + 1], checked: starts at 0, never falls, ends at most at R
-  const void* bias;          // [E, B], contiguous, of dtype, or null
-  void* y;                   // [R, B], contiguous
+  const void* x;           // [R, A]
+  int64_t x_stride;        // elements between rows; columns are contiguous
+  ExpertMatrix w;          // [E, A, B]
+  const int32_t* offsets;  // [E + 1], checked: starts at 0, never falls, ends at most at R
+  const void* bias;        // [E, B], contiguous, of dtype, or null
+  void* y;                 // [R, B], contiguous
 };
 
 // grad_w[e] = x[rows of e]^T grad_y[rows of e], exact zeros for experts without rows;
@@ -41,14 +41,14 @@ struct GroupedMmWgradArgs {
   int64_t in;
   int64_t out;
   DType dtype;
-  const void* x;             // [R, A]
+  const void* x;  // [R, A]
   int64_t x_stride;
-  const void* grad_y;        // [R, B]
+  const void* grad_y;  // [R, B]
   int64_t grad_y_stride;
   const int32_t* offsets;
-  void* grad_w;              // [E, A, B], or [E, B, A] when transposed; contiguous; or null
-  bool transposed;           // grad_w is laid out as w.transpose(1, 2)
-  void* grad_bias;           // [E, B], or null
+  void* grad_w;     // [E, A, B], or [E, B, A] when transposed; contiguous; or null
+  bool transposed;  // grad_w is laid out as w.transpose(1, 2)
+  void* grad_bias;  // [E, B], or null
 };
 
 namespace cpu {

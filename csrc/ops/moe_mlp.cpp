@@ -56,8 +56,8 @@ void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot
     return bad == 0;
   };
   const int32_t* slots = row_to_slot.const_data_ptr<int32_t>();
-  check(in_range(slots, num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ",
-        num_slots, "), got a value outside");
+  check(in_range(slots, num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ", num_slots,
+        "), got a value outside");
   const int32_t* rows = slot_to_row.const_data_ptr<int32_t>();
   check(in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
         bounds[num_experts], "), got a value outside");
@@ -208,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_dim(op, "preactivation", preactivation, 2);
   check_size(op, "preactivation", preactivation, 0, shape.num_rows);
   check_size(op, "preactivation", preactivation, 1, w_up.size(2));
-  check(preactivation.scalar_type() == x.scalar_type(), op,
-        ": preactivation must have the dtype of x, got dtype code ", static_cast<int>(preactivation.scalar_type()));
+  check(preactivation.scalar_type() == x.scalar_type(), op, ": preactivation must have the dtype of x, got dtype code ",
+        static_cast<int>(preactivation.scalar_type()));
 
   const auto dtype = x.scalar_type();
   const auto wants = [&](Wanted bit) { return (wanted & bit) != 0; };

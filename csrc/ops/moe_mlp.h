@@ -18,37 +18,37 @@ enum class Activation : int32_t { kSwiGlu, kGeGlu, kReGlu, kSwiGluClamped, kSilu
 inline bool is_gated(Activation activation) { return activation <= Activation::kSwiGluClamped; }
 
 struct MoeMlpShape {
-  int64_t num_tokens;        // T
-  int64_t top_k;             // K
-  int64_t num_rows;          // R
-  int64_t num_experts;       // E
-  int64_t hidden;            // H
-  int64_t intermediate;      // I
+  int64_t num_tokens;    // T
+  int64_t top_k;         // K
+  int64_t num_rows;      // R
+  int64_t num_experts;   // E
+  int64_t hidden;        // H
+  int64_t intermediate;  // I
   Activation activation;
-  bool interleaved;          // gate in even, up in odd columns of w_up
+  bool interleaved;  // gate in even, up in odd columns of w_up
   bool weights_on_input;
-  DType dtype;               // of x, w_up, w_down, biases, y
+  DType dtype;  // of x, w_up, w_down, biases, y
 };
 
 struct MoeMlpArgs {
   MoeMlpShape shape;
-  const void* x;             // [T, H]
+  const void* x;  // [T, H]
   int64_t x_stride;
-  const int32_t* offsets;    // [E + 1]
+  const int32_t* offsets;      // [E + 1]
   const int32_t* row_to_slot;  // [R]
   const int32_t* slot_to_row;  // [T, K], contiguous
-  const float* weights;      // [T, K], contiguous (double for float64)
+  const float* weights;        // [T, K], contiguous (double for float64)
   ExpertMatrix w_up;
   ExpertMatrix w_down;
-  const void* bias_up;       // [E, U], contiguous, or null
-  const void* bias_down;     // [E, H], contiguous, or null
-  void* y;                   // [T, H], contiguous
-  void* preactivation;       // [R, U] of dtype, after bias_up, for backward; or null. Rows without a slot are zero.
+  const void* bias_up;    // [E, U], contiguous, or null
+  const void* bias_down;  // [E, H], contiguous, or null
+  void* y;                // [T, H], contiguous
+  void* preactivation;    // [R, U] of dtype, after bias_up, for backward; or null. Rows without a slot are zero.
 };
 
 struct MoeMlpBackwardArgs {
   MoeMlpShape shape;
-  const void* grad_y;        // [T, H], contiguous
+  const void* grad_y;  // [T, H], contiguous
   const void* x;
   int64_t x_stride;
   const int32_t* offsets;
@@ -58,16 +58,16 @@ struct MoeMlpBackwardArgs {
   ExpertMatrix w_up;
   ExpertMatrix w_down;
   const void* bias_down;
-  const void* preactivation; // [R, U]
+  const void* preactivation;  // [R, U]
   // Results; null where not wanted. Contiguous; the weight gradients follow the layout of their weights.
-  void* grad_x;              // [T, H]
-  float* grad_weights;       // [T, K] (double for float64)
-  void* grad_w_up;           // [E, H, U] or [E, U, H]
+  void* grad_x;         // [T, H]
+  float* grad_weights;  // [T, K] (double for float64)
+  void* grad_w_up;      // [E, H, U] or [E, U, H]
   bool grad_w_up_transposed;
-  void* grad_w_down;         // [E, I, H] or [E, H, I]
+  void* grad_w_down;  // [E, I, H] or [E, H, I]
   bool grad_w_down_transposed;
-  void* grad_bias_up;        // [E, U]
-  void* grad_bias_down;      // [E, H]
+  void* grad_bias_up;    // [E, U]
+  void* grad_bias_down;  // [E, H]
 };
 
 namespace cpu {

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -34,11 +34,13 @@ PlanMaps plan_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot
 
 // Every row is written through its slot, so the two maps of a plan made by hand must agree.
 void check_maps_agree(const char* op, const PlanMaps& maps) {
+  if (!kReadsOnHost) return;
   check(maps_agree(maps.slots(), maps.num_rows, maps.rows(), maps.num_tokens * maps.top_k), op,
         ": plan must come from plan_dispatch, got a row_to_slot and a slot_to_row that disagree");
 }
 
 void check_rows_in_range(const char* op, const PlanMaps& maps) {
+  if (!kReadsOnHost) return;
   check(rows_in_range(maps.rows(), maps.num_tokens * maps.top_k, maps.num_rows), op,
         ": plan.slot_to_row must be in [-1, ", maps.num_rows, "), got a row outside it");
 }
@@ -59,6 +61,7 @@ Tensor permute(const Tensor& x, const Tensor& row_to_slot, const Tensor& slot_to
   args.dtype = float_dtype("permute", "x", x);
   const PlanMaps maps = plan_maps("permute", row_to_slot, slot_to_row);
   check_size("permute", "x", x, 0, maps.num_tokens);
+  check_devices("permute", x, row_to_slot, slot_to_row);
   check_maps_agree("permute", maps);
   const Tensor source = with_dense_columns(x);
   args.num_tokens = maps.num_tokens;
@@ -72,7 +75,7 @@ Tensor permute(const Tensor& x, const Tensor& row_to_slot, const Tensor& slot_to
   args.row_to_slot = maps.slots();
   args.slot_to_row = maps.rows();
   args.rows = rows.mutable_data_ptr();
-  cpu::permute(args);
+  launch("permute", &kernels::permute, args, x);
   return rows;
 }
 
@@ -84,6 +87,7 @@ Tensor unpermute(const Tensor& rows, const OptionalTensor& weights, const Tensor
   const PlanMaps maps = plan_maps("unpermute", row_to_slot, slot_to_row);
   check_size("unpermute", "rows", rows, 0, maps.num_rows);
   const OptionalTensor dense_weights = plan_weights("unpermute", weights, maps, args.weights_dtype);
+  check_devices("unpermute", rows, weights, row_to_slot, slot_to_row);
   check_rows_in_range("unpermute", maps);
   const Tensor source = with_dense_columns(rows);
   args.num_tokens = maps.num_tokens;
@@ -97,7 +101,7 @@ Tensor unpermute(const Tensor& rows, const OptionalTensor& weights, const Tensor
   args.slot_to_row = maps.rows();
   args.weights = data_or_null<void>(dense_weights);
   args.y = y.mutable_data_ptr();
-  cpu::unpermute(args);
+  launch("unpermute", &kernels::unpermute, args, rows);
   return y;
 }
 
@@ -112,6 +116,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
   const PlanMaps maps = plan_maps(kOp, row_to_slot, slot_to_row);
   check_size(kOp, "grad_y", grad_y, 0, maps.num_tokens);
   const OptionalTensor dense_weights = plan_weights(kOp, weights, maps, args.weights_dtype);
+  check_devices(kOp, grad_y, rows, weights, row_to_slot, slot_to_row);
   check_maps_agree(kOp, maps);
   const Tensor grad = with_dense_columns(grad_y);
   OptionalTensor source;
@@ -140,13 +145,13 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
       empty(grad_y, {needs_weights ? args.num_tokens : 0, args.top_k}, scalar_type(args.weights_dtype));
   args.grad_rows = needs_rows ? grad_rows.mutable_data_ptr() : nullptr;
   args.grad_weights = needs_weights ? grad_weights.mutable_data_ptr() : nullptr;
-  cpu::unpermute_backward(args);
+  launch(kOp, &kernels::unpermute_backward, args, grad_y);
   return {grad_rows, grad_weights};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("permute_forward", TORCH_BOX(&permute));
   m.impl("unpermute", TORCH_BOX(&unpermute));

@@ -3,12 +3,14 @@
 //   permute:   x [T, H]                       -> rows [R, H]; rows[r] = x[row_to_slot[r] / K], zero for padding rows
 //   unpermute: rows [R, H], weights [T, K]    -> y [T, H];    y[t] = sum over j ascending of weights[t, j] *
 //              rows[slot_to_row[t, j]] in float32 (float64), rounded once; a token without kept slots gives 0
-// Element offsets are 64-bit. Bytes: every source row is read once, every result row written once. The kernels trust
-// their maps: an op that is handed a plan checks it first with the functions at the end.
+// Element offsets are 64-bit. Bytes: every source row is read once, every result row written once. The kernels of
+// the CPU trust their maps: an op that is handed a plan checks it first with the functions at the end. Those of CUDA
+// take a row or slot that is out of range, or not claimed by both maps, as none.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 
 namespace fastmoe_route {
@@ -65,6 +67,12 @@ void permute(const PermuteArgs& args);
 void unpermute(const UnpermuteArgs& args);
 void unpermute_backward(const UnpermuteBackwardArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+CudaStatus permute(const PermuteArgs& args, const CudaQueue& queue);
+CudaStatus unpermute(const UnpermuteArgs& args, const CudaQueue& queue);
+CudaStatus unpermute_backward(const UnpermuteBackwardArgs& args, const CudaQueue& queue);
+}  // namespace cuda
 
 // Whether every slot's row is -1 or in [0, num_rows): enough for reading rows by slot.
 inline bool rows_in_range(const int32_t* slot_to_row, int64_t num_slots, int64_t num_rows) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -102,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch(const Tensor& e
     args.scope_ids = static_cast<const int32_t*>(dense_scopes->const_data_ptr());
   }
 
+  check_devices("plan_dispatch", experts, weights, scope_ids);
   Tensor offsets = empty(experts, {num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = empty(experts, {args.num_rows}, ScalarType::Int);
   Tensor slot_to_row = empty(experts, {args.num_tokens, args.top_k}, ScalarType::Int);
@@ -112,12 +113,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch(const Tensor& e
   args.slot_to_row = static_cast<int32_t*>(slot_to_row.mutable_data_ptr());
   args.kept = static_cast<int32_t*>(kept.mutable_data_ptr());
   args.dropped = static_cast<int32_t*>(dropped.mutable_data_ptr());
-  check_status(cpu::plan_dispatch(args), args, max_rows);
+  PlanStatus status;
+  args.status = &status;
+  launch("plan_dispatch", &kernels::plan_dispatch, args, experts);
+  check_status(status, args, max_rows);
   return {offsets, row_to_slot, slot_to_row, kept, dropped};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("plan_dispatch", TORCH_BOX(&plan_dispatch)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) { m.impl("plan_dispatch", TORCH_BOX(&plan_dispatch)); }
 
 }  // namespace fastmoe_route

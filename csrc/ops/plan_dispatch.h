@@ -9,11 +9,19 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 
 namespace fastmoe_route {
 
 enum class DropPolicy : int32_t { kPosition, kScore };
+
+// What stopped a plan. Ids and scopes are judged before anything is written, the number of rows before any row is.
+struct PlanStatus {
+  enum Kind { kOk, kBadExpert, kBadScope, kTooManyRows } kind = kOk;
+  int64_t value = 0;  // the id, or the rows needed
+  int64_t where = 0;  // the slot, or the token
+};
 
 struct PlanArgs {
   int64_t num_tokens;   // T
@@ -38,15 +46,12 @@ struct PlanArgs {
   int32_t* slot_to_row;
   int32_t* kept;
   int32_t* dropped;
+  PlanStatus* status;  // CPU only
 };
 
-// What stopped a plan. Ids and scopes are judged before anything is written, the number of rows before any row is.
-struct PlanStatus {
-  enum Kind { kOk, kBadExpert, kBadScope, kTooManyRows } kind = kOk;
-  int64_t value = 0;  // the id, or the rows needed
-  int64_t where = 0;  // the slot, or the token
-};
+namespace cpu { void plan_dispatch(const PlanArgs& args); }  // namespace cpu
 
-namespace cpu { PlanStatus plan_dispatch(const PlanArgs& args); }  // namespace cpu
+// Takes ids and scopes that are out of range as none, and drops the highest slots where max_slots is exceeded.
+namespace cuda { CudaStatus plan_dispatch(const PlanArgs& args, const CudaQueue& queue); }  // namespace cuda
 
 }  // namespace fastmoe_route

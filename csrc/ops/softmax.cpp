@@ -1,6 +1,6 @@
 #include "ops/softmax.h"
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -19,8 +19,9 @@ DType check_input(const Tensor& x, int64_t method) {
 
 void run(const Tensor& x, DType dtype, int64_t method, void* y) {
   const Tensor rows = with_contiguous_columns(x);
-  cpu::softmax({rows.size(0), rows.size(1), dtype, static_cast<SoftmaxMethod>(method), rows.const_data_ptr(),
-                rows.stride(0), y});
+  const SoftmaxArgs args{rows.size(0),          rows.size(1),   dtype, static_cast<SoftmaxMethod>(method),
+                         rows.const_data_ptr(), rows.stride(0), y};
+  launch("softmax", &kernels::softmax, args, x);
 }
 
 // x [R, C] -> [R, C]
@@ -41,6 +42,7 @@ void softmax_out(const Tensor& x, int64_t method, Tensor out) {
   check(out.scalar_type() == x.scalar_type(), "softmax: out must have the dtype of x, got dtype code ",
         static_cast<int>(out.scalar_type()));
   check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
+  check_devices("softmax", x, out);
   if (x.numel() == 0) return;
   run(x, dtype, method, out.mutable_data_ptr());
 }
@@ -54,17 +56,19 @@ Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
   const DType dtype = float_dtype("softmax_backward", "y", y);
   check(grad_y.scalar_type() == y.scalar_type(), "softmax_backward: grad_y must have the dtype of y, got dtype code ",
         static_cast<int>(grad_y.scalar_type()));
+  check_devices("softmax_backward", y, grad_y);
   Tensor grad_x = empty(y, {y.size(0), y.size(1)}, y.scalar_type());
   if (y.numel() == 0) return grad_x;
   const Tensor grad = as_contiguous(grad_y), result = as_contiguous(y);
-  cpu::softmax_backward(
-      {y.size(0), y.size(1), dtype, grad.const_data_ptr(), result.const_data_ptr(), grad_x.mutable_data_ptr()});
+  const SoftmaxBackwardArgs args{
+      y.size(0), y.size(1), dtype, grad.const_data_ptr(), result.const_data_ptr(), grad_x.mutable_data_ptr()};
+  launch("softmax_backward", &kernels::softmax_backward, args, y);
   return grad_x;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("softmax_forward", TORCH_BOX(&softmax));
   m.impl("softmax_out", TORCH_BOX(&softmax_out));

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 
 namespace fastmoe_route {
@@ -19,22 +20,27 @@ struct SoftmaxArgs {
   DType dtype;
   SoftmaxMethod method;
   const void* x;
-  int64_t x_stride;          // elements between rows
-  void* y;                   // contiguous
+  int64_t x_stride;  // elements between rows
+  void* y;           // contiguous
 };
 
 struct SoftmaxBackwardArgs {
   int64_t num_rows;
   int64_t num_cols;
   DType dtype;
-  const void* grad_y;        // contiguous
-  const void* y;             // contiguous
-  void* grad_x;              // contiguous
+  const void* grad_y;  // contiguous
+  const void* y;       // contiguous
+  void* grad_x;        // contiguous
 };
 
 namespace cpu {
 void softmax(const SoftmaxArgs& args);
 void softmax_backward(const SoftmaxBackwardArgs& args);
 }  // namespace cpu
+
+namespace cuda {
+CudaStatus softmax(const SoftmaxArgs& args, const CudaQueue& queue);
+CudaStatus softmax_backward(const SoftmaxBackwardArgs& args, const CudaQueue& queue);
+}  // namespace cuda
 
 }  // namespace fastmoe_route

@@ -19,10 +19,10 @@ struct SoftmaxTopkArgs {
   int64_t k;
   DType dtype;
   const void* x;
-  int64_t x_stride;          // elements between rows; columns are contiguous
-  void* values;              // [R, k], contiguous; likewise below
+  int64_t x_stride;  // elements between rows; columns are contiguous
+  void* values;      // [R, k], contiguous; likewise below
   int64_t* indices;
-  double* statistics;        // [R, 2]: the row's max (NaN ignored) and its sum of exp(x - max), for backward; or null
+  double* statistics;  // [R, 2]: the row's max (NaN ignored) and its sum of exp(x - max), for backward; or null
 };
 
 // grad_x[c] = p[c] * ([c is column j] * grad_values[j] - sum over j of grad_values[j] * p[column j]).
@@ -31,12 +31,12 @@ struct SoftmaxTopkBackwardArgs {
   int64_t num_cols;
   int64_t k;
   DType dtype;
-  const void* grad_values;   // [R, k], contiguous
+  const void* grad_values;  // [R, k], contiguous
   const void* x;
   int64_t x_stride;
   const double* statistics;
   const int64_t* indices;
-  void* grad_x;              // [R, C], contiguous
+  void* grad_x;  // [R, C], contiguous
 };
 
 namespace cpu {

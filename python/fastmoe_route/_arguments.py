@@ -60,9 +60,7 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
         fail(ValueError, op, argument, f"be on {like.device}", value.device)
 
 
-def check_int(
-    op: str, argument: str, value: Any, low: int, high: int | None = None
-) -> None:
+def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> None:
     """Requires an int in [low, high]; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(TypeError, op, argument, "be an int", describe(value))

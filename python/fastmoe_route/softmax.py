@@ -25,9 +25,7 @@ _MAX_K = 64
 _ops = torch.ops.fastmoe_route
 
 
-def softmax(
-    x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | None = None
-) -> Tensor:
+def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | None = None) -> Tensor:
     """Computes `exp(x - max) / sum(exp(x - max))` along `dim`.
 
     Same values and the same NaN/inf pattern as `torch.softmax`: a slice with a NaN or a +inf, and

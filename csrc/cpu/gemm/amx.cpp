@@ -20,14 +20,14 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int64_t kSide = 16;              // rows of a tile, and its 32-bit columns
-constexpr int64_t kDepth = 32;             // reduction elements of a tile
+constexpr int64_t kSide = 16;   // rows of a tile, and its 32-bit columns
+constexpr int64_t kDepth = 32;  // reduction elements of a tile
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kPair = 2 * kSide;       // weight columns of a slice: two tiles
-constexpr int64_t kSliceTiles = 8;        // tiles along the reduction in one slice of the panel: 16 KB
+constexpr int64_t kPair = 2 * kSide;  // weight columns of a slice: two tiles
+constexpr int64_t kSliceTiles = 8;    // tiles along the reduction in one slice of the panel: 16 KB
 constexpr int64_t kSliceBytes = kSliceTiles * 2 * kTileBytes;
-constexpr int64_t kSlices = 4;             // slices of a panel
-constexpr int64_t kMaxRows = 512;          // rows of x per pass over the weights
+constexpr int64_t kSlices = 4;     // slices of a panel
+constexpr int64_t kMaxRows = 512;  // rows of x per pass over the weights
 
 int64_t divide_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -201,9 +201,9 @@ void multiply_rows(const char* packed, int64_t m, const char* w, int64_t w_strid
           // Spilled sums keep their place between slices of the reduction.
           float* sum = sums + (j / kPair * pairs + i / 2) * 4 * 256;
           const int64_t tiles = smaller(row_tiles - i, 2);
-          multiply_tiles<kOuter>(tiles, here > kSide ? 2 : 1,
-                                 packed + i * next_row_tile + k0 / kDepth * kTileBytes, next_row_tile,
-                                 panel + j / kPair * kSliceBytes, divide_up(depth, kDepth), k0 == 0, sum);
+          multiply_tiles<kOuter>(tiles, here > kSide ? 2 : 1, packed + i * next_row_tile + k0 / kDepth * kTileBytes,
+                                 next_row_tile, panel + j / kPair * kSliceBytes, divide_up(depth, kDepth), k0 == 0,
+                                 sum);
           if (!last) continue;
           for (int64_t t = 0; t < tiles; ++t)
             for (int64_t s = 0; s < here; s += kSide)
@@ -220,8 +220,8 @@ void multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, in
               int64_t c_stride) {
   constexpr int64_t kPanelBytes = kSlices * kSliceBytes;
   const int64_t rows = smaller(divide_up(m, kPair) * kPair, kMaxRows);
-  char* panel = static_cast<char*>(
-      scratch(Scratch::kMicroKernel, kPanelBytes + rows * kSlices * kPair * sizeof(float)));
+  char* panel =
+      static_cast<char*>(scratch(Scratch::kMicroKernel, kPanelBytes + rows * kSlices * kPair * sizeof(float)));
   const Tiles tiles;
   for (int64_t i = 0; i < m; i += kMaxRows)
     multiply_rows<kOuter>(static_cast<const char*>(packed) + i / kSide * divide_up(k, kDepth) * kTileBytes,
@@ -255,12 +255,12 @@ void pack(const void* const* rows, const void* scale, int64_t m, int64_t k, void
 
 // ---- Weight gradient
 
-constexpr int64_t kGradRows = 256;      // rows per pass
-constexpr int64_t kGradIn = 256;        // inputs per pass
-constexpr int64_t kGradOut = 1024;      // outputs per pass
-constexpr int64_t kGradCols = 256;      // outputs of one panel of y
+constexpr int64_t kGradRows = 256;  // rows per pass
+constexpr int64_t kGradIn = 256;    // inputs per pass
+constexpr int64_t kGradOut = 1024;  // outputs per pass
+constexpr int64_t kGradCols = 256;  // outputs of one panel of y
 constexpr int64_t kGradSliceBytes = kGradRows / kDepth * 2 * kTileBytes;
-constexpr int64_t kStreamRows = 64;     // up to so many rows, writing the result is what costs
+constexpr int64_t kStreamRows = 64;  // up to so many rows, writing the result is what costs
 
 // 32 elements of row r, zeros past the rows and columns there are.
 inline __m512i row_words(const void* const* base, int64_t r, int64_t rows, int64_t column, int64_t left) {

@@ -18,10 +18,10 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int kRows = 6;                  // rows of x in a register tile
-constexpr int kCols = 4;                  // weight rows (dot) or vectors of outputs of a register tile
-constexpr int64_t kBlock = 2048;          // reduction elements of one dot block
-constexpr int64_t kPanelRows = 96;        // weight rows that stay in L2 while x passes
+constexpr int kRows = 6;            // rows of x in a register tile
+constexpr int kCols = 4;            // weight rows (dot) or vectors of outputs of a register tile
+constexpr int64_t kBlock = 2048;    // reduction elements of one dot block
+constexpr int64_t kPanelRows = 96;  // weight rows that stay in L2 while x passes
 constexpr int64_t kTileCols = kCols * 16;
 
 int64_t divide_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
@@ -37,8 +37,8 @@ void pack(const void* const* rows, const void* scale, int64_t m, int64_t k, void
     char* out = static_cast<char*>(packed) + i * packed_stride(k);
     for (int64_t q = 0; q < k; q += 32) {
       const char* source = static_cast<const char*>(rows[i]) + q * 2;
-      _mm512_store_si512(out + q * 2, factors != nullptr ? load_scaled_words(source, k - q, factors[i])
-                                                         : load_words(source, k - q));
+      _mm512_store_si512(out + q * 2,
+                         factors != nullptr ? load_scaled_words(source, k - q, factors[i]) : load_words(source, k - q));
     }
   }
 }
@@ -53,24 +53,23 @@ inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
 inline __m128 reduce(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 quads = _mm512_add_ps(
-      _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-      _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+  const __m512 quads = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 struct DotTile {
-  const char* x;        // packed rows
-  int64_t x_stride;     // bytes
+  const char* x;     // packed rows
+  int64_t x_stride;  // bytes
   const char* w;
-  int64_t w_stride;     // bytes between the weight rows of the tile
-  int64_t depth;        // reduction elements
-  int64_t ahead;        // bytes to the weights that come next
-  bool first;           // the first block is stored, the others are added
+  int64_t w_stride;  // bytes between the weight rows of the tile
+  int64_t depth;     // reduction elements
+  int64_t ahead;     // bytes to the weights that come next
+  bool first;        // the first block is stored, the others are added
   float* c;
   int64_t c_stride;
-  int64_t c_step;       // between the columns of the tile
+  int64_t c_step;  // between the columns of the tile
 };
 
 template <int kM, int kN>
@@ -141,8 +140,16 @@ void dot_streams(int64_t m, DotTile t, int64_t n, int64_t k, int64_t stride_byte
 void multiply_dot(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                   int64_t c_stride) {
   const int64_t stride_bytes = w_stride * 2;
-  DotTile t{static_cast<const char*>(packed), packed_stride(k), static_cast<const char*>(w), stride_bytes, 0, 0, true,
-            static_cast<float*>(c), c_stride, 1};
+  DotTile t{static_cast<const char*>(packed),
+            packed_stride(k),
+            static_cast<const char*>(w),
+            stride_bytes,
+            0,
+            0,
+            true,
+            static_cast<float*>(c),
+            c_stride,
+            1};
   if (m <= 2) return dot_streams(m, t, n, k, stride_bytes);
   for (int64_t n0 = 0; n0 < n; n0 += kPanelRows)
     for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
@@ -215,8 +222,8 @@ void interleave_rows(const char* even, const char* odd, int64_t width, char* out
     }
 }
 
-constexpr int64_t kOuterDepth = 128;    // weight rows of a panel
-constexpr int64_t kOuterCols = 256;     // columns of a panel: four groups of 16 KB
+constexpr int64_t kOuterDepth = 128;  // weight rows of a panel
+constexpr int64_t kOuterCols = 256;   // columns of a panel: four groups of 16 KB
 
 void multiply_outer(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                     int64_t c_stride) {
@@ -251,8 +258,8 @@ constexpr int64_t kGradIn = 16 * kRows;  // inputs of a panel of x: 96, and whol
 constexpr int64_t kGradRows = 256;
 
 struct GradientPanels {
-  alignas(64) int32_t x[kGradRows / 2 * 128];            // [pair of rows][input], two groups of 64
-  alignas(64) char y[kGradRows / 2 * kTileCols * 4];     // [pair of rows][64 outputs]
+  alignas(64) int32_t x[kGradRows / 2 * 128];         // [pair of rows][input], two groups of 64
+  alignas(64) char y[kGradRows / 2 * kTileCols * 4];  // [pair of rows][64 outputs]
   alignas(64) float sum[kGradIn * kTileCols];
 };
 

@@ -18,8 +18,9 @@ inline __mmask32 first_words(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : count <= 0 ? 0 : static_cast<__mmask32>((uint32_t{1} << count) - 1);
 }
 inline __mmask16 first_dwords(int64_t count) {
-  return count >= 16 ? static_cast<__mmask16>(0xffff)
-                     : count <= 0 ? 0 : static_cast<__mmask16>((uint32_t{1} << count) - 1);
+  return count >= 16  ? static_cast<__mmask16>(0xffff)
+         : count <= 0 ? 0
+                      : static_cast<__mmask16>((uint32_t{1} << count) - 1);
 }
 
 // Up to 32 elements, the rest zeros; memory past them is not touched.
@@ -31,10 +32,9 @@ inline __m512i load_words(const void* p, int64_t count) {
 inline __m512i load_scaled_words(const void* p, int64_t count, float scale) {
   const __m512i words = load_words(p, count);
   const __m512 factor = _mm512_set1_ps(scale);
-  const __m512 low = _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16));
-  const __m512 high = _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)), 16));
+  const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16));
+  const __m512 high =
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)), 16));
   const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
   // Zeros past the end, even where the scale is not finite.
   return _mm512_maskz_mov_epi16(first_words(count), reinterpret_cast<const __m512i&>(rounded));

@@ -81,11 +81,8 @@ struct LineFetcher {
 
   template <class T>
   LineFetcher(const T* first, int64_t count, int64_t w_stride, int64_t k)
-      : line(reinterpret_cast<const char*>(first)),
-        row_end(line + k * static_cast<int64_t>(sizeof(T))),
-        row_bytes(row_end - line),
-        stride(w_stride * static_cast<int64_t>(sizeof(T))),
-        rows(count) {}
+      : line(reinterpret_cast<const char*>(first)), row_end(line + k * static_cast<int64_t>(sizeof(T))),
+        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {}
   inline __attribute__((always_inline)) void fetch(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
       prefetch_later(line);
@@ -173,7 +170,7 @@ struct DotProblem {
   int64_t w_stride, n, k;
   float* c;
   int64_t c_stride;
-  int64_t block;   // elements of k in a block: whole vectors, a function of k alone
+  int64_t block;  // elements of k in a block: whole vectors, a function of k alone
 };
 
 inline int64_t dot_block(int64_t k) {
@@ -257,8 +254,14 @@ void dot_many_rows(const DotProblem<T>& p, int64_t m) {
 template <class T>
 void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                   int64_t c_stride) {
-  const DotProblem<T> problem{static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k,
-                              static_cast<float*>(c), c_stride, dot_block(k)};
+  const DotProblem<T> problem{static_cast<const float*>(packed),
+                              static_cast<const T*>(w),
+                              w_stride,
+                              n,
+                              k,
+                              static_cast<float*>(c),
+                              c_stride,
+                              dot_block(k)};
   if (m > kDotRows) {
     const int64_t padded = round_up(k, Vec::kLanes);
     for (int64_t first = 0; first < m; first += kDotRowBlock) {

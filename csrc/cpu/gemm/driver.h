@@ -64,8 +64,8 @@ struct FinishedTile {
 
 namespace driver {
 
-constexpr int64_t kMaxBlockRows = 512;             // more gains nothing, and unbalances threads
-constexpr int64_t kPackedBytes = int64_t{4} << 20; // of a worker's packed rows, at most (but see kMinBlockRows)
+constexpr int64_t kMaxBlockRows = 512;              // more gains nothing, and unbalances threads
+constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of a worker's packed rows, at most (but see kMinBlockRows)
 constexpr int64_t kMinBlockRows = 48;
 constexpr int64_t kColumnUnit = 64;  // chunks start at multiples of it: whole tiles of every micro-kernel
 constexpr int64_t kMaxChunk = 384;
@@ -181,7 +181,7 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
         }
         const int64_t column = task % chunks * chunk;
         const int64_t width = product.n - column < chunk ? product.n - column : chunk;
-        FinishedTile<A> done{block.expert,   block.begin,  block.end,      column,
+        FinishedTile<A> done{block.expert,   block.begin,  block.end,     column,
                              column + width, scratch_tile, width * widths};
         if (product.direct != nullptr) {
           done.stride = product.direct_stride;

@@ -29,8 +29,7 @@ struct RowReader {
   bool scaled;
 
   RowReader(const void* const* rows, const void* scales, int64_t i)
-      : row(static_cast<const T*>(rows[i])),
-        scale(scales != nullptr ? static_cast<const A*>(scales)[i] : A(1)),
+      : row(static_cast<const T*>(rows[i])), scale(scales != nullptr ? static_cast<const A*>(scales)[i] : A(1)),
         scaled(scales != nullptr) {}
 
   // count lanes from q, the rest zero.

@@ -19,11 +19,11 @@ namespace {
 constexpr int kTileIn = 6;
 constexpr int kTileVecs = Vec::kLanes == 16 ? 4 : 2;
 constexpr int kTileOut = kTileVecs * Vec::kLanes;
-constexpr int kBlockIn = 144;     // inputs of a panel of x: whole tiles and whole vectors
-constexpr int kBlockOut = 64;     // outputs of a panel of y
-constexpr int kGroupOut = 256;    // outputs that share one copy of x
+constexpr int kBlockIn = 144;   // inputs of a panel of x: whole tiles and whole vectors
+constexpr int kBlockOut = 64;   // outputs of a panel of y
+constexpr int kGroupOut = 256;  // outputs that share one copy of x
 constexpr int kBlockRows = 128;
-constexpr int kStreamRows = 64;   // up to so many rows the stores are the cost
+constexpr int kStreamRows = 64;  // up to so many rows the stores are the cost
 
 struct Panels {
   alignas(64) float x[kBlockRows * kBlockIn];   // [row][input]
@@ -123,13 +123,11 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
           copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
           for (int64_t i = 0; i < in; i += kTileIn)
             for (int64_t j = 0; j < padded; j += kTileOut)
-              tile(panels->x + i, panels->y + j * kBlockRows, count, r0 == 0,
-                   panels->sum + i * kGroupOut + j0 + j);
+              tile(panels->x + i, panels->y + j * kBlockRows, count, r0 == 0, panels->sum + i * kGroupOut + j0 + j);
         }
         r0 += kBlockRows;
       } while (r0 < rows);
-      store_block(panels->sum, in, group, rows <= kStreamRows, static_cast<T*>(out) + i0 * out_stride + g0,
-                  out_stride);
+      store_block(panels->sum, in, group, rows <= kStreamRows, static_cast<T*>(out) + i0 * out_stride + g0, out_stride);
     }
 #if defined(__AVX2__)
   if (rows <= kStreamRows) _mm_sfence();

@@ -7,5 +7,9 @@
 #error "set FASTMOE_ROUTE_ISA: this file belongs to the per-instruction-set libraries of CMakeLists.txt"
 #endif
 
-#define FASTMOE_ROUTE_ISA_BEGIN namespace fastmoe_route { namespace FASTMOE_ROUTE_ISA {
-#define FASTMOE_ROUTE_ISA_END } }
+#define FASTMOE_ROUTE_ISA_BEGIN \
+  namespace fastmoe_route {     \
+  namespace FASTMOE_ROUTE_ISA {
+#define FASTMOE_ROUTE_ISA_END \
+  }                           \
+  }

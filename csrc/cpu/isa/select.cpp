@@ -40,8 +40,8 @@ Level best_level() {
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")))
     return kPortable;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
     return kAvx2;
   if (!__builtin_cpu_supports("avx512bf16")) return kAvx512;
   unsigned a = 7, b = 0, c = 0, d = 0;
@@ -64,8 +64,9 @@ Level chosen_level() {
     throw std::runtime_error("fastmoe_route: FASTMOE_ROUTE_ISA must be at most " + std::string(kLevelNames[best]) +
                              " on this processor, got " + wanted);
   }
-  throw std::runtime_error("fastmoe_route: FASTMOE_ROUTE_ISA must be one of portable, avx2, avx512, avx512_bf16, amx, got " +
-                           std::string(wanted));
+  throw std::runtime_error(
+      "fastmoe_route: FASTMOE_ROUTE_ISA must be one of portable, avx2, avx512, avx512_bf16, amx, got " +
+      std::string(wanted));
 }
 
 KernelTable chosen_table() {

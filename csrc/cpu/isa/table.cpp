@@ -14,7 +14,7 @@ KernelTable table() {
 #define X(name, Args) &name,
       FASTMOE_ROUTE_KERNELS(X)
 #undef X
-      micro_kernels(),
+          micro_kernels(),
   };
 }
 

@@ -13,22 +13,22 @@
 #include "ops/softmax_topk.h"
 
 // X(name, its arguments)
-#define FASTMOE_ROUTE_KERNELS(X)                \
-  X(gate, GateArgs)                             \
-  X(gate_backward, GateBackwardArgs)            \
-  X(softmax, SoftmaxArgs)                       \
-  X(softmax_backward, SoftmaxBackwardArgs)      \
-  X(softmax_topk, SoftmaxTopkArgs)              \
+#define FASTMOE_ROUTE_KERNELS(X)                    \
+  X(gate, GateArgs)                                 \
+  X(gate_backward, GateBackwardArgs)                \
+  X(softmax, SoftmaxArgs)                           \
+  X(softmax_backward, SoftmaxBackwardArgs)          \
+  X(softmax_topk, SoftmaxTopkArgs)                  \
   X(softmax_topk_backward, SoftmaxTopkBackwardArgs) \
-  X(permute, PermuteArgs)                       \
-  X(unpermute, UnpermuteArgs)                   \
-  X(unpermute_backward, UnpermuteBackwardArgs)  \
-  X(grouped_mm, GroupedMmArgs)                  \
-  X(grouped_mm_wgrad, GroupedMmWgradArgs)       \
-  X(moe_mlp, MoeMlpArgs)                        \
-  X(moe_mlp_backward, MoeMlpBackwardArgs)       \
-  X(peak_float32, PeakArgs)                     \
-  X(peak_bfloat16, PeakArgs)                    \
+  X(permute, PermuteArgs)                           \
+  X(unpermute, UnpermuteArgs)                       \
+  X(unpermute_backward, UnpermuteBackwardArgs)      \
+  X(grouped_mm, GroupedMmArgs)                      \
+  X(grouped_mm_wgrad, GroupedMmWgradArgs)           \
+  X(moe_mlp, MoeMlpArgs)                            \
+  X(moe_mlp_backward, MoeMlpBackwardArgs)           \
+  X(peak_float32, PeakArgs)                         \
+  X(peak_bfloat16, PeakArgs)                        \
   X(read_all, ReadArgs)
 
 namespace fastmoe_route {

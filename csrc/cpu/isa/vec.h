@@ -76,9 +76,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-  friend Vec round(Vec a) {
-    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
+  friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
   friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
   // x = mantissa * 2^exponent with the mantissa in [1, 2), for positive finite x, subnormal included.
@@ -151,9 +149,7 @@ struct Mask {
   __m256 bits;
   friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
   friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
-  friend Mask operator~(Mask a) {
-    return {_mm256_xor_ps(a.bits, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
-  }
+  friend Mask operator~(Mask a) { return {_mm256_xor_ps(a.bits, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
   uint32_t lanes() const { return static_cast<uint32_t>(_mm256_movemask_ps(bits)); }
 };
 
@@ -168,9 +164,7 @@ struct Vec {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
   }
-  static Vec load(const Float16* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
+  static Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   static Vec load(const float* p, int n, float fill = 0.0f) {
     const __m256i mask = first(n);
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
@@ -205,9 +199,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  friend Vec round(Vec a) {
-    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
+  friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   friend Vec ldexp(Vec a, Vec n) {
     // Two powers of two: the first product is exact for a near 1, so the result is rounded once.
     const __m256 bounded = _mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-252.0f)), _mm256_set1_ps(254.0f));
@@ -219,11 +211,10 @@ struct Vec {
     const __m256 small = _mm256_cmp_ps(x.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
     const __m256 normal = _mm256_blendv_ps(x.v, _mm256_mul_ps(x.v, _mm256_set1_ps(16777216.0f)), small);
     const __m256i bits = _mm256_castps_si256(normal);
-    const __m256 raised = _mm256_cvtepi32_ps(
-        _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+    const __m256 raised = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
     exponent.v = _mm256_sub_ps(raised, _mm256_and_ps(small, _mm256_set1_ps(24.0f)));
-    mantissa.v = _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)),
-                                                     _mm256_set1_epi32(0x3f800000)));
+    mantissa.v = _mm256_castsi256_ps(
+        _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)), _mm256_set1_epi32(0x3f800000)));
   }
 
   friend Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
@@ -290,9 +281,7 @@ struct Keys {
     return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.bits))};
   }
   static Keys of_bits(Vec x) { return {_mm256_castps_si256(x.v)}; }
-  Keys flip_negative() const {
-    return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))};
-  }
+  Keys flip_negative() const { return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))}; }
 };
 
 #else  // portable: the compiler's own vectors, lowered to whatever the target has

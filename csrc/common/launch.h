@@ -1,0 +1,103 @@
+// How a host file reaches its kernels. The file is written once and compiled twice: into the CPU library, and with
+// FASTMOE_ROUTE_BACKEND_CUDA into the CUDA library. Between the two only these names differ:
+//
+//   FASTMOE_ROUTE_KEY  the dispatch key its ops are registered under
+//   kernels::          the entry points: cpu:: or cuda::
+//   kReadsOnHost       whether the host may look at the contents of tensors. Not on CUDA, where that would wait for the
+//                      device: there kernels take every id that is out of range as "none".
+//   check_devices      every tensor of a call lies on one device
+//   launch             runs an entry point; on CUDA on torch's current stream of the tensor's device
+#pragma once
+
+#include "common/check.h"
+#include "common/cuda_queue.h"
+
+#ifdef FASTMOE_ROUTE_BACKEND_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <vector>
+#define FASTMOE_ROUTE_KEY CUDA
+#else
+#define FASTMOE_ROUTE_KEY CPU
+#endif
+
+namespace fastmoe_route {
+
+#ifndef FASTMOE_ROUTE_BACKEND_CUDA
+
+namespace cpu {}
+namespace kernels = cpu;
+constexpr bool kReadsOnHost = true;
+
+// The dispatcher takes the CPU's kernel only if every tensor is there.
+template <class... Tensors>
+inline void check_devices(const char*, const Tensor&, const Tensors&...) {}
+
+template <class Args>
+inline void launch(const char*, void (*kernel)(const Args&), const Args& args, const Tensor&) {
+  kernel(args);
+}
+
+#else
+
+namespace cuda {}
+namespace kernels = cuda;
+constexpr bool kReadsOnHost = false;
+
+inline void check_device(const char* op, const Tensor& first, const Tensor& other) {
+  check(other.is_cuda() && other.get_device_index() == first.get_device_index(), op,
+        ": every tensor must be on the device of the first, CUDA device ", first.get_device_index(), ", got one on ",
+        other.is_cuda() ? "CUDA device " : "a device that is not CUDA, of index ", other.get_device_index());
+}
+inline void check_device(const char* op, const Tensor& first, const OptionalTensor& other) {
+  if (other.has_value()) check_device(op, first, *other);
+}
+template <class... Tensors>
+inline void check_devices(const char* op, const Tensor& first, const Tensors&... others) {
+  check_device(op, first, first);
+  (check_device(op, first, others), ...);
+}
+
+// torch's current stream. libtorch_cuda is looked up among the libraries already loaded, so that this library neither
+// links it nor loads it.
+inline CUstream_st* current_stream(const char* op, int32_t device) {
+  using CurrentStream = AOTITorchError (*)(int32_t, void**);
+  static const CurrentStream find = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    void* symbol = library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  check(find != nullptr, op, ": torch must be built with CUDA, got one without libtorch_cuda");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+  return static_cast<CUstream_st*>(stream);
+}
+
+// Scratch is a tensor of torch's caching allocator: freed when the launch is queued, and handed out again by torch only
+// to work that is queued behind it.
+struct TorchScratch {
+  const Tensor& like;
+  std::vector<Tensor> blocks;
+
+  static void* allocate(void* context, size_t bytes) {
+    TorchScratch& self = *static_cast<TorchScratch*>(context);
+    self.blocks.push_back(empty(self.like, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    return self.blocks.back().mutable_data_ptr();
+  }
+};
+
+template <class Args>
+inline void launch(const char* op, CudaStatus (*kernel)(const Args&, const CudaQueue&), const Args& args,
+                   const Tensor& on) {
+  const int32_t device = on.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  TorchScratch scratch{on, {}};
+  const CudaStatus status = kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch});
+  check(status.code == 0, op, ": ", status.text != nullptr ? status.text : "a CUDA call failed", " (CUDA error ",
+        status.code, ")");
+}
+
+#endif
+
+}  // namespace fastmoe_route
