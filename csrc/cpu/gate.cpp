@@ -1,8 +1,9 @@
 // gate on the CPU: a few rows at a time, in the first-level cache, one read of the logits.
 //
 // Phases of a row: load -> scores (only if something needs them) -> ordered integer keys -> groups -> selection ->
-// stop rules -> weights -> statistics. The selections of kBatch rows run side by side (gate_select.h). A softmax gate that is normalised and keeps no statistics never forms the
-// denominator: it cancels, so only the chosen logits are exponentiated.
+// stop rules -> weights -> statistics. The selections of kBatch rows run side by side (gate_select.h).
+// A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
+// logits are exponentiated.
 // Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
 // tiles in order, so its bits do not depend on the number of threads.
 // Bytes: logits once, outputs once; scratch is a few rows per thread.

@@ -65,13 +65,15 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
         return _softmax_into(x, dim, method_idx, out)
     op = _ops.softmax if needs_grad(x) else _ops.softmax_forward
     if x.dim() == 2 and dim in (1, -1):
-        return op(x, method_idx)
+        result: Tensor = op(x, method_idx)
+        return result
     if x.numel() == 0:
         return x.clone()
     if x.dim() == 0:
-        return op(x.reshape(1, 1), method_idx).reshape(())
+        scalar: Tensor = op(x.reshape(1, 1), method_idx)
+        return scalar.reshape(())
     moved = x.movedim(dim, -1)
-    rows = op(moved.reshape(-1, moved.shape[-1]), method_idx)
+    rows: Tensor = op(moved.reshape(-1, moved.shape[-1]), method_idx)
     return rows.reshape(moved.shape).movedim(-1, dim)
 
 

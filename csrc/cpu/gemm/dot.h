@@ -207,8 +207,8 @@ void dot_few_rows(const DotProblem<T>& p) {
   }
 }
 
-// One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2. The
-// `next_rows` rows from `next` on, multiplied next, are fetched into L2 meanwhile.
+// One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
+// The `next_rows` rows from `next` on, multiplied next, are fetched into L2 meanwhile.
 template <class T>
 void dot_panel(const DotProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
                const T* next, int64_t next_rows) {

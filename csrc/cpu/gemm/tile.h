@@ -15,8 +15,8 @@ inline void keep_in_register([[maybe_unused]] Vec& value) {
 #endif
 }
 
-// Asks for the cache line at p: into L2 and beyond (it will be used later), or into L1. always_inline is not a matter of
-// speed: gcc takes a function that only prefetches for one without effects, and removes calls it has not inlined yet.
+// Asks for the cache line at p: into L2 and beyond (it will be used later), or into L1. always_inline is not a matter
+// of speed: gcc takes a function that only prefetches for one without effects, and removes calls not yet inlined.
 inline __attribute__((always_inline)) void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
 

@@ -26,7 +26,7 @@ constexpr int kBlockRows = 128;
 constexpr int kStreamRows = 64;  // up to so many rows the stores are the cost
 
 struct Panels {
-  alignas(64) float x[kBlockRows * kBlockIn];   // [row][input]
+  alignas(64) float x[kBlockRows * kBlockIn];   // [input / kTileIn][row][kTileIn]
   alignas(64) float y[kBlockRows * kBlockOut];  // [output / kTileOut][row][kTileOut]
   alignas(64) float sum[kBlockIn * kGroupOut];  // [input][output]
 };
@@ -47,6 +47,19 @@ void copy_rows(const void* const* rows, int64_t num_rows, int64_t first, int64_t
   }
 }
 
+// The same for inputs, whose tiles are narrower than a vector: a row is widened first and then dealt out.
+template <class T>
+void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64_t width, float* panel) {
+  alignas(64) float line[kBlockIn];
+  const int64_t tiles = (width + kTileIn - 1) / kTileIn;
+  const int64_t padded = (tiles * kTileIn + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    copy_rows<T>(rows + r, 1, first, width, padded, line, kBlockIn, 0);
+    for (int64_t t = 0; t < tiles; ++t)
+      std::memcpy(panel + (t * kBlockRows + r) * kTileIn, line + t * kTileIn, kTileIn * sizeof(float));
+  }
+}
+
 // Keeps the compiler from folding one load into several products, which would repeat it.
 inline void load_once(Vec& value) {
 #if defined(__AVX2__)
@@ -62,7 +75,7 @@ void tile(const float* x, const float* y, int64_t num_rows, bool first, float* s
   for (int i = 0; i < kTileIn; ++i)
     for (int v = 0; v < kTileVecs; ++v)
       acc[i][v] = first ? Vec::zero() : Vec::load(sum + i * kGroupOut + v * Vec::kLanes);
-  for (int64_t r = 0; r < num_rows; ++r, x += kBlockIn, y += kTileOut) {
+  for (int64_t r = 0; r < num_rows; ++r, x += kTileIn, y += kTileOut) {
     Vec column[kTileVecs];
     for (int v = 0; v < kTileVecs; ++v) {
       column[v] = Vec::load(y + v * Vec::kLanes);
@@ -115,15 +128,15 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
       do {  // once without rows: zeros
         const int64_t count = smaller(rows - r0, kBlockRows);
         if (g0 == 0 || rows > kBlockRows)  // one block of rows: x is copied once for all outputs
-          copy_rows<T>(x + r0, count, i0, in, (in + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes, panels->x, kBlockIn,
-                       0);
+          copy_inputs<T>(x + r0, count, i0, in, panels->x);
         for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
           copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
           for (int64_t i = 0; i < in; i += kTileIn)
             for (int64_t j = 0; j < padded; j += kTileOut)
-              tile(panels->x + i, panels->y + j * kBlockRows, count, r0 == 0, panels->sum + i * kGroupOut + j0 + j);
+              tile(panels->x + i * kBlockRows, panels->y + j * kBlockRows, count, r0 == 0,
+                   panels->sum + i * kGroupOut + j0 + j);
         }
         r0 += kBlockRows;
       } while (r0 < rows);
