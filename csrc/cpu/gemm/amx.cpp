@@ -260,7 +260,6 @@ constexpr int64_t kGradIn = 256;    // inputs per pass
 constexpr int64_t kGradOut = 1024;  // outputs per pass
 constexpr int64_t kGradCols = 256;  // outputs of one panel of y
 constexpr int64_t kGradSliceBytes = kGradRows / kDepth * 2 * kTileBytes;
-constexpr int64_t kStreamRows = 64;  // up to so many rows, writing the result is what costs
 
 // 32 elements of row r, zeros past the rows and columns there are.
 inline __m512i row_words(const void* const* base, int64_t r, int64_t rows, int64_t column, int64_t left) {
@@ -300,16 +299,15 @@ void pack_outputs(const void* const* y, int64_t rows, int64_t j0, int64_t width,
   }
 }
 
-// Up to 32 x 32 sums, rounded; whole aligned lines go past the caches if `stream`.
-void store_gradient(const float* sum, int64_t in, int64_t width, bool stream, char* out, int64_t out_stride) {
+// Up to 32 x 32 sums, rounded. Ordinary stores: a fresh result's pages have just been cleared through the caches, and
+// stores past them would write memory twice.
+void store_gradient(const float* sum, int64_t in, int64_t width, char* out, int64_t out_stride) {
   const __mmask32 columns = first_words(width);
   for (int64_t i = 0; i < in; ++i, out += out_stride * 2) {
     const float* row = sum + i / kSide * 512 + i % kSide * 16;
     const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(row + 256), _mm512_load_ps(row));
     const __m512i bits = reinterpret_cast<const __m512i&>(rounded);
     if (width < kPair) _mm512_mask_storeu_epi16(out, columns, bits);
-    else if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), bits);
     else _mm512_storeu_si512(out, bits);
   }
 }
@@ -339,9 +337,7 @@ void gradient_block(const void* const* x, const void* const* y, int64_t rows, in
           if (rows > kGradRows) sum += ((p + j) / kPair * (kGradIn / kPair) + i / kPair) * 1024;
           multiply_tiles<true>(high > kSide ? 2 : 1, here > kSide ? 2 : 1, scratch->x + i / kSide * depth * kTileBytes,
                                depth * kTileBytes, scratch->y + j / kPair * kGradSliceBytes, depth, r == 0, sum);
-          if (last)
-            store_gradient(sum, high, here, rows <= kStreamRows, out + ((i0 + i) * out_stride + j0 + p + j) * 2,
-                           out_stride);
+          if (last) store_gradient(sum, high, here, out + ((i0 + i) * out_stride + j0 + p + j) * 2, out_stride);
         }
     }
   }
@@ -354,14 +350,11 @@ void weight_gradient(const void* const* x, const void* const* y, int64_t rows, i
     return;
   }
   GradientScratch* buffers = static_cast<GradientScratch*>(scratch(Scratch::kMicroKernel, sizeof(GradientScratch)));
-  {
-    const Tiles tiles;
-    for (int64_t i = 0; i < a; i += kGradIn)
-      for (int64_t j = 0; j < b; j += kGradOut)
-        gradient_block(x, y, rows, i, smaller(a - i, kGradIn), j, smaller(b - j, kGradOut), static_cast<char*>(out),
-                       out_stride, buffers);
-  }
-  if (rows <= kStreamRows) _mm_sfence();
+  const Tiles tiles;
+  for (int64_t i = 0; i < a; i += kGradIn)
+    for (int64_t j = 0; j < b; j += kGradOut)
+      gradient_block(x, y, rows, i, smaller(a - i, kGradIn), j, smaller(b - j, kGradOut), static_cast<char*>(out),
+                     out_stride, buffers);
 }
 
 }  // namespace
