@@ -286,8 +286,8 @@ def train(config: Config, steps: int, rate: float, balance: float, seed: int) ->
                 for run in runs:
                     run.validate(windows, step)
                 cells = [
-                    f"{run.train_loss[-1] if run.train_loss else math.nan:10.4f} "
-                    f"{run.valid_loss[step]:10.4f}"
+                    (f"{run.train_loss[-1]:10.4f} " if run.train_loss else f"{'-':>10} ")
+                    + f"{run.valid_loss[step]:10.4f}"
                     for run in runs
                 ]
                 progress.print(f"{step:>6} " + " ".join(cells))
