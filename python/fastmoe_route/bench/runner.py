@@ -170,7 +170,10 @@ def _weights_for(row: Row, limits: Limits, seed: int) -> Weights | str:
 def run_rows(
     rows: Sequence[Row], limits: Limits, options: Options, reporter: Reporter
 ) -> list[Result]:
-    """Every row in order. Weights live as long as rows of their shape and dtype follow."""
+    """Every row in order. Weights live as long as rows of their shape and dtype follow.
+
+    An interrupt ends the run early; what was measured until then is kept.
+    """
     seconds = options.seconds or (0.4 if options.quick else 1.5)
     min_rounds = 3 if options.quick else 5
     results: list[Result] = []
@@ -188,17 +191,21 @@ def run_rows(
                 weights = _weights_for(row, limits, options.seed)
             group = wanted
         reporter.start(row)
-        if isinstance(weights, str):
-            result = Result(row, skipped=weights)
-        else:
-            result = run_row(
-                row,
-                limits,
-                weights,
-                seconds=seconds,
-                min_rounds=min_rounds,
-                seed=options.seed,
-            )
+        try:
+            if isinstance(weights, str):
+                result = Result(row, skipped=weights)
+            else:
+                result = run_row(
+                    row,
+                    limits,
+                    weights,
+                    seconds=seconds,
+                    min_rounds=min_rounds,
+                    seed=options.seed,
+                )
+        except KeyboardInterrupt:
+            print(f"\nstopped after {len(results)} of {len(rows)} rows: reporting those")
+            break
         results.append(result)
         reporter.finish(result)
     return results
