@@ -210,6 +210,18 @@ def test_random_option_combinations_agree_with_the_reference():
     assert num_different < 200  # near ties are rare
 
 
+def test_float64_combinations_agree_with_the_reference():
+    for i, case in enumerate(cases.gate_cases(seed=21, n=300, dtypes=(torch.float64,))):
+        got, wanted = fr.gate(**case), reference.gate(**case)
+        try:
+            assert_exact(got.experts, wanted.experts.int())
+            assert_bound(
+                got.weights, wanted.weights, 1e-12 * (1 + wanted.weights.abs().nan_to_num())
+            )
+        except AssertionError as error:
+            raise AssertionError(f"case {i}: {cases.describe(case)}") from error
+
+
 def test_bounds_can_fail():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     routing = fr.gate(logits, 4, stats=True)

@@ -135,18 +135,18 @@ class Gate {
   void run(int64_t begin, int64_t end, Float* score_sum) {
     const bool side_by_side = Selector<V>::is_small(padded_) && a_.max_per_group >= shape_.top_k;
     for (int64_t t = begin; t < end;) {
-      const int64_t count = side_by_side && end - t >= kBatch ? kBatch : 1;
+      const bool is_batch = side_by_side && end - t >= kBatch;
+      const int64_t count = is_batch ? kBatch : 1;
       Selector<V> selectors[kBatch];
       for (int64_t r = 0; r < count; ++r) {
         prepare<T>(rows_[r], t + r);
         selectors[r] = Selector<V>(rows_[r].keys, padded_, rows_[r].block_max);
       }
-      if (count == kBatch)
-        Selector<V>::template take_side_by_side<kBatch>(selectors, shape_.top_k, taken_, taken_keys_);
+      if (is_batch) Selector<V>::template take_side_by_side<kBatch>(selectors, shape_.top_k, taken_, taken_keys_);
       for (int64_t r = 0; r < count; ++r) {
         int32_t* taken = taken_ + r * shape_.top_k;
         Key* taken_keys = taken_keys_ + r * shape_.top_k;
-        if (count == 1) take_columns(rows_[r], selectors[r], taken, taken_keys);
+        if (!is_batch) take_columns(rows_[r], selectors[r], taken, taken_keys);
         const int64_t limit = slots_of(t + r);
         int64_t num_taken = 0;
         while (num_taken < limit && taken_keys[num_taken] != kDisallowed) ++num_taken;
