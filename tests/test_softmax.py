@@ -173,7 +173,8 @@ def test_special_values_as_torch(backend: str, method: str, dtype: torch.dtype) 
             plain = torch.softmax(x, -1)
             assert torch.equal(y.isnan().cpu(), plain.isnan()), (row, repeats)
             assert torch.equal((y == 0).cpu(), plain == 0), (row, repeats)
-            torch.testing.assert_close(y.cpu(), plain, equal_nan=True)
+            wanted = torch.softmax(x.double(), -1)
+            assert_bound(y, wanted, softmax_limit(x, wanted.nan_to_num()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -268,7 +269,9 @@ def test_every_dim(backend: str, dim: int) -> None:
     x = logits(4, 5, 6)
     y = fr.softmax(x.to(backend), dim)
     assert y.shape == x.shape
-    torch.testing.assert_close(y.cpu(), torch.softmax(x, dim))
+    wanted = torch.softmax(x.double(), dim)
+    limit = softmax_limit(x.movedim(dim, -1), wanted.movedim(dim, -1)).movedim(-1, dim)
+    assert_bound(y, wanted, limit)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 300), (2, 40000)])

@@ -99,6 +99,4 @@ inline typename Arithmetic<V>::Float load_logits(const T* row, int64_t stride, i
   return reduce_max(best);
 }
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 FASTMOE_ROUTE_ISA_END

@@ -47,6 +47,4 @@ struct RowReader {
   }
 };
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 FASTMOE_ROUTE_ISA_END

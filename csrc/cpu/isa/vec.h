@@ -429,6 +429,8 @@ struct Keys {
 
 #endif
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 inline Vec operator-(Vec a) { return Vec::zero() - a; }
 
 FASTMOE_ROUTE_ISA_END
