@@ -16,7 +16,7 @@ from torch import Tensor
 PACKAGE_FILES = {
     f"test_{name}.py"
     for name in (
-        *("structure", "package", "readme", "bench", "cli", "example"),
+        *("structure", "package", "readme", "bench", "cli", "example", "environment"),
         *("reference", "reference_gate", "tolerance"),
     )
 }

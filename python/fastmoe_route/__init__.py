@@ -1,7 +1,12 @@
 """Fast Mixture-of-Experts dispatch for PyTorch."""
 
+import importlib
+from types import ModuleType
+
+from fastmoe_route._environment import read_environment
 from fastmoe_route._load import load_libraries
 
+read_environment()
 load_libraries()
 
 from fastmoe_route.dispatch import (  # noqa: E402
@@ -33,3 +38,16 @@ __all__ = [
     "softmax_topk",
     "unpermute",
 ]
+
+# Imported at first use, so that importing the package stays quick.
+_SUBMODULES = ("reference",)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastmoe_route.{name}")
+    raise AttributeError(f"module 'fastmoe_route' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

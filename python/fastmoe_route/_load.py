@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastmoe_route._environment import logger
+
 
 def _find(name: str) -> Path | None:
     """The file of a library along the package's paths (an editable install has two).
@@ -37,7 +39,9 @@ def load_libraries() -> None:
             "Install the wheel, or build in place with: pip install --no-build-isolation -e ."
         )
     torch.ops.load_library(str(cpu))
+    logger.info("loaded %s", cpu)
     if torch.version.cuda is not None:
         cuda = _find("fastmoe_route_cuda")
         if cuda is not None:
             torch.ops.load_library(str(cuda))
+            logger.info("loaded %s", cuda)
