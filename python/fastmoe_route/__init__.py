@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Imported at first use, so that importing the package stays quick.
-_SUBMODULES = ("reference",)
+_SUBMODULES = ("losses", "reference")
 
 
 def __getattr__(name: str) -> ModuleType:
