@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit
   m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity, int drop_policy, Tensor? weights, Tensor? scope_ids, SymInt num_scopes, SymInt align, SymInt max_rows, bool allow_unrouted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // which of its candidate experts each token gets under a capacity: (choice, granted, demand)
+  m.def("reroute(Tensor experts, Tensor? weights, int num_experts, int top_k, SymInt capacity, int overflow, int fill, int drop_policy, Tensor? scope_ids, SymInt num_scopes, Tensor? rank_of_expert, Tensor? rank_of_token) -> (Tensor, Tensor, Tensor)");
+
   // rows of tokens to rows of experts, and back as a weighted sum; `_forward` twins carry no autograd
   m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");
   m.def("permute_forward(Tensor x, Tensor row_to_slot, Tensor slot_to_row) -> Tensor");

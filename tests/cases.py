@@ -297,6 +297,58 @@ def _slot_weights(source: Source, num_tokens: int, top_k: int) -> Tensor:
     return weights
 
 
+# ---- overflow ----------------------------------------------------------------------------------
+
+
+def reroute_cases(seed: int, n: int, *, max_tokens: int = 65) -> Iterator[Case]:
+    """`n` legal argument dictionaries of `reroute`: tight and wide capacities, every rule.
+
+    Args:
+        seed: the cases follow from it.
+        n: how many.
+        max_tokens: the largest `T`.
+    """
+    for i in range(n):
+        yield _reroute_case(Source("reroute", seed, i), max_tokens)
+
+
+def _reroute_case(source: Source, max_tokens: int) -> Case:
+    num_tokens = source.pick([t for t in (*TOKEN_COUNTS, 64, 65) if t <= max_tokens])
+    num_experts = source.pick((1, 2, 3, 4, 8, 16, 33))
+    num_candidates = source.rng.randint(1, num_experts + 2)
+    if source.chance(0.6):  # as from a gate: distinct, then none
+        ids = source.uniform(num_tokens, num_experts).argsort(1)[:, :num_candidates]
+        num_candidates = ids.shape[1]
+        length = source.integers(0, num_candidates + 1, num_tokens, 1)
+        ids = torch.where(torch.arange(num_candidates) < length, ids, -1)
+        if source.chance(0.5):
+            ids = ids.clamp(max=max(0, num_experts // 3))
+    else:
+        ids = _expert_ids(source, num_tokens, num_candidates, num_experts)
+    top_k = source.rng.randint(0, num_candidates)
+    weights = _slot_weights(source, num_tokens, num_candidates)
+    weights = weights.to(source.pick((*FLOAT_DTYPES, torch.float64)))
+    even_share = max(1, num_tokens * top_k // num_experts)
+    case: Case = {
+        "routing": (source.strided(ids.to(source.pick((torch.int32, torch.int64)))), weights),
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "capacity": source.pick((1, 2, even_share, even_share + 1, 10**12)),
+        "overflow": source.pick(("drop", "next", "local")),
+        "fill": source.pick((None, "turned_away", "any")),
+        "drop_policy": source.pick(("position", "score")),
+    }
+    if source.chance(0.5):
+        case["num_scopes"] = source.rng.randint(1, 5)
+        scopes = source.integers(0, case["num_scopes"], num_tokens)
+        case["scope_ids"] = source.strided(scopes.int())
+    if case["overflow"] == "local":
+        ranks = source.rng.randint(1, 3)
+        case["rank_of_expert"] = source.strided(source.integers(0, ranks, num_experts).int())
+        case["rank_of_token"] = source.strided(source.integers(0, ranks, num_tokens).int())
+    return case
+
+
 # ---- experts -----------------------------------------------------------------------------------
 
 

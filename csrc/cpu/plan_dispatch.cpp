@@ -9,12 +9,12 @@
 // Up to kTileSlots slots there is one tile and no thread is woken. Nothing is sized by the number of scopes: slots
 // bound the (scope, expert) pairs that exist. Bytes: ids twice, both maps once, 8 E a tile.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "cpu/keep_order.h"
 #include "ops/plan_dispatch.h"
 
 namespace fastmoe_route {
@@ -137,16 +137,6 @@ void spread(const PlanArgs& args, const Work& work, const int32_t* start) {
   }
 }
 
-// Weights as unsigned numbers in falling order: larger weights first, both zeros equal, NaN last.
-template <class T>
-uint64_t falling_key(T stored) {
-  const double value = static_cast<double>(to_float(stored)) + 0.0;
-  if (std::isnan(value)) return ~uint64_t{0};
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return (bits >> 63) != 0 ? bits : ~bits & ~(uint64_t{1} << 63);
-}
-
 // Fills `candidates` with the slots of experts whose `limit` is exceeded, in slot order inside an expert.
 template <class Id, class KeyOf>
 void gather_candidates(const PlanArgs& args, const Work& work, const int32_t* demand, Candidate* candidates,
@@ -170,10 +160,9 @@ void gather_candidates(const PlanArgs& args, const Work& work, const int32_t* de
 template <class Id>
 void gather_candidates(const PlanArgs& args, const Work& work, const int32_t* demand, Candidate* candidates) {
   if (args.drop_policy == DropPolicy::kPosition) {
-    // Choice in the high half, token in the low half.
     return gather_candidates<Id>(args, work, demand, candidates, [&](int64_t slot, uint32_t token) {
       const uint32_t choice = static_cast<uint32_t>(slot) - token * static_cast<uint32_t>(args.top_k);
-      return uint64_t{choice} << 32 | token;
+      return position_key(choice, token);
     });
   }
   dispatch_float(args.weights_dtype, [&](auto sample) {

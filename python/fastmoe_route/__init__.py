@@ -18,7 +18,16 @@ from fastmoe_route.dispatch import (  # noqa: E402
 from fastmoe_route.expert_choice import expert_choice  # noqa: E402
 from fastmoe_route.gate import gate  # noqa: E402
 from fastmoe_route.grouped_mm import grouped_mm  # noqa: E402
+from fastmoe_route.invariance import check_servable, dispatch_invariance  # noqa: E402
 from fastmoe_route.moe_mlp import moe_mlp  # noqa: E402
+from fastmoe_route.overflow import (  # noqa: E402
+    DropCounts,
+    batch_priority,
+    drop_counts,
+    pass_through,
+    renormalize_after_drop,
+    reroute,
+)
 from fastmoe_route.results import DispatchPlan, Routing  # noqa: E402
 from fastmoe_route.softmax import softmax, softmax_topk  # noqa: E402
 
@@ -26,14 +35,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DispatchPlan",
+    "DropCounts",
     "Routing",
+    "batch_priority",
+    "check_servable",
+    "dispatch_invariance",
+    "drop_counts",
     "expert_capacity",
     "expert_choice",
     "gate",
     "grouped_mm",
     "moe_mlp",
+    "pass_through",
     "permute",
     "plan_dispatch",
+    "renormalize_after_drop",
+    "reroute",
     "softmax",
     "softmax_topk",
     "unpermute",

@@ -22,6 +22,7 @@ from fastmoe_route.reference.gate import (
     gate_scores,
     gate_weights,
 )
+from fastmoe_route.reference.overflow import reroute
 from fastmoe_route.reference.softmax import falling_order, softmax, softmax_topk
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "moe_mlp",
     "permute",
     "plan_dispatch",
+    "reroute",
     "softmax",
     "softmax_topk",
     "unpermute",
