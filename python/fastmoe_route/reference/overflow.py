@@ -45,7 +45,7 @@ def reroute(
     """
     experts, weights = routing[0], routing[1]
     num_tokens, num_candidates = experts.shape
-    ids = experts.tolist()
+    ids: list[list[int]] = experts.tolist()
     values = weights.detach().double().tolist()
     scopes = [0] * num_tokens if scope_ids is None else scope_ids.tolist()
     used: dict[tuple[int, int], int] = defaultdict(int)
@@ -72,7 +72,7 @@ def reroute(
         return len(got[token]) < wanted[token]
 
     def is_new(token: int, column: int) -> bool:
-        return bool(ids[token][column] >= 0 and ids[token][column] not in ids[token][:column])
+        return ids[token][column] >= 0 and ids[token][column] not in ids[token][:column]
 
     order = by_position if drop_policy == "position" else by_score
     tokens = range(num_tokens)
