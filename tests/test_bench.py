@@ -220,6 +220,60 @@ class TestRows:
         assert "skipped" in row_line(result)
 
 
+class TestPeers:
+    row = rows_of("moe_mlp", passes="forward")[0]
+
+    def run_beside(self, peer) -> runner.Result:
+        weights = workload.make_weights(TINY, torch.float32, 0, 1 << 20, 1 << 16)
+        weights.peers["other"] = [lambda x, ids, w: peer(x, ids, w, weights)] * weights.copies
+        return runner.run_row(self.row, tiny_limits(), weights, seconds=0.0, min_rounds=2, seed=0)
+
+    def test_same_work_is_timed(self):
+        def other(x, ids, w, weights):
+            return baselines.experts_loop(x, ids, w, weights.ups[0], weights.downs[0])
+
+        result = self.run_beside(other)
+        assert result.notes == []
+        assert result.timing is not None
+        assert "other" in result.timing.ratios
+
+    @pytest.mark.parametrize("fault", ["raises", "wrong", "nan"])
+    def test_faulty_peer_is_left_out_and_named(self, fault, capsys):
+        def other(x, ids, w, weights):
+            if fault == "raises":
+                raise RuntimeError("no such instruction")
+            return x * (torch.nan if fault == "nan" else 2.0)
+
+        result = self.run_beside(other)
+        assert result.passed
+        assert result.timing is not None
+        assert "other" not in result.timing.ratios
+        Reporter(1).finish(result)
+        assert "other is left out: " in capsys.readouterr().out
+
+    def test_lost_rows_are_named(self, capsys):
+        result = self.run_beside(
+            lambda x, ids, w, weights: baselines.experts_grouped(
+                x, ids, w, weights.ups[0], weights.downs[0]
+            )
+        )
+        slower = timing.Summary(0.8, 0.7, 0.9, 5)
+        result.timing = timing.Timing(
+            result.timing.seconds, {**result.timing.ratios, "other": slower}, {}
+        )
+        seconds = {**result.timing.seconds, "other": timing.Summary(1e-9, 1e-9, 1e-9, 5)}
+        result.timing = timing.Timing(seconds, result.timing.ratios, {})
+        Reporter(1).tail([result], 1.0, None, None)
+        out = capsys.readouterr().out
+        assert "1 slower than the fastest beside" in out
+        assert f"behind: {self.row}: other takes 0.80 of our time" in out
+
+    def test_none_installed_says_what_to_do(self, monkeypatch, capsys):
+        monkeypatch.setattr(runner.peers, "installed", lambda: [])
+        assert runner.run(runner.Options(peers=True)) == 2
+        assert "make bench-peers" in capsys.readouterr().err
+
+
 class TestLimits:
     def test_peaks_and_bandwidth_are_plausible(self):
         for code in (0, 1):

@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
         help="element type; repeatable; float32 and bfloat16 if left out")  # fmt: skip
     add("--pass", dest="passes", choices=("forward", "training", "both"), default="both",
         help="forward, forward and backward, or both (default)")  # fmt: skip
+    add(
+        "--peers",
+        action="store_true",
+        help="moe_mlp forward, also beside vLLM, SGLang, zentorch and ONNX Runtime where they are"
+        " installed (make bench-peers)",
+    )
     add("--threads", type=_argument(_positive_int), metavar="N", help="threads of torch")
     add("--seconds", type=_argument(_positive_float), metavar="S",
         help="time per row (default 1.5, quick 0.4)")  # fmt: skip
@@ -159,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
         json_path=options.json,
         plot_path=options.plot,
+        peers=options.peers,
     )
     try:
         return run(wanted)

@@ -8,7 +8,7 @@ the products, times three for training, and about 20 per exponential.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Case:
     cached: bool
     check: Callable[[], list[Finding]]
     written: int = 0  # of num_bytes, those of outputs that later calls write again
+    notes: list[str] = field(default_factory=list)  # contenders that were left out, and why
 
 
 def backward(outputs: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:

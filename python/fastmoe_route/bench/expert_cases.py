@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -229,4 +231,41 @@ def layer_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Case:
     contenders: dict[str, Call] = {}
     for name, function in functions.items():
         contenders[name] = lambda i, function=function: layer.run(function, i)  # type: ignore[misc]
-    return Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, layer.check)
+    notes = list(weights.notes)
+    if row.op == "moe_mlp" and not row.training:
+        for name, packed in weights.peers.items():
+            call = _peer_call(layer, packed)
+            reason = _peer_fault(layer, call)
+            if reason:
+                notes.append(f"{name} is left out: {reason}")
+            else:
+                contenders[name] = call
+    case = Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, layer.check)
+    case.notes = notes
+    return case
+
+
+def _peer_call(layer: _Layer, packed: Sequence[Function]) -> Call:
+    """Call number `i` of a peer, on the tokens and the copy of the weights that ours takes."""
+
+    def call(i: int) -> Tensor:
+        tokens = layer.sets[i % len(layer.sets)]
+        return packed[i % len(packed)](tokens.x, tokens.experts, tokens.weights)
+
+    return call
+
+
+def _peer_fault(layer: _Layer, call: Call) -> str:
+    """Why a peer cannot be compared; empty if it can.
+
+    What is asked is only that it does the same work, so the limit is wide.
+    """
+    try:
+        got = call(0)
+    except Exception as error:  # whatever another library raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    assert isinstance(got, Tensor)
+    wanted = layer.run(layer.ours, 0)[0].double()
+    off = float((got.double() - wanted).norm() / wanted.norm())
+    allowed = 1e-4 if layer.dtype == torch.float32 else 0.05
+    return "" if off <= allowed else f"its result is off by {off:.2g}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = (
     f"{'op':<13} {'shape':<10} {'T':>5} {'dtype':<9} {'pass':<8}"
-    f"{'time':>10} {'plain':>10}   {'ratio  p10 - p90':<18} {'of limit':>8}  {'':<10} beside"
+    f"{'time':>10} {'theirs':>10}   {'ratio  p10 - p90':<18} {'of limit':>8}  {'':<10} beside"
 )
 
 
@@ -43,6 +43,15 @@ def duration(seconds: float) -> str:
 def ratio(summary: Summary) -> str:
     """Median and spread of a ratio."""
     return f"{summary.median:5.2f}  {summary.p10:.2f} - {summary.p90:.2f}"
+
+
+def _behind(result: Result) -> str:
+    """A row and every contender that was faster."""
+    assert result.timing is not None
+    ratios = result.timing.ratios
+    faster = sorted((r.median, name) for name, r in ratios.items() if r.median < 1.0)
+    names = ", ".join(f"{name} takes {ratio:.2f} of our time" for ratio, name in faster)
+    return f"{result.row}: {names}"
 
 
 def row_line(result: Result) -> str:
@@ -70,6 +79,7 @@ class Reporter:
         """`total` rows will come."""
         self.total = total
         self.done = 0
+        self._noted: set[str] = set()
         self._progress: Any = None
         self._task: Any = None
         if sys.stdout.isatty():
@@ -142,9 +152,10 @@ class Reporter:
             f"level 3 {limits.level3 / 1e9:.0f}"
         )
         self._print(
-            "ratio = time of the fastest plain PyTorch form / ours, of the same turns: above 1 is"
-            " faster.\nof limit = least time this machine needs for its bytes (memory, level 1"
-            " or 2 cache) or operations\n(arithmetic) / ours.\n"
+            "ratio = time of the fastest contender beside ours / ours, of the same turns: above 1"
+            " we are faster.\n"
+            "of limit = least time this machine needs for its bytes (memory, level 1 or 2 cache) or"
+            " operations\n(arithmetic) / ours.\n"
         )
         self._print(_HEADINGS)
 
@@ -157,6 +168,10 @@ class Reporter:
         """A row is done."""
         self.done += 1
         self._print(row_line(result))
+        for note in result.notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self._print(f"    {note}")
         for finding in result.findings:
             if not finding.passed:
                 self._print(f"    {finding}")
@@ -181,8 +196,10 @@ class Reporter:
         ]
         print(
             f"\n{len(timed)} rows right and timed, {len(wrong)} wrong, {skipped} skipped, "
-            f"{len(slower)} slower than plain PyTorch; {seconds:.0f} s"
+            f"{len(slower)} slower than the fastest beside; {seconds:.0f} s"
         )
+        for result in slower:
+            print(f"  behind: {_behind(result)}")
         if timed and any(not result.cached and result.copies > 1 for result in timed):
             print("Data too large for the level-2 caches rotates through memory between calls.")
         for path in (json_path, plot_path):

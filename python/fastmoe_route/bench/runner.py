@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastmoe_route as fr
-from fastmoe_route.bench import machine
+from fastmoe_route.bench import machine, peers
 from fastmoe_route.bench.case import Case
 from fastmoe_route.bench.cases import build_case
 from fastmoe_route.bench.check import Finding
@@ -43,9 +43,12 @@ class Options:
     seed: int = 0
     json_path: Path | None = None
     plot_path: Path | None = None
+    peers: bool = False
 
     def rows(self) -> list[Row]:
         """The rows to run."""
+        if self.peers:  # they are forward only, and compared on the whole layer of experts
+            self.ops, self.passes = ("moe_mlp",), "forward"
         if self.quick:
             rows = quick_rows(self.ops, self.shapes, self.tokens, self.dtypes)
             if rows:
@@ -71,6 +74,7 @@ class Result:
     floor_seconds: float = 0.0
     bound_by: str = ""
     skipped: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -104,6 +108,7 @@ class Result:
                 "findings": [finding.as_dict() for finding in self.findings],
             },
             "skipped": self.skipped or None,
+            "notes": self.notes,
         }
         if self.timing is None:
             return result
@@ -145,6 +150,7 @@ def run_row(
         flops=case.flops,
         copies=case.copies,
         cached=case.cached,
+        notes=case.notes,
     )
     result.findings = case.check()
     if not result.passed:
@@ -157,14 +163,24 @@ def run_row(
     return result
 
 
-def _weights_for(row: Row, limits: Limits, seed: int) -> Weights | str:
+def _weights_for(row: Row, limits: Limits, options: Options) -> Weights | str:
     """The weights of the row's shape, or why there are none."""
+    dtype = getattr(torch, row.dtype)
     try:
-        return make_weights(
-            row.shape, getattr(torch, row.dtype), seed, limits.cached_set, limits.rotation_bytes
+        weights = make_weights(
+            row.shape, dtype, options.seed, limits.cached_set, limits.rotation_bytes
         )
     except OutOfMemory as error:
         return str(error)
+    for name in peers.installed() if options.peers else []:
+        try:
+            packed = peers.pack(name, weights.ups, weights.downs)
+        except Exception as error:  # whatever another library raises
+            weights.notes.append(f"{name} is left out: {type(error).__name__}: {error}")
+        else:
+            if packed is not None:
+                weights.peers[name] = packed
+    return weights
 
 
 def run_rows(
@@ -188,7 +204,7 @@ def run_rows(
             if heavy:
                 if not options.quick:
                     limits.probe(0.02)
-                weights = _weights_for(row, limits, options.seed)
+                weights = _weights_for(row, limits, options)
             group = wanted
         reporter.start(row)
         try:
@@ -244,6 +260,10 @@ def run(options: Options) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.peers and not peers.installed():
+        names = ", ".join(peers.MODULES)
+        print(f"bench: --peers needs at least one of {names}: make bench-peers", file=sys.stderr)
+        return 2
     rows = options.rows()
     if not rows:
         print(

@@ -6,7 +6,8 @@ length is no divisor of an expert, so experts differ although only the block was
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,6 +54,9 @@ class Weights:
     ups: list[Tensor]
     downs: list[Tensor]
     cached: bool  # small enough to be left in the caches
+    # The kernels of others on every copy (bench/peers.py), and why some are missing.
+    peers: dict[str, list[Callable[..., Tensor]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def copies(self) -> int:
