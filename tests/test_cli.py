@@ -118,3 +118,19 @@ def test_plot_without_matplotlib(fast_limits, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["bench", "--op", "gate", "--plot", str(tmp_path / "x.png")]) == 2
     assert "pip install 'fastmoe-route[bench]'" in capsys.readouterr().err
+
+
+# ---- routers -----------------------------------------------------------------------------------
+
+
+def test_routers_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["routers"]) == 0
+    listed = capsys.readouterr().out
+    assert "switch" in listed
+    assert "arXiv:2101.03961" in listed
+    assert cli.main(["routers", "--describe", "switch"]) == 0
+    described = capsys.readouterr().out
+    assert "invariance  C: as I, unless a capacity binds" in described
+    assert "Args:" in described
+    assert cli.main(["routers", "--describe", "swich"]) == 2
+    assert "switch" in capsys.readouterr().err

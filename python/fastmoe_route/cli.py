@@ -1,4 +1,4 @@
-"""The command line: `python -m fastmoe_route bench | info`."""
+"""The command line: `python -m fastmoe_route bench | info | routers`."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def _positive_float(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser of both commands."""
+    """The argument parser of all commands."""
     top = argparse.ArgumentParser(
         prog="python -m fastmoe_route", description="Fast Mixture-of-Experts dispatch for PyTorch."
     )
     top.add_argument("--version", action="version", version=f"fastmoe_route {fr.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="bench | info")
+    commands = top.add_subparsers(dest="command", required=True, metavar="bench | info | routers")
 
     bench = commands.add_parser(
         "bench",
@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, instruction set, CUDA library, threads")
     info.add_argument("--json", action="store_true", help="as JSON")
+
+    routers = commands.add_parser("routers", help="list every published method, or describe one")
+    routers.add_argument(
+        "--describe", metavar="NAME", help="formula, defaults and arguments of one"
+    )
+    routers.add_argument("--kind", help="only methods of this kind, such as router or loss")
     return top
 
 
@@ -151,6 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command == "info":
         return _print_info(options.json)
+    if options.command == "routers":
+        from fastmoe_route.routers.listing import print_methods
+
+        return print_methods(options.describe, options.kind)
     from fastmoe_route.bench.runner import Options, run
 
     wanted = Options(

@@ -1,0 +1,62 @@
+"""Published routing methods, each a few lines on the ops of the package.
+
+`build("switch", 512, 64, 1)` makes a router; `methods("router")` lists them. A router maps hidden
+states `[T, H]` to a `Routed`; a layer then calls `router.mix(x, routed, experts)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmoe_route._arguments import fail
+from fastmoe_route.methods import Method, find, methods
+from fastmoe_route.routers.base import Common, Context, Routed, Router
+from fastmoe_route.routers.experts import Experts
+from fastmoe_route.routers.token_choice import DeepSeekV3, Switch, TopkSoftmax
+
+__all__ = [
+    "Common",
+    "Context",
+    "DeepSeekV3",
+    "Experts",
+    "Method",
+    "Routed",
+    "Router",
+    "Switch",
+    "TopkSoftmax",
+    "build",
+    "methods",
+]
+
+
+def build(
+    name: str, hidden_size: int, num_experts: int, top_k: int | None = None, **arguments: Any
+) -> Router:
+    """Makes a router by its registered name.
+
+    Args:
+        name: such as `switch` or `deepseek_v3`; `python -m fastmoe_route routers` lists them.
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token; None for the method's own default.
+        arguments: further arguments of the method.
+
+    Returns:
+        The router.
+
+    Raises:
+        ValueError: no router has that name, or an argument breaks a rule of the method.
+
+    >>> build("switch", 16, 4)
+    Switch(
+      hidden_size=16, num_experts=4, top_k=1
+      (score): Linear()
+    )
+    """
+    method = find(name)
+    if method.kind != "router":
+        fail(ValueError, "routers", "name", "be a router", f"{name!r}, a {method.kind}")
+    if top_k is not None:
+        arguments["top_k"] = top_k
+    router: Router = method.target(hidden_size, num_experts, **arguments)
+    return router

@@ -1,0 +1,344 @@
+"""What every router is: its arguments, its result, its checks and its serve mode."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from fastmoe_route import losses
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    fail,
+)
+from fastmoe_route.methods import Method
+from fastmoe_route.results import DispatchPlan, Routing
+from fastmoe_route.routers.capacity import Capacity, capacity_plan
+from fastmoe_route.routers.experts import Experts
+
+
+class Context(NamedTuple):
+    """What a router is told beside the hidden states `[T, H]`; see `Router.forward`."""
+
+    token_ids: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    num_sequences: int = 1
+    scope_ids: Tensor | None = None
+    num_scopes: int = 1
+    attention_mass: Tensor | None = None
+    state: Tensor | None = None
+    positions: Tensor | None = None
+    seed: int | None = None
+    experts: Experts | None = None
+
+
+class Routed(NamedTuple):
+    """What a router decided.
+
+    Attributes:
+        routing: the experts and weights of every token.
+        losses: auxiliary losses of this call, scalars by name, each already times its coefficient.
+            Empty outside training.
+        plan: the dispatch plan where capacity is part of the method; None for one that drops
+            nothing, which `moe_mlp` makes itself.
+        residual: `[T]`, the weight of a token's own input in its output; None for 0.
+        state: what the router of the next layer takes as `state`.
+        extra: further tensors that a method hands out, by name; its docstring lists them.
+    """
+
+    routing: Routing
+    losses: dict[str, Tensor]
+    plan: DispatchPlan | None = None
+    residual: Tensor | None = None
+    state: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The sum of the losses, a scalar to add to the loss of the task."""
+        total = self.routing.weights.new_zeros(())
+        for loss in self.losses.values():
+            total = total + loss
+        return total
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments that every router takes beside its own.
+
+    Attributes:
+        aux_coef: coefficient of the loss `balance`, `fastmoe_route.losses.load_balancing`.
+        z_coef: coefficient of the loss `z`, `fastmoe_route.losses.z_loss`.
+        capacity_factor: capacity of an expert over its even share, in training; None drops nothing.
+        eval_capacity_factor: the same in evaluation.
+        drop_policy: `position` or `score`, see `plan_dispatch`.
+        min_capacity: the least capacity of an expert.
+    """
+
+    aux_coef: float
+    z_coef: float
+    capacity_factor: float | None
+    eval_capacity_factor: float | None
+    drop_policy: str
+    min_capacity: int
+
+
+def with_defaults(common: Common, **defaults: Unpack[Common]) -> Common:
+    """The common arguments of a method: its own defaults, then what the caller gave."""
+    return {**defaults, **common}
+
+
+class Router(nn.Module):
+    """Base of all routers: hidden states in, experts and weights out.
+
+    A method overrides `route`, and `mix` where its output is more than a weighted sum of experts.
+
+    Args:
+        hidden_size: `H`, the size of a hidden state.
+        num_experts: `E`.
+        top_k: experts per token, at most `E`.
+        common: see `Common`; a method may have other defaults.
+
+    Attributes:
+        method: the entry of the registry: survey row, source, invariance, needs.
+        serving: whether calls that could leak from one request to another are refused.
+    """
+
+    method: ClassVar[Method]
+    serving: bool
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, **common: Unpack[Common]
+    ) -> None:
+        super().__init__()
+        unknown = common.keys() - Common.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{self.name}: {min(unknown)} must be an argument of the method")
+        check_int(self.name, "hidden_size", hidden_size, 1)
+        check_int(self.name, "num_experts", num_experts, 1)
+        check_int(self.name, "top_k", top_k, 1, num_experts)
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.aux_coef = common.get("aux_coef", 0.0)
+        self.z_coef = common.get("z_coef", 0.0)
+        self.capacity_factor = common.get("capacity_factor")
+        self.eval_capacity_factor = common.get("eval_capacity_factor")
+        self.drop_policy = common.get("drop_policy", "position")
+        self.min_capacity = common.get("min_capacity", 1)
+        self.serving = False
+        self._check_capacity()
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    @property
+    def name(self) -> str:
+        """The registered name, or the class name of a class that is not registered."""
+        method = getattr(type(self), "method", None)
+        return method.name if method is not None else type(self).__name__
+
+    @property
+    def factor(self) -> float | None:
+        """The capacity factor of the mode the router is in."""
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    @property
+    def invariance(self) -> str:
+        """What a token's result depends on as this router is set up; a key of `INVARIANCE`.
+
+        A method of class C is I as long as nothing can be dropped, and one of class I with a
+        capacity is C.
+        """
+        invariance = self.method.invariance
+        if invariance in ("I", "C"):
+            return "I" if self.factor is None else "C"
+        return invariance
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        num_sequences: int = 1,
+        scope_ids: Tensor | None = None,
+        num_scopes: int = 1,
+        attention_mass: Tensor | None = None,
+        state: Tensor | None = None,
+        positions: Tensor | None = None,
+        seed: int | None = None,
+        experts: Experts | None = None,
+    ) -> Routed:
+        """Routes every token. Methods read what they need and ignore the rest.
+
+        Args:
+            x: float `[T, H]`, the hidden states.
+            token_ids: int `[T]`, the vocabulary id of each token.
+            sequence_ids: int `[T]` in `[0, num_sequences)`, the sequence of each token; None for
+                one sequence.
+            num_sequences: the number of sequences.
+            scope_ids: int32 `[T]` in `[0, num_scopes)`, the request of each token: capacity and
+                balancing stay inside it. None for one scope.
+            num_scopes: the number of scopes.
+            attention_mass: float `[T]`, the attention each token received.
+            state: the `state` of the previous layer's result, or None at the first layer.
+            positions: int `[T]`, each token's place in its own request; keys the random numbers.
+            seed: makes random choices a function of `(seed, position)`, whatever the batch.
+            experts: the experts, for methods that look at their weights or outputs.
+
+        Returns:
+            `Routed`.
+
+        Raises:
+            TypeError, ValueError: an argument that is missing or does not fit, by method and name;
+                a call that serve mode refuses.
+        """
+        context = Context(
+            token_ids,
+            sequence_ids,
+            num_sequences,
+            scope_ids,
+            num_scopes,
+            attention_mass,
+            state,
+            positions,
+            seed,
+            experts,
+        )
+        self._check(x, context)
+        return self.route(x, context)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        """The method itself; `x` and `context` are checked."""
+        raise NotImplementedError
+
+    def routed(self, routing: Routing, context: Context, **parts: Any) -> Routed:
+        """The result for a routing: with the common losses in training, and the plan if any.
+
+        `parts` are fields of `Routed`; `losses` among them are added to the common ones.
+        """
+        found = self._common_losses(routing)
+        found.update(parts.pop("losses", {}))
+        if "plan" not in parts:
+            parts["plan"] = self.plan(routing, context)
+        return Routed(routing, found, **parts)
+
+    def plan(self, routing: Routing, context: Context) -> DispatchPlan | None:
+        """The plan of a routing under the capacity of the mode; None if nothing is dropped."""
+        if self.factor is None:
+            return None
+        scopes = None if context.scope_ids is None else (context.scope_ids, context.num_scopes)
+        limit = Capacity(self.factor, self.min_capacity, self.drop_policy)
+        return capacity_plan(self.name, routing, limit, scopes)
+
+    def _common_losses(self, routing: Routing) -> dict[str, Tensor]:
+        if not self.stats:
+            return {}
+        found = {}
+        if self.aux_coef != 0:
+            found["balance"] = self.aux_coef * losses.load_balancing(routing)
+        if self.z_coef != 0:
+            found["z"] = self.z_coef * losses.z_loss(routing)
+        return found
+
+    @property
+    def stats(self) -> bool:
+        """Whether the gate has to return statistics for the common losses."""
+        return self.training and (self.aux_coef != 0 or self.z_coef != 0)
+
+    def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
+        """The layer's output `[T, H]`: the weighted experts, plus the residual share of `x`."""
+        y = experts(x, routed.routing, routed.plan)
+        if routed.residual is not None:
+            y = y + (routed.residual[:, None] * x).to(y.dtype)
+        return y
+
+    def serve(self) -> Router:
+        """Eval mode, in which calls that mix requests are refused; `train()` and `eval()` end it.
+
+        A method of invariance B, or C with a capacity, then needs `scope_ids`, one of invariance S
+        `sequence_ids`.
+
+        Raises:
+            ValueError: a parameter or buffer is not finite.
+        """
+        self.eval()
+        _check_finite(self)
+        self.serving = True
+        return self
+
+    def train(self, mode: bool = True) -> Router:
+        """Training or evaluation; ends serve mode."""
+        self.serving = False
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print`."""
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+    def _check_capacity(self) -> None:
+        for argument in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, argument)
+            if factor is not None and not 0 < factor < float("inf"):
+                fail(ValueError, self.name, argument, "be positive or None", factor)
+        check_choice(self.name, "drop_policy", self.drop_policy, ("position", "score"))
+        check_int(self.name, "min_capacity", self.min_capacity, 1)
+
+    def _check(self, x: Tensor, context: Context) -> None:
+        name = self.name
+        check_tensor(name, "x", x, 2)
+        check_dtype(name, "x", x, FLOAT_DTYPES)
+        if x.shape[1] != self.hidden_size:
+            check_shape(name, "x", x, (-1, self.hidden_size))
+        for need in self.method.needs:
+            if getattr(context, need) is None:
+                fail(ValueError, name, need, "be given", None)
+        for argument in ("token_ids", "sequence_ids", "scope_ids", "attention_mass", "positions"):
+            value = getattr(context, argument)
+            if value is not None:
+                _check_per_token(name, argument, value, x)
+        if context.sequence_ids is not None or context.num_sequences != 1:
+            check_int(name, "num_sequences", context.num_sequences, 1)
+        if context.scope_ids is not None or context.num_scopes != 1:
+            check_int(name, "num_scopes", context.num_scopes, 1)
+        if self.serving:
+            self._check_served(context)
+
+    def _check_served(self, context: Context) -> None:
+        invariance = self.invariance
+        if invariance in ("B", "C") and context.scope_ids is None:
+            rule = f"be given in serve mode, because the invariance is {invariance}"
+            fail(ValueError, self.name, "scope_ids", rule, None)
+        if invariance == "S" and context.sequence_ids is None:
+            rule = "be given in serve mode, because the invariance is S"
+            fail(ValueError, self.name, "sequence_ids", rule, None)
+
+
+def _check_per_token(name: str, argument: str, value: Any, x: Tensor) -> None:
+    check_tensor(name, argument, value, 1)
+    check_shape(name, argument, value, (x.shape[0],))
+    check_device(name, argument, value, x)
+    if argument == "attention_mass":
+        check_dtype(name, argument, value, FLOAT_DTYPES)
+    elif argument == "scope_ids":
+        check_dtype(name, argument, value, (torch.int32,))
+    else:
+        check_dtype(name, argument, value, (torch.int32, torch.int64))
+
+
+def _check_finite(router: Router) -> None:
+    named = [*router.named_parameters(), *router.named_buffers()]
+    for key, value in named:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            fail(ValueError, router.name, key, "be finite", "a value that is not")
+
+
+def _check_loaded(router: nn.Module, _: Any) -> None:
+    assert isinstance(router, Router)
+    _check_finite(router)

@@ -1,0 +1,96 @@
+"""Plans with a capacity, counted per request where there are scopes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmoe_route._arguments import fail
+from fastmoe_route.dispatch import expert_capacity, plan_dispatch
+from fastmoe_route.results import DispatchPlan, Routing
+
+MAX_GROUPS = 65536
+
+
+class Capacity(NamedTuple):
+    """How many slots an expert keeps, and which.
+
+    Attributes:
+        factor: capacity over an even share.
+        min_capacity: the least capacity.
+        drop_policy: `position` or `score`, see `plan_dispatch`.
+    """
+
+    factor: float
+    min_capacity: int = 1
+    drop_policy: str = "position"
+
+
+def scope_sizes(scope_ids: Tensor, num_scopes: int) -> Tensor:
+    """int64 `[num_scopes]`, the tokens of every scope."""
+    ids = scope_ids.long()
+    return ids.new_zeros(num_scopes).index_add(0, ids, torch.ones_like(ids))
+
+
+def capacity_plan(
+    name: str, routing: Routing, limit: Capacity, scopes: tuple[Tensor, int] | None
+) -> DispatchPlan:
+    """The plan of a routing whose experts keep only so many slots.
+
+    Args:
+        name: the method, for errors.
+        routing: experts and weights `[T, K]`.
+        limit: the capacity.
+        scopes: int32 `[T]` scope ids and their number. Every scope has the capacity that its own
+            number of tokens gives, so what one request keeps never depends on another.
+
+    Returns:
+        `DispatchPlan`.
+    """
+    num_tokens, top_k = routing.experts.shape
+    num_experts = routing.demand.shape[0]
+    if scopes is None:
+        capacity = expert_capacity(
+            num_tokens, num_experts, top_k, limit.factor, min_capacity=limit.min_capacity
+        )
+        weights = routing.weights if limit.drop_policy == "score" else None
+        return plan_dispatch(
+            routing.experts,
+            num_experts,
+            capacity=capacity,
+            drop_policy=limit.drop_policy,
+            weights=weights,
+        )
+    scope_ids, num_scopes = scopes
+    if num_scopes * num_experts > MAX_GROUPS:
+        fail(ValueError, name, "num_scopes", f"be at most {MAX_GROUPS // num_experts}", num_scopes)
+    share = limit.factor * scope_sizes(scope_ids, num_scopes).double() * top_k / num_experts
+    room = share.ceil().clamp(min=limit.min_capacity)[scope_ids.long(), None]
+    kept = _rank(routing, limit.drop_policy, scope_ids, num_scopes) < room
+    plan = plan_dispatch(torch.where(kept, routing.experts, -1), num_experts)
+    return plan._replace(dropped=routing.demand - plan.kept)
+
+
+def _rank(routing: Routing, drop_policy: str, scope_ids: Tensor, num_scopes: int) -> Tensor:
+    """int64 `[T, K]`, the place of every slot among those of its scope and expert.
+
+    The places come from a plan whose groups are the pairs (scope, expert) and whose slots stand in
+    the order of the drop policy.
+    """
+    num_experts = routing.demand.shape[0]
+    groups = routing.experts + scope_ids[:, None] * num_experts
+    groups = torch.where(routing.experts < 0, -1, groups)
+    if drop_policy == "position":
+        slots = torch.arange(groups.numel(), device=groups.device)
+        order = slots.view(groups.shape).t().flatten()
+    else:
+        keys = routing.weights.detach().flatten().nan_to_num(-torch.inf)
+        order = keys.argsort(descending=True, stable=True)
+    ordered = groups.flatten()[order]
+    places = plan_dispatch(ordered[:, None], num_scopes * num_experts)
+    starts = places.offsets.long()[ordered.long().clamp(min=0)]
+    rank = torch.empty_like(order)
+    rank[order] = places.slot_to_row[:, 0].long() - starts
+    return rank.view(groups.shape)

@@ -1,0 +1,60 @@
+"""Score functions that routers share: hidden states `[T, H]` to logits `[T, E]`, in float32.
+
+All of them give a token the same bits whatever other tokens share the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmoe_route.grouped_mm import grouped_mm
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the arithmetic of routers: float64 stays, all else becomes float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` in float32 (float64 for float64), never in an autocast dtype.
+
+    Plain `torch.mm` rounds a row differently as the number of rows changes; one group of
+    `grouped_mm` does not.
+
+    Args:
+        x: `[T, H]`.
+        weight: `[E, H]`.
+        bias: `[E]` or None.
+
+    Returns:
+        `[T, E]`.
+    """
+    x = wide(x)
+    with torch.autocast(x.device.type, enabled=False):
+        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+        y = grouped_mm(x, weight.to(x.dtype).t()[None], offsets)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class Linear(nn.Module):
+    """A linear map to logits, batch-invariant and in float32.
+
+    Args:
+        hidden_size: `H`.
+        num_outputs: `E`.
+        bias: add a learned bias, which starts at 0.
+        std: standard deviation of the initial weights; None for `H ** -0.5`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_outputs: int, *, bias: bool = False, std: float | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
+        nn.init.normal_(self.weight, std=hidden_size**-0.5 if std is None else std)
+        self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, H] -> [T, E]`."""
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,184 @@
+"""What all routers have in common, over the whole registry."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import fastmoe_route as fr
+import pytest
+import torch
+from fastmoe_route.methods import DECODE, INVARIANCE, methods
+from router_cases import EXPERTS, HIDDEN, SEQUENCES, TOKENS, inputs, layer, make, names, rows
+from torch import Tensor
+
+BY_NAME = {method.name: method for method in methods("router")}
+
+
+def same_bits(got: Tensor, wanted: Tensor) -> bool:
+    return got.dtype == wanted.dtype and got.shape == wanted.shape and torch.equal(got, wanted)
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("training", [False, True])
+def test_result_keeps_the_contract(name: str, training: bool) -> None:
+    given = inputs()
+    router = make(name).train(training)
+    routed = router(**given)
+    routing = routed.routing
+    assert routing.experts.dtype == routing.demand.dtype == torch.int32
+    assert routing.weights.dtype == torch.float32
+    assert routing.experts.shape == routing.weights.shape
+    assert bool(((routing.experts >= -1) & (routing.experts < EXPERTS)).all())
+    assert bool((routing.weights[routing.experts < 0] == 0).all())
+    used = routing.experts[routing.experts >= 0].long()
+    assert torch.equal(torch.bincount(used, minlength=EXPERTS), routing.demand.long())
+    assert all(loss.dim() == 0 and bool(loss.isfinite()) for loss in routed.losses.values())
+    assert training or not routed.losses
+    assert routed.aux_loss.dim() == 0
+    y = router.mix(given["x"], routed, given["experts"])
+    assert y.shape == given["x"].shape
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("name", names())
+def test_no_token_is_legal(name: str) -> None:
+    given = inputs(0)
+    for training in (False, True):
+        router = make(name).train(training)
+        routed = router(**given)
+        assert bool(routed.aux_loss.isfinite())
+        assert router.mix(given["x"], routed, given["experts"]).shape == (0, HIDDEN)
+
+
+# ---- invariance --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in names() if BY_NAME[n].invariance in ("I", "C", "B*")])
+def test_a_token_alone_has_the_same_bits(name: str) -> None:
+    """In evaluation without a capacity, a token's output is its own, wherever it stands."""
+    given = inputs()
+    router = make(name).eval()
+    wanted = layer(router, given)
+    for index in ([5], [7, 3], list(range(23, -1, -1)), list(range(4, 21))):
+        index = torch.tensor(index)
+        assert same_bits(layer(router, rows(given, index)), wanted[index])
+
+
+@pytest.mark.parametrize("name", [n for n in names() if BY_NAME[n].invariance in ("S", "B", "C")])
+def test_a_scope_alone_has_the_same_bits(name: str) -> None:
+    """What a request gets in serve mode is a function of its own tokens."""
+    given = inputs()
+    arguments = {"eval_capacity_factor": 1.0} if BY_NAME[name].invariance == "C" else {}
+    router = make(name, **arguments).serve()
+    wanted = layer(router, given)
+    for scope in range(SEQUENCES):
+        index = (given["sequence_ids"] == scope).nonzero()[:, 0]
+        assert same_bits(layer(router, rows(given, index)), wanted[index])
+
+
+@pytest.mark.parametrize("name", names())
+def test_serve_mode_refuses_what_mixes_requests(name: str) -> None:
+    arguments = {"eval_capacity_factor": 1.0} if BY_NAME[name].invariance == "C" else {}
+    router = make(name, **arguments).serve()
+    missing = {"B": "scope_ids", "C": "scope_ids", "S": "sequence_ids"}.get(router.invariance)
+    router(**inputs())
+    if missing is None:
+        router(**{**inputs(), "scope_ids": None, "num_scopes": 1})
+        return
+    rule = f"{router.name}: {missing} must be given in serve mode, because the invariance is"
+    with pytest.raises(ValueError, match=rule):
+        router(**{**inputs(), missing: None})
+    router.eval()(**{**inputs(), "scope_ids": None, "num_scopes": 1})
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_gradient_of_the_layer(name: str) -> None:
+    """The choice is a constant, all else is differentiated: checked in float64."""
+    router = make(name, torch.float64).eval()
+    given = inputs(6, torch.float64)
+
+    def output(x: Tensor) -> Tensor:
+        return layer(router, {**given, "x": x})
+
+    assert torch.autograd.gradcheck(output, given["x"].requires_grad_(), fast_mode=True)
+
+
+# ---- registration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_fullgraph(name: str) -> None:
+    given = inputs()
+    router = make(name).eval()
+    compiled = torch.compile(router, fullgraph=True, backend="eager")
+    wanted, got = router(**given), compiled(**given)
+    assert same_bits(got.routing.experts, wanted.routing.experts)
+    assert same_bits(got.routing.weights, wanted.routing.weights)
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
+def test_registry_entry_is_complete(method: fr.methods.Method) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", method.name)
+    assert re.fullmatch(r"[RLX]\d+", method.row)
+    assert method.invariance in INVARIANCE
+    assert method.decode in DECODE
+    text = inspect.getdoc(method.target) or ""
+    assert method.verified != "mem" or "unverified" in text, "the docstring must say unverified"
+    assert not method.title.endswith(".")
+    if method.kind == "router":
+        assert set(method.needs) <= set(fr.routers.Context._fields)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_bad_arguments_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: top_k must be in \[1, 8\], got 9"):
+        make(name, top_k=9)
+    with pytest.raises(TypeError, match="capacity"):
+        make(name, capacity=3)
+    router = make(name)
+    with pytest.raises(ValueError, match=rf"{name}: x must have shape \[any, 16\], got"):
+        router(**{**inputs(), "x": torch.zeros(TOKENS, 5)})
+    for need in BY_NAME[name].needs:
+        with pytest.raises(ValueError, match=f"{name}: {need} must be given, got None"):
+            router(**{**inputs(), need: None})
+
+
+@pytest.mark.parametrize("name", names())
+def test_state_is_saved_and_must_be_finite(name: str) -> None:
+    router = make(name)
+    saved = router.state_dict()
+    other = fr.routers.build(name, HIDDEN, EXPERTS, **_arguments(name))
+    other.load_state_dict(saved)
+    assert all(same_bits(value, saved[key]) for key, value in other.state_dict().items())
+    floats = [key for key, value in saved.items() if value.is_floating_point() and value.numel()]
+    if floats:
+        saved[floats[0]] = torch.full_like(saved[floats[0]], torch.nan)
+        with pytest.raises(ValueError, match=f"{name}: {floats[0]} must be finite, got"):
+            other.load_state_dict(saved)
+
+
+def _arguments(name: str) -> dict[str, object]:
+    from router_cases import ARGUMENTS
+
+    return ARGUMENTS.get(name, {})
+
+
+def test_unknown_name_lists_what_is_close() -> None:
+    with pytest.raises(ValueError, match=r"name must be a method of .* \(switch.*\), got 'swich'"):
+        fr.routers.build("swich", 8, 4)
+
+
+def test_aux_loss_is_the_sum_of_the_losses() -> None:
+    routed = make("switch", z_coef=0.1)(**inputs())
+    assert set(routed.losses) == {"balance", "z"}
+    assert same_bits(routed.aux_loss, routed.losses["balance"] + routed.losses["z"])
