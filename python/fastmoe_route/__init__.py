@@ -57,11 +57,7 @@ __all__ = [
 ]
 
 # Imported at first use, so that importing the package stays quick.
-<<<<<<< HEAD
-_SUBMODULES = ("losses", "reference")
-=======
-_SUBMODULES = ("methods", "reference", "routers")
->>>>>>> 0edba8a (Framework of routers: one registry, one result, serve mode, capacity per scope; switch, topk_softmax, deepseek_v3)
+_SUBMODULES = ("losses", "methods", "reference", "routers")
 
 
 def __getattr__(name: str) -> ModuleType:
