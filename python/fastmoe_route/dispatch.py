@@ -20,6 +20,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 from fastmoe_route.results import DispatchPlan
 
 _ops = torch.ops.fastmoe_route
@@ -264,9 +265,7 @@ def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Non
     return sum_rows(grad, None, *ctx.saved_tensors), None, None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::permute", _permute_backward, setup_context=_save_maps
-)
+register_autograd("permute", _permute_backward, setup_context=_save_maps)
 
 
 # ---- unpermute ---------------------------------------------------------------------------------
@@ -357,6 +356,4 @@ def _unpermute_backward(
     return grad_rows if needs_rows else None, grad_weights if needs_weights else None, None, None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::unpermute", _unpermute_backward, setup_context=_save_rows
-)
+register_autograd("unpermute", _unpermute_backward, setup_context=_save_rows)

@@ -16,6 +16,7 @@ from fastmoe_route._arguments import (
     check_tensor,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 from fastmoe_route.results import Routing
 
 _ops = torch.ops.fastmoe_route
@@ -101,6 +102,4 @@ def _backward(
     return grad_scores, None, None, None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::expert_choice", _backward, setup_context=_setup_context
-)
+register_autograd("expert_choice", _backward, setup_context=_setup_context)

@@ -20,6 +20,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 from fastmoe_route.results import Routing
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
@@ -271,4 +272,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (grad_logits,) + (None,) * 21
 
 
-torch.library.register_autograd("fastmoe_route::gate", _backward, setup_context=_setup_context)
+register_autograd("gate", _backward, setup_context=_setup_context)

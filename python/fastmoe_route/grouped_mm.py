@@ -17,6 +17,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -140,9 +141,7 @@ def _backward(
     return grad_x, grad_w if needs_w else None, None, grad_bias if ctx.needs_bias else None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::grouped_mm", _backward, setup_context=_setup_context
-)
+register_autograd("grouped_mm", _backward, setup_context=_setup_context)
 
 
 def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -169,6 +168,4 @@ def _wgrad_backward(ctx: Any, grad_grad_w: Tensor | None, grad_grad_bias: Tensor
     return grad_x, grad_grad_y, None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::grouped_mm_wgrad", _wgrad_backward, setup_context=_wgrad_setup_context
-)
+register_autograd("grouped_mm_wgrad", _wgrad_backward, setup_context=_wgrad_setup_context)

@@ -18,6 +18,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 from fastmoe_route.dispatch import plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
 
@@ -278,4 +279,4 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     return (*(grad if wanted >> i & 1 else None for i, grad in enumerate(grads)), *(None,) * 6)
 
 
-torch.library.register_autograd("fastmoe_route::moe_mlp", _backward, setup_context=_setup_context)
+register_autograd("moe_mlp", _backward, setup_context=_setup_context)

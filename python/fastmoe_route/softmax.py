@@ -19,6 +19,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
+from fastmoe_route._autograd import register_autograd
 
 _METHODS = ("auto", "three_pass", "online", "two_pass")
 _MAX_K = 64
@@ -128,9 +129,7 @@ def _softmax_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, N
     return _ops.softmax_backward(grad_y, y), None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::softmax", _softmax_backward, setup_context=_softmax_setup_context
-)
+register_autograd("softmax", _softmax_backward, setup_context=_softmax_setup_context)
 
 
 def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +212,4 @@ def _topk_backward(
     return _ops.softmax_topk_backward(grad_values, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd(
-    "fastmoe_route::softmax_topk", _topk_backward, setup_context=_topk_setup_context
-)
+register_autograd("softmax_topk", _topk_backward, setup_context=_topk_setup_context)

@@ -1,0 +1,49 @@
+"""Autograd of the operators, at the cost of a plain `torch.autograd.Function`.
+
+`torch.library.register_autograd` gives the same behaviour, but before every call it completes the
+arguments in a time that grows with the square of their number: 117 of the 142 us that `gate`, with
+22 arguments, took for one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastmoe_route", "IMPL")
+
+
+def register_autograd(
+    name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+) -> None:
+    """Makes the operator `name` differentiable.
+
+    Args:
+        name: of an operator in `torch.ops.fastmoe_route`, without overloads.
+        backward: `backward(ctx, *grads)` returns a gradient, or None, for every argument.
+        setup_context: `setup_context(ctx, inputs, output)` keeps what `backward` needs; `inputs`
+            are all arguments, defaults included.
+    """
+    operator = getattr(torch.ops.fastmoe_route, name).default
+    # The dispatcher leaves out trailing arguments that equal their defaults.
+    defaults = tuple(argument.default_value for argument in operator._schema.arguments)
+    gradient = backward
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*args)
+            setup_context(ctx, args + defaults[len(args) :], output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return gradient(ctx, *grads)
+
+    Function.__name__ = Function.__qualname__ = f"{name}_autograd"
+    # mypy: torch.library is untyped there.
+    _library.impl(name, lambda *args: Function.apply(*args), "Autograd")
