@@ -95,10 +95,10 @@ abi: $(VENV)/.lint build  ## prove that the library keeps to torch's stable ABI
 cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every architecture (needs nvcc; executes nothing)
 	@command -v $${CUDACXX:-nvcc} >/dev/null || { \
 	  echo "make cuda needs nvcc (CUDA 13), and none was found on PATH; name one: make cuda CUDACXX=/path/to/nvcc"; exit 1; }
+	@$(PIP) install --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/cuda -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
 	  -DFASTMOE_ROUTE_CUDA=ON -DPython_EXECUTABLE="$(abspath $(PY))"
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cuda --target fastmoe_route_cuda -- --quiet
-	@$(PIP) install nvidia-cuda-cuobjdump==13.2.51
 	@echo "build/cuda/fastmoe_route_cuda.so was compiled only: nothing of it was executed."
 	@echo "Its tests, which look at the file and need no GPU: make test ARGS=tests/test_cuda_build.py"
 

@@ -33,14 +33,25 @@ ON_CUDA = (
     "softmax_forward",
     "softmax_out",
     "softmax_backward",
+    "softmax_topk",
+    "softmax_topk_forward",
+    "softmax_topk_backward",
+    "expert_choice",
+    "expert_choice_forward",
     "plan_dispatch",
     "permute",
     "permute_forward",
     "unpermute",
     "unpermute_forward",
     "unpermute_backward",
+    "grouped_mm",
+    "grouped_mm_forward",
+    "grouped_mm_wgrad",
+    "moe_mlp",
+    "moe_mlp_forward",
+    "moe_mlp_backward",
 )
-NOT_ON_CUDA = ("grouped_mm", "moe_mlp", "softmax_topk", "expert_choice")
+NOT_ON_CUDA = ("machine_read",)
 KERNELS = (
     "gate_kernel",
     "gate_backward_kernel",

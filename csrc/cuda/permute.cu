@@ -16,7 +16,7 @@
 // Bytes: permute T H + R H, unpermute K T H + T H, backward T H + 2 R H, times the element size, and the maps. Accesses
 // are 16 bytes wide where addresses and strides allow it, else one element (permute: the widest word that fits);
 // the order in which a weight's gradient is summed follows that width, all else is the same bits.
-#include "cuda/block.cuh"
+#include "cuda/maps.cuh"
 #include "ops/permute.h"
 
 namespace fastmoe_route {
@@ -27,31 +27,12 @@ constexpr int kThreads = 256;
 constexpr int kWordsPerLane = 4;  // loads in flight at once
 constexpr int kChunkWords = kWarp * kWordsPerLane;
 
-// The two maps of a plan.
-struct Maps {
-  const int32_t* row_to_slot;  // [R]
-  const int32_t* slot_to_row;  // [S]
-  int64_t num_rows;
-  int64_t num_slots;
-
-  // The row that a slot owns, or -1.
-  __device__ int64_t row_of(int64_t slot) const {
-    const int32_t row = slot_to_row[slot];
-    return row >= 0 && row < num_rows && row_to_slot[row] == slot ? row : -1;
-  }
-  // Whether no slot owns a row.
-  __device__ bool is_padding(int64_t row) const {
-    const int32_t slot = row_to_slot[row];
-    return !(slot >= 0 && slot < num_slots && slot_to_row[slot] == row);
-  }
-};
-
 // Zeroes words [begin, end) of the padding rows among rows [first, first + 32). All lanes.
 template <class Word>
 __device__ void zero_padding(const Maps& maps, Word* rows, int64_t row_words, int64_t first, int64_t begin,
                              int64_t end) {
   const int64_t own = first + lane_index();
-  unsigned padding = __ballot_sync(kAllLanes, own < maps.num_rows && maps.is_padding(own));
+  unsigned padding = __ballot_sync(kAllLanes, own < maps.num_rows && maps.slot_of(own) < 0);
   for (; padding != 0; padding &= padding - 1) {
     Word* row = rows + (first + __ffs(padding) - 1) * row_words;
     for (int64_t i = begin + lane_index(); i < end; i += kWarp) row[i] = Word{};

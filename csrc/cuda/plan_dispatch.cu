@@ -18,9 +18,7 @@
 // window of shared memory of E counters per block; the ids stay in the second-level cache at these sizes.
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: ids twice, both maps once,
 // 8 E a tile; a sort adds about 24 bytes a slot and pass over 8 bits of key.
-#include <cub/device/device_radix_sort.cuh>
-
-#include "cuda/block.cuh"
+#include "cuda/surplus.cuh"
 #include "ops/plan_dispatch.h"
 
 namespace fastmoe_route {
@@ -223,21 +221,6 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 
 // ---- Capacity by score or by scope: sorting.
 
-// Weights as unsigned numbers in falling order: larger weights first, both zeros equal, NaN last. A narrow weight keeps
-// its order as a float, which needs 32 bits.
-__device__ inline uint64_t falling_key(const void* weights, DType dtype, int64_t slot) {
-  if (dtype == DType::kFloat64) {
-    const double value = static_cast<const double*>(weights)[slot] + 0.0;
-    if (isnan(value)) return ~uint64_t{0};
-    const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(value));
-    return (bits >> 63) != 0 ? bits : ~bits & ~(uint64_t{1} << 63);
-  }
-  const float value = load_as<float>(weights, dtype, slot) + 0.0f;
-  if (isnan(value)) return 0xffffffffu;
-  const uint32_t bits = __float_as_uint(value);
-  return (bits >> 31) != 0 ? bits : ~bits & 0x7fffffffu;
-}
-
 __global__ void __launch_bounds__(kThreads) fill_score_keys_kernel(Work work, uint64_t* keys, int32_t* slots) {
   const int64_t num_threads = grid_warps() * kWarp;
   for (int64_t i = grid_warp() * kWarp + lane_index(); i < work.num_slots; i += num_threads) {
@@ -259,14 +242,6 @@ __global__ void __launch_bounds__(kThreads)
     keys[i] = expert < 0 ? static_cast<uint64_t>(a.num_experts) * a.num_scopes
                          : static_cast<uint64_t>(expert) * a.num_scopes + scope;
     slots[i] = static_cast<int32_t>(slot);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    mark_surplus_kernel(Work work, const uint64_t* keys, const int32_t* slots, uint8_t* is_dropped) {
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t i = grid_warp() * kWarp + lane_index(); i < work.num_slots; i += num_threads) {
-    is_dropped[slots[i]] = i >= work.a.capacity && keys[i - work.a.capacity] == keys[i];
   }
 }
 
@@ -311,12 +286,6 @@ T* scratch_of(const CudaQueue& queue, int64_t count) {
   return static_cast<T*>(queue.scratch(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)));
 }
 
-int bits_of(uint64_t largest) {
-  int bits = 1;
-  while (bits < 64 && largest >> bits != 0) ++bits;
-  return bits;
-}
-
 size_t cursor_bytes(const PlanArgs& a) {
   return a.num_experts <= kSharedExperts ? kWarpsPerBlock * a.num_experts * sizeof(int32_t) : 0;
 }
@@ -338,41 +307,25 @@ CudaStatus scan(const Work& work, int32_t* totals, const int32_t* demand, bool i
   return launched();
 }
 
-// Sorts pairs by the low `bits` of their keys, stably; afterwards `keys` and `slots` name the sorted buffers.
-CudaStatus sort_pairs(cub::DoubleBuffer<uint64_t>& keys, cub::DoubleBuffer<int32_t>& slots, int64_t count, int bits,
-                      const CudaQueue& queue) {
-  size_t bytes = 0;
-  const int num_items = static_cast<int>(count);
-  CudaStatus status =
-      status_of(cub::DeviceRadixSort::SortPairs(nullptr, bytes, keys, slots, num_items, 0, bits, queue.stream));
-  if (status.code != 0) return status;
-  void* room = queue.scratch(bytes > 0 ? bytes : 1);
-  return status_of(cub::DeviceRadixSort::SortPairs(room, bytes, keys, slots, num_items, 0, bits, queue.stream));
-}
-
 CudaStatus drop_by_sorting(Work work, uint8_t* is_dropped, const CudaQueue& queue) {
   const PlanArgs& a = work.a;
-  const int64_t count = work.num_slots;
-  const unsigned blocks = num_blocks(count, kThreads);
-  cub::DoubleBuffer<uint64_t> keys(scratch_of<uint64_t>(queue, count), scratch_of<uint64_t>(queue, count));
-  cub::DoubleBuffer<int32_t> slots(scratch_of<int32_t>(queue, count), scratch_of<int32_t>(queue, count));
+  const unsigned blocks = num_blocks(work.num_slots, kThreads);
+  KeyedSlots slots(work.num_slots, queue);
   work.is_by_choice = a.drop_policy == DropPolicy::kPosition;
   const bool by_score = a.drop_policy == DropPolicy::kScore;
   CudaStatus status;
   if (by_score) {
-    fill_score_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, keys.Current(), slots.Current());
+    fill_score_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, slots.keys, slots.slots);
     if (status = launched(); status.code != 0) return status;
-    const int bits = a.weights_dtype == DType::kFloat64 ? 64 : 32;
-    if (status = sort_pairs(keys, slots, count, bits, queue); status.code != 0) return status;
+    if (status = slots.sort(falling_key_bits(a.weights_dtype), queue); status.code != 0) return status;
   }
   // In place: slot i is read before it is written, by the same thread.
-  fill_group_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, by_score ? slots.Current() : nullptr,
-                                                                keys.Current(), slots.Current());
+  fill_group_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, by_score ? slots.slots : nullptr, slots.keys,
+                                                                slots.slots);
   if (status = launched(); status.code != 0) return status;
   const int bits = bits_of(static_cast<uint64_t>(a.num_experts) * a.num_scopes);
-  if (status = sort_pairs(keys, slots, count, bits, queue); status.code != 0) return status;
-  mark_surplus_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, keys.Current(), slots.Current(), is_dropped);
-  return launched();
+  if (status = slots.sort(bits, queue); status.code != 0) return status;
+  return slots.mark_surplus(a.capacity, is_dropped, queue);
 }
 
 // Most slots that capacity can leave: min(S, E * capacity * scopes), without overflow.

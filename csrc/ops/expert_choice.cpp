@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -31,29 +31,32 @@ std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t c
     check_size("expert_choice", "scope_ids", *scope_ids, 0, tokens);
     check_dtype("expert_choice", "scope_ids", *scope_ids, ScalarType::Int, "int32");
     scopes = as_contiguous(*scope_ids);
-    check_scopes(*scopes, tokens, num_scopes);
+    if (kReadsOnHost) check_scopes(*scopes, tokens, num_scopes);
   }
+  check_devices("expert_choice", scores, scope_ids);
   const ScalarType result = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   Tensor weights = empty(scores, {tokens, experts}, result);
   Tensor choice = empty(scores, {tokens, experts}, ScalarType::Int);
   Tensor demand = empty(scores, {experts}, ScalarType::Int);
   if (experts == 0) return {weights, choice, demand};
-  cpu::expert_choice({tokens,
-                      experts,
-                      capacity,
-                      dtype,
-                      {scores.const_data_ptr(), scores.stride(0), scores.stride(1)},
-                      data_or_null<int32_t>(scopes),
-                      num_scopes,
-                      weights.mutable_data_ptr(),
-                      static_cast<int32_t*>(choice.mutable_data_ptr()),
-                      static_cast<int32_t*>(demand.mutable_data_ptr())});
+  ExpertChoiceArgs args{};
+  args.num_tokens = tokens;
+  args.num_experts = experts;
+  args.capacity = capacity;
+  args.dtype = dtype;
+  args.scores = {scores.const_data_ptr(), scores.stride(0), scores.stride(1)};
+  args.scope_ids = data_or_null<int32_t>(scopes);
+  args.num_scopes = num_scopes;
+  args.weights = weights.mutable_data_ptr();
+  args.experts = static_cast<int32_t*>(choice.mutable_data_ptr());
+  args.demand = static_cast<int32_t*>(demand.mutable_data_ptr());
+  launch("expert_choice", &kernels::expert_choice, args, scores);
   return {weights, choice, demand};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("expert_choice", TORCH_BOX(&expert_choice));
   m.impl("expert_choice_forward", TORCH_BOX(&expert_choice));
 }

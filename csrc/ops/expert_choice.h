@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 #include "ops/gate.h"
 
@@ -16,7 +17,7 @@ struct ExpertChoiceArgs {
   int64_t capacity;
   DType dtype;
   Strided<void> scores;      // [T, E]
-  const int32_t* scope_ids;  // [T], contiguous, checked, or null
+  const int32_t* scope_ids;  // [T], contiguous, checked on CPU, or null
   int64_t num_scopes;
   void* weights;  // [T, E] float (double)
   int32_t* experts;
@@ -24,5 +25,8 @@ struct ExpertChoiceArgs {
 };
 
 namespace cpu { void expert_choice(const ExpertChoiceArgs& args); }  // namespace cpu
+
+// A token whose scope is out of range is chosen by no expert.
+namespace cuda { CudaStatus expert_choice(const ExpertChoiceArgs& args, const CudaQueue& queue); }  // namespace cuda
 
 }  // namespace fastmoe_route

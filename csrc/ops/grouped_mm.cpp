@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -12,9 +12,10 @@ void check_like(const char* op, const char* argument, const Tensor& tensor, cons
         ", got dtype code ", static_cast<int>(tensor.scalar_type()));
 }
 
-// A kernel believes its offsets, so they are read before anything is written.
+// A kernel of the CPU believes its offsets, so they are read before anything is written.
 Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t num_rows) {
   const Tensor dense = as_contiguous(offsets);
+  if (!kReadsOnHost) return dense;
   const int32_t* bounds = static_cast<const int32_t*>(dense.const_data_ptr());
   const int64_t num_experts = offsets.size(0) - 1;
   check(bounds[0] == 0, op, ": offsets must start at 0, got ", bounds[0]);
@@ -65,6 +66,7 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const
     check_like(kOp, "bias", *bias, x, "x");
     dense_bias = as_contiguous(*bias);
   }
+  check_devices(kOp, x, w, offsets, bias);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
   Tensor y = empty(x, {args.num_rows, args.out}, x.scalar_type());
   if (args.num_rows == 0 || args.out == 0) return y;
@@ -75,7 +77,7 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const
   args.offsets = static_cast<const int32_t*>(bounds.const_data_ptr());
   args.bias = data_or_null<void>(dense_bias);
   args.y = y.mutable_data_ptr();
-  cpu::grouped_mm(args);
+  launch(kOp, &kernels::grouped_mm, args, x);
   return y;
 }
 
@@ -96,6 +98,7 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   check_size(kOp, "grad_y", grad_y, 0, args.num_rows);
   check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
   check(args.num_experts >= 0, kOp, ": offsets must have at least one element, got shape ", shape_of(offsets));
+  check_devices(kOp, x, grad_y, offsets);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
   const int64_t w_experts = needs_w ? args.num_experts : 0, bias_experts = needs_bias ? args.num_experts : 0;
   Tensor grad_w = transposed ? empty(x, {w_experts, args.out, args.in}, x.scalar_type())
@@ -112,13 +115,13 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   args.grad_w = has_w ? grad_w.mutable_data_ptr() : nullptr;
   args.transposed = transposed;
   args.grad_bias = has_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  cpu::grouped_mm_wgrad(args);
+  launch(kOp, &kernels::grouped_mm_wgrad, args, x);
   return {grad_w, grad_bias};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
   m.impl("grouped_mm_forward", TORCH_BOX(&grouped_mm));
   m.impl("grouped_mm_wgrad", TORCH_BOX(&grouped_mm_wgrad));

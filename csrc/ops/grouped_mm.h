@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 
 namespace fastmoe_route {
@@ -28,7 +29,7 @@ struct GroupedMmArgs {
   const void* x;           // [R, A]
   int64_t x_stride;        // elements between rows; columns are contiguous
   ExpertMatrix w;          // [E, A, B]
-  const int32_t* offsets;  // [E + 1], checked: starts at 0, never falls, ends at most at R
+  const int32_t* offsets;  // [E + 1]: starts at 0, never falls, ends at most at R; checked on CPU
   const void* bias;        // [E, B], contiguous, of dtype, or null
   void* y;                 // [R, B], contiguous
 };
@@ -55,5 +56,11 @@ namespace cpu {
 void grouped_mm(const GroupedMmArgs& args);
 void grouped_mm_wgrad(const GroupedMmWgradArgs& args);
 }  // namespace cpu
+
+// Offsets are not checked: they are held to [0, R] and to never fall. float64 is an error.
+namespace cuda {
+CudaStatus grouped_mm(const GroupedMmArgs& args, const CudaQueue& queue);
+CudaStatus grouped_mm_wgrad(const GroupedMmWgradArgs& args, const CudaQueue& queue);
+}  // namespace cuda
 
 }  // namespace fastmoe_route

@@ -1,6 +1,6 @@
 #include "ops/moe_mlp.h"
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -119,6 +119,8 @@ MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved
   check_int32(op, "offsets", in.offsets);
   check_int32(op, "row_to_slot", in.row_to_slot);
   check_int32(op, "slot_to_row", in.slot_to_row);
+  check_devices(op, in.x, in.weights, in.w_up, in.w_down, in.bias_up, in.bias_down, in.offsets, in.row_to_slot,
+                in.slot_to_row);
   return shape;
 }
 
@@ -138,7 +140,7 @@ struct Prepared {
         row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)) {
     if (in.bias_up.has_value()) bias_up = as_contiguous(*in.bias_up);
     if (in.bias_down.has_value()) bias_down = as_contiguous(*in.bias_down);
-    check_maps(in.op, offsets, row_to_slot, slot_to_row);
+    if (kReadsOnHost) check_maps(in.op, offsets, row_to_slot, slot_to_row);
   }
 };
 
@@ -163,7 +165,7 @@ void run_forward(const Inputs& in, const MoeMlpShape& shape, Tensor& y, Tensor* 
   args.bias_down = data_or_null<void>(p.bias_down);
   args.y = y.mutable_data_ptr();
   args.preactivation = preactivation != nullptr ? preactivation->mutable_data_ptr() : nullptr;
-  cpu::moe_mlp(args);
+  launch(in.op, &kernels::moe_mlp, args, in.x);
 }
 
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
@@ -210,6 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_size(op, "preactivation", preactivation, 1, w_up.size(2));
   check(preactivation.scalar_type() == x.scalar_type(), op, ": preactivation must have the dtype of x, got dtype code ",
         static_cast<int>(preactivation.scalar_type()));
+  check_devices(op, x, grad_y, preactivation);
 
   const auto dtype = x.scalar_type();
   const auto wants = [&](Wanted bit) { return (wanted & bit) != 0; };
@@ -254,13 +257,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   args.grad_w_down_transposed = is_column_major(w_down);
   args.grad_bias_up = wants(kBiasUp) ? grad_bias_up.mutable_data_ptr() : nullptr;
   args.grad_bias_down = wants(kBiasDown) ? grad_bias_down.mutable_data_ptr() : nullptr;
-  cpu::moe_mlp_backward(args);
+  launch(op, &kernels::moe_mlp_backward, args, x);
   return results();
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("moe_mlp", TORCH_BOX(&moe_mlp));
   m.impl("moe_mlp_forward", TORCH_BOX(&moe_mlp_forward));
   m.impl("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward));

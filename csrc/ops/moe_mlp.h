@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 #include "ops/grouped_mm.h"
 
@@ -74,5 +75,11 @@ namespace cpu {
 void moe_mlp(const MoeMlpArgs& args);
 void moe_mlp_backward(const MoeMlpBackwardArgs& args);
 }  // namespace cpu
+
+// Offsets and maps are not checked: a (slot, row) pair counts only if both maps claim it. float64 is an error.
+namespace cuda {
+CudaStatus moe_mlp(const MoeMlpArgs& args, const CudaQueue& queue);
+CudaStatus moe_mlp_backward(const MoeMlpBackwardArgs& args, const CudaQueue& queue);
+}  // namespace cuda
 
 }  // namespace fastmoe_route

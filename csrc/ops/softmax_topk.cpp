@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
@@ -25,8 +25,16 @@ DType check_input(const Tensor& x, int64_t k) {
 void run(const Tensor& x, int64_t k, DType dtype, Tensor& values, Tensor& indices, double* statistics) {
   if (x.size(0) == 0) return;
   const Tensor rows = with_contiguous_columns(x);
-  cpu::softmax_topk({rows.size(0), rows.size(1), k, dtype, rows.const_data_ptr(), rows.stride(0),
-                     values.mutable_data_ptr(), static_cast<int64_t*>(indices.mutable_data_ptr()), statistics});
+  const SoftmaxTopkArgs args{rows.size(0),
+                             rows.size(1),
+                             k,
+                             dtype,
+                             rows.const_data_ptr(),
+                             rows.stride(0),
+                             values.mutable_data_ptr(),
+                             static_cast<int64_t*>(indices.mutable_data_ptr()),
+                             statistics};
+  launch("softmax_topk", &kernels::softmax_topk, args, x);
 }
 
 // x [R, C] -> (values [R, k], statistics [R, 2], indices [R, k])
@@ -68,23 +76,32 @@ Tensor softmax_topk_backward(const Tensor& grad_values, const Tensor& x, const T
         static_cast<int>(grad_values.scalar_type()));
   check_dtype("softmax_topk_backward", "statistics", statistics, ScalarType::Double, "float64");
   check_dtype("softmax_topk_backward", "indices", indices, ScalarType::Long, "int64");
+  check_devices("softmax_topk_backward", x, grad_values, statistics, indices);
   Tensor grad_x = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   if (x.size(0) == 0) return grad_x;
   const Tensor grad = as_contiguous(grad_values), rows = with_contiguous_columns(x), saved = as_contiguous(statistics),
                columns = as_contiguous(indices);
   const int64_t* column = static_cast<const int64_t*>(columns.const_data_ptr());
-  for (int64_t i = 0; i < x.size(0) * k; ++i)
+  for (int64_t i = 0; kReadsOnHost && i < x.size(0) * k; ++i)
     check(column[i] >= 0 && column[i] < x.size(1), "softmax_topk_backward: indices must be in [0, ", x.size(1) - 1,
           "], got ", column[i]);
-  cpu::softmax_topk_backward({x.size(0), x.size(1), k, dtype, grad.const_data_ptr(), rows.const_data_ptr(),
-                              rows.stride(0), static_cast<const double*>(saved.const_data_ptr()), column,
-                              grad_x.mutable_data_ptr()});
+  const SoftmaxTopkBackwardArgs args{x.size(0),
+                                     x.size(1),
+                                     k,
+                                     dtype,
+                                     grad.const_data_ptr(),
+                                     rows.const_data_ptr(),
+                                     rows.stride(0),
+                                     static_cast<const double*>(saved.const_data_ptr()),
+                                     column,
+                                     grad_x.mutable_data_ptr()};
+  launch("softmax_topk_backward", &kernels::softmax_topk_backward, args, x);
   return grad_x;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("softmax_topk", TORCH_BOX(&softmax_topk));
   m.impl("softmax_topk_forward", TORCH_BOX(&softmax_topk_forward));
   m.impl("softmax_topk_backward", TORCH_BOX(&softmax_topk_backward));

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_queue.h"
 #include "common/dtype.h"
 
 namespace fastmoe_route {
@@ -43,5 +44,11 @@ namespace cpu {
 void softmax_topk(const SoftmaxTopkArgs& args);
 void softmax_topk_backward(const SoftmaxTopkBackwardArgs& args);
 }  // namespace cpu
+
+// Columns out of range are passed over in backward.
+namespace cuda {
+CudaStatus softmax_topk(const SoftmaxTopkArgs& args, const CudaQueue& queue);
+CudaStatus softmax_topk_backward(const SoftmaxTopkBackwardArgs& args, const CudaQueue& queue);
+}  // namespace cuda
 
 }  // namespace fastmoe_route

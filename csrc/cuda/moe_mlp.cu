@@ -1,0 +1,132 @@
+// The expert layer on CUDA, forward, in five launches and one for the bounds:
+//   1. permute      token rows to expert rows (scaled by their weight with weights_on input)
+//   2. up           grouped product plus bias_up into the pre-activations, which training keeps
+//   3. activate     pre-activations to activated rows; rows without a slot become zeros in both
+//   4. down         grouped product plus bias_down
+//   5. unpermute    every token sums its rows, weighted, j ascending, and rounds once
+// Nothing is added by an atomic, and a row sees no other row.
+//
+// Pre-activations and expert outputs are rounded to the dtype between the launches, as in plain torch, so a call that
+// keeps the pre-activations has the bits of one that does not.
+// Bytes beside the products': T H + 2 R H, R U + R I, (K + 1) T H, times the element size.
+#include "cuda/activation.cuh"
+#include "cuda/expert_rows.cuh"
+
+namespace fastmoe_route {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A warp owns 32 packs of a row.
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) activate_kernel(ExpertRows rows, T* preactivation, T* activated) {
+  const int64_t row_packs = rows.intermediate / N;
+  const int64_t num_chunks = (row_packs + kWarp - 1) / kWarp;
+  for (int64_t item = grid_warp(); item < rows.num_rows * num_chunks; item += grid_warps()) {
+    const int64_t row = item / num_chunks;
+    const int64_t col = (item % num_chunks * kWarp + lane_index()) * N;
+    if (col >= rows.intermediate) continue;  // no lane waits for another here
+    T* const pre = preactivation + row * rows.up_size;
+    Pack<T, N> result{};
+    if (rows.slot_of(row) < 0) {
+      const GateAndUp<T, N> zeros{};
+      zeros.store(rows, pre, col);
+    } else {
+      GateAndUp<T, N> in{};
+      in.load(rows, pre, col);
+      dispatch_activation(rows.activation, [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          result.values[n] = narrow<T>(decltype(f)::value(widen(in.gate.values[n]), widen(in.up.values[n])));
+        }
+      });
+    }
+    *reinterpret_cast<Pack<T, N>*>(activated + row * rows.intermediate + col) = result;
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) scale_rows_kernel(ExpertRows rows, T* values) {
+  const int64_t row_packs = rows.hidden / N;
+  for (int64_t row = grid_warp(); row < rows.num_rows; row += grid_warps()) {
+    const int64_t slot = rows.maps.slot_of(row);
+    if (slot < 0) continue;
+    const float weight = rows.weights[slot];
+    Pack<T, N>* const packs = reinterpret_cast<Pack<T, N>*>(values + row * rows.hidden);
+    for (int64_t i = lane_index(); i < row_packs; i += kWarp) {
+      Pack<T, N> pack = packs[i];
+#pragma unroll
+      for (int n = 0; n < N; ++n) pack.values[n] = narrow<T>(weight * widen(pack.values[n]));
+      packs[i] = pack;
+    }
+  }
+}
+
+CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, void* activated, const CudaQueue& queue) {
+  dispatch_expert_float(dtype, [&](auto sample) {
+    using T = decltype(sample);
+    const bool is_wide =
+        rows.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(preactivation) && is_multiple_of_16(activated);
+    dispatch_width<T>(is_wide, [&](auto width) {
+      constexpr int N = decltype(width)::value;
+      const int64_t items = rows.num_rows * ceil_div(rows.intermediate / N, kWarp);
+      activate_kernel<T, N><<<num_blocks(items, kThreads / kWarp), kThreads, 0, queue.stream>>>(
+          rows, static_cast<T*>(preactivation), static_cast<T*>(activated));
+    });
+  });
+  return launched();
+}
+
+}  // namespace
+
+CudaStatus scale_rows(DType dtype, const ExpertRows& rows, void* values, const CudaQueue& queue) {
+  dispatch_expert_float(dtype, [&](auto sample) {
+    using T = decltype(sample);
+    dispatch_width<T>(rows.hidden % (16 / sizeof(T)) == 0 && is_multiple_of_16(values), [&](auto width) {
+      scale_rows_kernel<T, decltype(width)::value>
+          <<<num_blocks(rows.num_rows, kThreads / kWarp), kThreads, 0, queue.stream>>>(rows, static_cast<T*>(values));
+    });
+  });
+  return launched();
+}
+
+CudaStatus moe_mlp(const MoeMlpArgs& a, const CudaQueue& queue) {
+  const MoeMlpShape& shape = a.shape;
+  if (shape.dtype == DType::kFloat64) return no_float64();
+  const size_t size = element_size(shape.dtype);
+  RowGroups groups;
+  CudaStatus status = group_rows(a.offsets, shape.num_experts, shape.num_rows, kProductTileRows, queue, &groups);
+  if (status.code != 0) return status;
+  const ExpertRows rows = expert_rows(shape, groups, a.row_to_slot, a.slot_to_row, a.weights);
+  void* const hidden_rows = queue.scratch(shape.num_rows * shape.hidden * size);  // inputs, later outputs, of experts
+  void* const activated = queue.scratch(shape.num_rows * shape.intermediate * size);
+  void* const pre = a.preactivation != nullptr ? a.preactivation : queue.scratch(shape.num_rows * rows.up_size * size);
+
+  status = permute({shape.num_tokens, shape.top_k, shape.num_rows, shape.hidden, shape.dtype, a.x, a.x_stride,
+                    a.row_to_slot, a.slot_to_row, hidden_rows},
+                   queue);
+  if (status.code != 0) return status;
+  if (shape.weights_on_input) {
+    if (status = scale_rows(shape.dtype, rows, hidden_rows, queue); status.code != 0) return status;
+  }
+  RowsProduct up = rows_product_of(shape.dtype, groups, shape.num_rows, a.w_up, shape.hidden, rows.up_size);
+  up.a = hidden_rows;
+  up.a_stride = shape.hidden;
+  up.bias = a.bias_up;
+  up.d = pre;
+  if (status = rows_product(up, queue); status.code != 0) return status;
+  if (status = activate(rows, shape.dtype, pre, activated, queue); status.code != 0) return status;
+  RowsProduct down = rows_product_of(shape.dtype, groups, shape.num_rows, a.w_down, shape.intermediate, shape.hidden);
+  down.a = activated;
+  down.a_stride = shape.intermediate;
+  down.bias = a.bias_down;
+  down.d = hidden_rows;
+  if (status = rows_product(down, queue); status.code != 0) return status;
+  return unpermute({shape.num_tokens, shape.top_k, shape.num_rows, shape.hidden, shape.dtype, hidden_rows, shape.hidden,
+                    a.slot_to_row, DType::kFloat32, shape.weights_on_input ? nullptr : a.weights, a.y},
+                   queue);
+}
+
+}  // namespace cuda
+}  // namespace fastmoe_route
