@@ -1,8 +1,8 @@
 // grouped_mm on CUDA: bounds from the offsets in one launch, then a grouped product (gemm/), then for the backward pass
 // the column sums that are the bias gradients.
 //
-// column_sums: a block owns an expert and 32 columns; its 8 warps take the expert's rows in turn, lane by lane a column,
-// and the 8 sums are added in order: the order follows from the rows of the expert alone. Reads the rows once.
+// column_sums: a block owns an expert and 32 columns; its 8 warps take the expert's rows in turn, a lane a column, and
+// the 8 sums are added in order: the order follows from the rows of the expert alone. Reads the rows once.
 #include "cuda/column_sums.cuh"
 #include "cuda/gemm/gemm.h"
 #include "ops/grouped_mm.h"

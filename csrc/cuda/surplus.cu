@@ -1,5 +1,5 @@
-// cub::DeviceRadixSort orders the slots; a slot is surplus if the one `capacity` places before it has its key. Bytes: 24
-// a slot and pass over 8 bits of key, 13 a slot to mark.
+// cub::DeviceRadixSort orders the slots; a slot is surplus if the one `capacity` places before it has its key.
+// Bytes: 24 a slot and pass over 8 bits of key, 13 a slot to mark.
 #include "cuda/surplus.cuh"
 
 #include <cub/device/device_radix_sort.cuh>

@@ -29,8 +29,8 @@ inline int bits_of(uint64_t largest) {
   return bits;
 }
 
-// Numbers as unsigned ones in falling order: larger first, both zeros equal, NaN last. A narrow one keeps its order as a
-// float, which needs 32 bits.
+// Numbers as unsigned ones in falling order: larger first, both zeros equal, NaN last. A narrow one keeps its order as
+// a float, which needs 32 bits.
 __device__ inline uint64_t falling_key(const void* values, DType dtype, int64_t at) {
   if (dtype == DType::kFloat64) {
     const double value = static_cast<const double*>(values)[at] + 0.0;
