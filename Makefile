@@ -3,6 +3,7 @@
 #   PYTHON  the Python that .venv is made from (3.10 or newer)   make PYTHON=python3.12
 #   TORCH   the torch to install there                           make TORCH=torch==2.14.1
 #   ARGS    further arguments of pytest                          make test ARGS="-k gate -x"
+#   JOBS    tests at a time                                      make test JOBS=1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := build
@@ -15,9 +16,12 @@ endif
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
+# Idle threads of one test sleep, or they would take the cores that the other one needs.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export MPLBACKEND := Agg
@@ -35,13 +39,13 @@ demo: build  ## set up, run the bench in quick form and train a small language m
 
 .PHONY: test
 test: build  ## set up and pass the tests
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: test-isa
 test-isa: build  ## pass the kernels' tests on every instruction set this processor has, one after the other
 	@for level in $$($(PY) tools/levels.py); do \
 	  echo "instruction set: $$level"; \
-	  FASTMOE_ROUTE_ISA=$$level $(PY) -m pytest --kernels $(ARGS); done
+	  FASTMOE_ROUTE_ISA=$$level $(PYTEST) --kernels $(ARGS); done
 
 .PHONY: test-asan
 test-asan: build/asan/fastmoe_route_cpu.so  ## pass the kernels' tests with the address and undefined-behaviour sanitizers
@@ -49,7 +53,7 @@ test-asan: build/asan/fastmoe_route_cpu.so  ## pass the kernels' tests with the 
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=127:max_malloc_fill_size=268435456 \
 	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(PY) -X faulthandler -m pytest --kernels -p no:cacheprovider $(ARGS)
+	  $(PYTEST) --kernels -p no:cacheprovider $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.lint build  ## ruff, mypy --strict and clang-format, without changing a file
