@@ -417,6 +417,7 @@ X, ROWS, WEIGHTS = torch.ones(3, 4), torch.ones(6, 4), torch.ones(3, 2)
         ((X.int(), PLAN), TypeError, r"x must be float32 or .*, got int32 tensor"),
         ((X[:2], PLAN), ValueError, r"x must have shape \[3, any\], got .* of shape \[2, 4\]"),
         ((X, tuple(PLAN)), TypeError, r"plan must be a DispatchPlan"),
+        ((X, PLAN._replace(row_to_slot=None)), TypeError, r"plan.row_to_slot must be a torch.Tens"),
     ],
 )
 def test_permute_arguments(backend: str, arguments: tuple, kind: type, message: str) -> None:

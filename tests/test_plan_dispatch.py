@@ -355,10 +355,10 @@ def test_huge_arguments_do_not_size_anything(backend: str) -> None:
     plan = fr.plan_dispatch(
         experts,
         65536,
-        capacity=2**62,
+        capacity=2**70,
         scope_ids=scopes,
         num_scopes=2**31,
-        max_rows=2**62,
+        max_rows=2**70,
     )
     assert plan.row_to_slot.tolist() == [0, 1, 2, -1]
     plan = fr.plan_dispatch(experts, 2, align=2**20)
@@ -436,6 +436,12 @@ SCOPES = torch.tensor([0, 1], dtype=torch.int32)
         ({"num_scopes": 0}, ValueError, r"num_scopes must be in \[1, 2147483648\], got 0"),
         ({"align": 0}, ValueError, r"align must be in \[1, 2147483647\], got 0"),
         ({"align": 2**31}, ValueError, r"align must be in \[1, 2147483647\], got 2147483648"),
+        ({"align": 1.0}, TypeError, r"align must be an int, got 1.0"),
+        ({"align": True}, TypeError, r"align must be an int, got True"),
+        ({"num_scopes": 1.0}, TypeError, r"num_scopes must be an int, got 1.0"),
+        ({"weights": torch.ones(2, 1)}, ValueError, r"weights must have shape \[2, 2\]"),
+        ({"weights": 1.0}, TypeError, r"weights must be a torch.Tensor, got 1.0"),
+        ({"allow_unrouted": 1}, TypeError, r"allow_unrouted must be a bool, got 1"),
         ({"max_rows": -1}, ValueError, r"max_rows must be at least 0, got -1"),
     ],
 )
@@ -497,6 +503,7 @@ def test_sizes_past_int32(backend: str) -> None:
     [
         ({"num_tokens": -1}, r"num_tokens must be at least 0, got -1"),
         ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
+        ({"factor": 1e308}, r"factor must give a finite capacity, got 1e\+308"),
         ({"factor": -1.0}, r"factor must be finite and at least 0, got -1.0"),
         ({"factor": math.nan}, r"factor must be finite and at least 0, got nan"),
         ({"min_capacity": 0}, r"min_capacity must be at least 1, got 0"),
@@ -507,6 +514,9 @@ def test_expert_capacity_arguments(options: dict, message: str) -> None:
     case = {"num_tokens": 8, "num_experts": 2, "top_k": 1, "factor": 1.0}
     with pytest.raises(ValueError, match="expert_capacity: " + message):
         fr.expert_capacity(**(case | options))
+    for factor in ("1", None, True):
+        with pytest.raises(TypeError, match="expert_capacity: factor must be a number, got"):
+            fr.expert_capacity(8, 2, 1, factor)  # type: ignore[arg-type]
 
 
 def test_raw_op_checks_its_own_arguments(backend: str) -> None:

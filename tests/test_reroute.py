@@ -393,7 +393,7 @@ def test_empty_and_single(backend: str, shape: tuple, fill: str | None) -> None:
 def test_huge_capacity_and_scopes_do_not_size_anything(backend: str) -> None:
     scopes = torch.tensor([2**31 - 1, 5], dtype=torch.int32)
     got = fr.reroute(
-        pair([[65535, 0], [65535, 1]]), 65536, 1, 2**62, scope_ids=scopes, num_scopes=2**31
+        pair([[65535, 0], [65535, 1]]), 65536, 1, 2**70, scope_ids=scopes, num_scopes=2**31
     )
     assert got.experts.tolist() == [[65535], [65535]]
 

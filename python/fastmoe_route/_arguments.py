@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+_INT64_MAX = 2**63 - 1
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -67,6 +68,11 @@ def check_int(op: str, argument: str, value: Any, low: int, high: int | None = N
     if value < low or (high is not None and value > high):
         rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
         fail(ValueError, op, argument, rule, value)
+
+
+def at_most_int64(value: int) -> int:
+    """A bound that is not reached either way, where an op would not take a larger number."""
+    return _INT64_MAX if isinstance(value, int) and value > _INT64_MAX else value
 
 
 def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> int:

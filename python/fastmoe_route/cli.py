@@ -96,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
         help="moe_mlp forward, also beside vLLM, SGLang, zentorch and ONNX Runtime where they are"
         " installed (make bench-peers)",
     )
+    add("--reuse-memory", action="store_true",
+        help="keep freed memory: results lie in warm buffers, not in fresh pages")  # fmt: skip
     add("--threads", type=_argument(_positive_int), metavar="N", help="threads of torch")
     add("--seconds", type=_argument(_positive_float), metavar="S",
         help="time per row (default 1.5, quick 0.4)")  # fmt: skip
@@ -176,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json_path=options.json,
         plot_path=options.plot,
         peers=options.peers,
+        reuse_memory=options.reuse_memory,
     )
     try:
         return run(wanted)

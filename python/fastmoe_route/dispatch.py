@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    at_most_int64,
     check_choice,
     check_device,
     check_dtype,
@@ -27,6 +28,7 @@ _ops = torch.ops.fastmoe_route
 _MAX_EXPERTS = 65536
 _INT32_LIMIT = 2**31
 _ID_DTYPES = (torch.int32, torch.int64)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 _DROP_POLICIES = ("position", "score")
 
 
@@ -56,7 +58,7 @@ def expert_capacity(
         `max(ceil(factor * T * K / E), min_capacity)`, rounded up to a multiple of `multiple_of`.
 
     Raises:
-        TypeError: a count is no int.
+        TypeError: a count is no int, or `factor` no number.
         ValueError: a count is out of range, or `factor` is negative or not finite.
 
     >>> expert_capacity(100, 8, 2, 1.25)
@@ -67,9 +69,14 @@ def expert_capacity(
     check_int("expert_capacity", "top_k", top_k, 0)
     check_int("expert_capacity", "min_capacity", min_capacity, 1)
     check_int("expert_capacity", "multiple_of", multiple_of, 1)
+    if isinstance(factor, bool) or not isinstance(factor, _NUMBERS):
+        fail(TypeError, "expert_capacity", "factor", "be a number", describe(factor))
     if not 0 <= factor < math.inf:
         fail(ValueError, "expert_capacity", "factor", "be finite and at least 0", factor)
-    share = math.ceil(factor * num_tokens * top_k / num_experts)
+    slots = factor * num_tokens * top_k / num_experts
+    if slots == math.inf:
+        fail(ValueError, "expert_capacity", "factor", "give a finite capacity", factor)
+    share = math.ceil(slots)
     capacity = max(share, min_capacity)
     return (capacity + multiple_of - 1) // multiple_of * multiple_of
 
@@ -100,7 +107,7 @@ def plan_dispatch(
             keeps all.
         drop_policy: which slots are kept: `position`, first choices before second choices, then
             lower tokens; `score`, larger `weights`, ties to the lower slot, NaN last.
-        weights: float `[T, K]`, needed by `score`.
+        weights: float `[T, K]`, needed by `score`, ignored by `position`.
         scope_ids: int32 `[T]` in `[0, num_scopes)`: the request each token belongs to. What one
             scope keeps never depends on another.
         num_scopes: the number of scopes.
@@ -129,16 +136,21 @@ def plan_dispatch(
     check_int("plan_dispatch", "num_experts", num_experts, 1, _MAX_EXPERTS)
     if capacity is not None:
         check_int("plan_dispatch", "capacity", capacity, 1)
+        capacity = at_most_int64(capacity)
     if max_rows is not None:
         check_int("plan_dispatch", "max_rows", max_rows, 0)
-    if align != 1:
+        max_rows = at_most_int64(max_rows)
+    if type(align) is not int or align != 1:
         check_int("plan_dispatch", "align", align, 1, _INT32_LIMIT - 1)
     policy = 0
     if drop_policy != "position":
         policy = check_choice("plan_dispatch", "drop_policy", drop_policy, _DROP_POLICIES)
+    if policy or weights is not None:
         weights = _score_weights(experts, weights)
-    if scope_ids is not None or num_scopes != 1:
+    if scope_ids is not None or type(num_scopes) is not int or num_scopes != 1:
         _check_scopes(experts, scope_ids, num_scopes)
+    if not isinstance(allow_unrouted, bool):
+        fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
     return DispatchPlan(
         *_ops.plan_dispatch(
             experts,
@@ -150,7 +162,7 @@ def plan_dispatch(
             num_scopes,
             align,
             -1 if max_rows is None else max_rows,
-            bool(allow_unrouted),
+            allow_unrouted,
         )
     )
 
@@ -243,7 +255,11 @@ def _maps(op: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
     """`row_to_slot` and `slot_to_row` of a plan."""
     if not isinstance(plan, DispatchPlan):
         fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
-    return plan.row_to_slot, plan.slot_to_row
+    row_to_slot, slot_to_row = plan.row_to_slot, plan.slot_to_row
+    if not isinstance(row_to_slot, Tensor) or not isinstance(slot_to_row, Tensor):
+        check_tensor(op, "plan.row_to_slot", row_to_slot)
+        check_tensor(op, "plan.slot_to_row", slot_to_row)
+    return row_to_slot, slot_to_row
 
 
 @torch.library.register_fake("fastmoe_route::permute")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    at_most_int64,
     check_choice,
     check_device,
     check_dtype,
@@ -136,7 +137,7 @@ def reroute(
         weights.detach() if policy or fill is not None else None,
         num_experts,
         top_k,
-        capacity,
+        at_most_int64(capacity),
         overflow_code,
         _FILL.index(fill),
         policy,

@@ -33,6 +33,7 @@ class Case:
     cached: bool
     check: Callable[[], list[Finding]]
     written: int = 0  # of num_bytes, those of outputs that later calls write again
+    yardsticks: dict[str, Call] = field(default_factory=dict)  # timed beside; no way to do the work
     notes: list[str] = field(default_factory=list)  # contenders that were left out, and why
 
 

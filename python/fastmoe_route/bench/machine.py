@@ -16,6 +16,7 @@ peak below them would be wrong.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -80,6 +81,20 @@ def available_bytes() -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+def reuse_memory() -> bool:
+    """Makes the allocator hand freed memory out again instead of giving it back to the system.
+
+    Results of 32 MB and more are otherwise fresh pages in every call, and clearing them may take
+    longer than the work. Returns whether there is glibc's `mallopt` to ask for it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def _best(count: int, run: Callable[[], object]) -> float:

@@ -98,6 +98,11 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
             findings += compare(name, g, t, w, TOLERANCE[dtype])
         return findings
 
+    half = num_bytes // 2 // dtype.itemsize
+    require_memory((copies + 1) * half * dtype.itemsize, str(row))
+    sources = [torch.ones(half, dtype=dtype) for _ in range(copies)]
+    target = torch.ones(half, dtype=dtype)
+
     return Case(
         row,
         {
@@ -112,4 +117,5 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         cached,
         check,
         written=out_rows * shape.hidden * dtype.itemsize * (2 if row.training else 1),
+        yardsticks={"copy_ of as many bytes": lambda i: target.copy_(sources[i % copies])},
     )

@@ -21,7 +21,7 @@ from fastmoe_route.bench.check import Finding
 from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.report import Reporter
 from fastmoe_route.bench.shapes import WEIGHT_OPS, Row, Shape, quick_rows, select_rows
-from fastmoe_route.bench.timing import Timing, interleave
+from fastmoe_route.bench.timing import Summary, Timing, interleave
 from fastmoe_route.bench.workload import OutOfMemory, Weights, make_weights
 
 SCHEMA_VERSION = 1
@@ -44,6 +44,7 @@ class Options:
     json_path: Path | None = None
     plot_path: Path | None = None
     peers: bool = False
+    reuse_memory: bool = False
 
     def rows(self) -> list[Row]:
         """The rows to run."""
@@ -67,6 +68,7 @@ class Result:
     row: Row
     findings: list[Finding] = field(default_factory=list)
     timing: Timing | None = None
+    yardsticks: dict[str, Summary] = field(default_factory=dict)
     num_bytes: int = 0
     flops: float = 0.0
     copies: int = 1
@@ -123,6 +125,7 @@ class Result:
             },
             "seconds": {name: summary.as_dict() for name, summary in timing.seconds.items()},
             "ratios": {name: summary.as_dict() for name, summary in timing.ratios.items()},
+            "yardsticks": {name: summary.as_dict() for name, summary in self.yardsticks.items()},
             "calls_per_sample": timing.calls_per_sample,
             "fastest_baseline": timing.best,
         }
@@ -156,7 +159,9 @@ def run_row(
     if not result.passed:
         return result
     with torch.set_grad_enabled(row.training):
-        result.timing = interleave(case.contenders, seconds, min_rounds=min_rounds)
+        timed = {**case.contenders, **case.yardsticks}
+        result.timing = interleave(timed, seconds, min_rounds=min_rounds)
+    result.yardsticks = {name: result.timing.ratios.pop(name) for name in case.yardsticks}
     result.floor_seconds, result.bound_by = limits.floor(
         case.num_bytes, case.flops, row.dtype, cached=case.cached, written=case.written
     )
@@ -244,6 +249,7 @@ def as_report(
         "limits": limits.as_dict(),
         "seed": options.seed,
         "quick": options.quick,
+        "reuse_memory": options.reuse_memory,
         "rows": [result.as_dict() for result in results],
     }
 
@@ -260,6 +266,9 @@ def run(options: Options) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.reuse_memory and not machine.reuse_memory():
+        print("bench: --reuse-memory needs the allocator of glibc", file=sys.stderr)
+        return 2
     if options.peers and not peers.installed():
         names = ", ".join(peers.MODULES)
         print(f"bench: --peers needs at least one of {names}: make bench-peers", file=sys.stderr)
