@@ -100,14 +100,17 @@ def moe_mlp(
         x, w_up, w_down = (_cast("moe_mlp", v, dtype) for v in (x, w_up, w_down))
         bias_up = None if bias_up is None else _cast("moe_mlp", bias_up, dtype)
         bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
-    experts, weights = _check_routing(x, routing)
-    _check_weights(x, w_up, w_down, bias_up, bias_down, code < len(GATED_ACTIVATIONS))
+    is_gated = code < len(GATED_ACTIVATIONS)
+    if not _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated):
+        _check_routing(x, routing)
+        _check_weights(x, w_up, w_down, bias_up, bias_down, is_gated)
+    experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, w_up.shape[0])
-    else:
+    elif not _fits_plan(x, plan, w_up.shape[0], weights.shape[1]):
         _check_plan(x, plan, w_up.shape[0], weights.shape[1])
     weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    maps = (plan.offsets, plan.row_to_slot, plan.slot_to_row)
+    maps = plan[:3]
     ops = torch.ops.fastmoe_route
     tensors = (x, weights, w_up, w_down, bias_up, bias_down)
     y: Tensor
@@ -124,7 +127,61 @@ def _cast(op: str, value: Any, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-def _check_routing(x: Tensor, routing: Any) -> tuple[Tensor, Tensor]:
+def _fits(
+    x: Tensor,
+    routing: Any,
+    w_up: Any,
+    w_down: Any,
+    bias_up: Any,
+    bias_down: Any,
+    is_gated: bool,
+) -> bool:
+    """Whether nothing is wrong. One by one, the checks that can say what is take 15 us more."""
+    if not isinstance(routing, tuple) or len(routing) < 2 or bias_up is not None:
+        return False
+    experts, weights = routing[0], routing[1]
+    if not (
+        isinstance(experts, Tensor)
+        and isinstance(weights, Tensor)
+        and isinstance(w_up, Tensor)
+        and isinstance(w_down, Tensor)
+        and bias_down is None
+        and experts.dim() == 2
+        and w_up.dim() == w_down.dim() == 3
+    ):
+        return False
+    num_tokens, hidden = x.shape
+    num_experts, width, hidden_out = w_down.shape
+    device, dtype = x.device, x.dtype
+    return (
+        hidden_out == hidden
+        and width > 0
+        and w_up.shape == (num_experts, hidden, 2 * width if is_gated else width)
+        and experts.shape == weights.shape
+        and experts.shape[0] == num_tokens
+        and dtype in FLOAT_DTYPES
+        and w_up.dtype == w_down.dtype == dtype
+        and experts.dtype in (torch.int32, torch.int64)
+        and weights.dtype in FLOAT_DTYPES
+        and device == w_up.device == w_down.device == experts.device == weights.device
+    )
+
+
+def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
+    """As `_fits`, for a plan."""
+    if not isinstance(plan, DispatchPlan):
+        return False
+    offsets, row_to_slot, slot_to_row = plan[:3]
+    return (
+        offsets.dim() == row_to_slot.dim() == 1
+        and offsets.shape[0] == num_experts + 1
+        and slot_to_row.shape == (x.shape[0], top_k)
+        and offsets.dtype == row_to_slot.dtype == slot_to_row.dtype == torch.int32
+        and x.device == offsets.device == row_to_slot.device == slot_to_row.device
+    )
+
+
+def _check_routing(x: Tensor, routing: Any) -> None:
     if not isinstance(routing, tuple) or len(routing) < 2:
         fail(TypeError, "moe_mlp", "routing", "be a Routing or a pair (experts, weights)", routing)
     experts, weights = routing[0], routing[1]
@@ -136,7 +193,6 @@ def _check_routing(x: Tensor, routing: Any) -> tuple[Tensor, Tensor]:
     check_dtype("moe_mlp", "weights", weights, FLOAT_DTYPES)
     check_shape("moe_mlp", "weights", weights, experts.shape)
     check_device("moe_mlp", "weights", weights, x)
-    return experts, weights
 
 
 def _check_weights(
