@@ -1,0 +1,357 @@
+"""The layer: what it computes, trains, records, compiles, and how its weights come and go."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import fastmoe_route as fr
+import pytest
+import torch
+import torch.nn.functional as F
+from fastmoe_route import reference, routers
+from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
+from tolerance import assert_bound, assert_exact, assert_has_power
+
+H, WIDTH, E, K = 16, 12, 6, 2
+
+
+def layer_of(**options) -> fr.nn.MoE:
+    torch.manual_seed(0)
+    return fr.nn.MoE(H, WIDTH, E, K, **options)
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, H, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_layer(layer: fr.nn.MoE, x: torch.Tensor) -> torch.Tensor:
+    """The default layer in float64, expert by expert."""
+    x = x.double().reshape(-1, H)
+    logits = x @ layer.router.score.weight.double().t()
+    weights, chosen = logits.softmax(-1).topk(K, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        for j in range(K):
+            e = chosen[t, j]
+            up = layer.experts.w_up[e].double() @ x[t]
+            if layer.experts.bias_up is not None:
+                up = up + layer.experts.bias_up[e].double()
+            act = F.silu(up[:WIDTH]) * up[WIDTH:]
+            out = layer.experts.w_down[e].double() @ act
+            if layer.experts.bias_down is not None:
+                out = out + layer.experts.bias_down[e].double()
+            y[t] += weights[t, j] * out
+    return y
+
+
+# ---- literals ----------------------------------------------------------------------------------
+
+
+def test_two_experts_by_hand():
+    layer = fr.nn.MoE(2, 2, 2, 1, activation="relu")
+    with torch.no_grad():
+        layer.router.score.weight.copy_(torch.eye(2) * 50)
+        layer.experts.w_up.copy_(torch.eye(2).expand(2, 2, 2))
+        layer.experts.w_down.copy_(torch.stack([torch.eye(2), 10 * torch.eye(2)]))
+    y = layer(torch.tensor([[[1.0, -2.0], [-1.0, 3.0]]]))
+    assert_exact(y, torch.tensor([[[1.0, 0.0], [0.0, 30.0]]]))
+
+
+# ---- reference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_default_layer_beside_a_float64_loop(bias):
+    layer = layer_of(bias=bias)
+    if bias:
+        with torch.no_grad():
+            layer.experts.bias_up.normal_()
+            layer.experts.bias_down.normal_()
+    x = tokens(3, 5)
+    expected = plain_layer(layer, x).view(3, 5, H)
+    limit = 1e-5 * expected.abs().amax()
+    assert_bound(layer(x), expected, limit)
+    assert_has_power(lambda y: assert_bound(y, expected.view(-1, H), limit), layer(x).view(-1, H))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_goes_through_the_reference(activation):
+    layer = layer_of(activation=activation)
+    x = tokens(9)
+    routed = layer.router(x)
+    tensors = layer.experts.tensors()
+    expected = reference.moe_mlp(
+        x, routed.routing, tensors.w_up, tensors.w_down, activation=activation
+    )
+    assert_bound(layer(x), expected, 1e-5 * expected.abs().amax())
+    assert layer.experts.w_up.shape[1] == WIDTH * (2 if activation in GATED_ACTIVATIONS else 1)
+
+
+def test_shared_experts_are_one_dense_network():
+    layer = layer_of(num_shared_experts=2)
+    x = tokens(7)
+    routed_only = copy.deepcopy(layer)
+    routed_only.shared = None
+    up = x @ layer.shared.w_up[0].t()
+    dense = (F.silu(up[:, : 2 * WIDTH]) * up[:, 2 * WIDTH :]) @ layer.shared.w_down[0].t()
+    assert_bound(layer(x), (routed_only(x) + dense).double(), 1e-5)
+    assert layer.shared.w_down.shape == (1, H, 2 * WIDTH)
+
+
+def test_shared_gate_weighs_them():
+    layer = layer_of(num_shared_experts=1, shared_gate=True)
+    x = tokens(5)
+    with_gate = layer.apply_shared(x)
+    weight = torch.sigmoid(x @ layer.shared_gate.weight.t())
+    layer.shared_gate = None
+    assert_bound(with_gate, (weight * layer.apply_shared(x)).double(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["switch", "deepseek_v3", "topk_softmax"])
+def test_router_by_name_and_as_a_module(name):
+    by_name = layer_of(router=name).eval()
+    made = layer_of(router=copy.deepcopy(by_name.router)).eval()
+    made.load_state_dict(by_name.state_dict())
+    assert by_name.router.name == name
+    assert_exact(made(tokens(6)), by_name(tokens(6)))
+
+
+def test_context_reaches_the_router_flat():
+    seen = {}
+
+    class Spy(routers.TopkSoftmax):
+        def route(self, x, context):
+            seen.update(ids=context.token_ids, experts=context.experts)
+            return super().route(x, context)
+
+    layer = layer_of(router=Spy(H, E, K))
+    ids = torch.arange(6).view(2, 3)
+    layer(tokens(2, 3), token_ids=ids)
+    assert_exact(seen["ids"], ids.flatten())
+    assert_exact(seen["experts"].w_up, layer.experts.w_up.transpose(1, 2))
+
+
+# ---- capacity, losses, statistics --------------------------------------------------------------
+
+
+def test_capacity_drops_in_training_only_and_is_counted():
+    layer = layer_of(capacity_factor=0.5)
+    x = tokens(12)
+    y = layer(x)
+    assert int(layer.stats.dropped.sum()) > 0
+    assert int(layer.stats.demand.sum()) == 12 * K
+    assert not torch.equal(y, layer.eval()(x))
+    both = layer_of(capacity_factor=0.5, eval_capacity_factor=0.5)
+    both.load_state_dict(layer.state_dict())
+    assert_bound(both(x), both.eval()(x).double().detach(), 1e-6)
+
+
+def test_losses_are_recorded_in_training_with_their_gradient():
+    layer = layer_of(router_options={"aux_coef": 0.5, "z_coef": 0.1})
+    model = torch.nn.Sequential(layer, torch.nn.Linear(H, H), layer_of())
+    assert float(fr.nn.aux_loss(model)) == 0
+    model(tokens(10))
+    total = fr.nn.aux_loss(model)
+    assert_bound(total, (layer.aux_loss + model[2].aux_loss).double().detach(), 1e-7)
+    assert set(layer.stats.losses) == {"balance", "z"}
+    routing = layer.router(tokens(10)).routing
+    assert_bound(layer.stats.losses["balance"], 0.5 * fr.losses.load_balancing(routing), 1e-7)
+    layer.aux_loss.backward()
+    assert layer.router.score.weight.grad.abs().sum() > 0
+    assert layer.experts.w_up.grad is None
+    before = layer.aux_loss
+    layer.eval()(tokens(4))
+    assert layer.aux_loss is before
+
+
+def test_routed_is_returned_on_request():
+    layer = layer_of().eval()
+    y, routed = layer(tokens(2, 4), return_routed=True)
+    assert y.shape == (2, 4, H)
+    assert routed.routing.experts.shape == (8, K)
+    assert layer.stats is None
+
+
+def test_copies_and_pickles_after_a_training_step():
+    layer = layer_of()
+    y = layer(tokens(5))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.aux_loss is None
+        assert_exact(twin(tokens(5)), y)
+    assert layer.aux_loss is not None
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def test_gradcheck_of_the_whole_layer():
+    layer = layer_of(num_shared_experts=1, shared_gate=True).double()
+    x = tokens(4).double().requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    def run(x, *values):
+        named = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(layer, named, (x,))
+
+    values = tuple(p.detach().requires_grad_() for p in parameters.values())
+    torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+def test_checkpointing_and_autocast_train():
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = layer_of(), tokens(6)
+    layer(x).sum().backward()
+    expected = layer.experts.w_up.grad.clone()
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert_exact(layer.experts.w_up.grad, expected)
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert layer.experts.w_up.grad.dtype == torch.float32
+    error = (layer.experts.w_up.grad - expected).norm() / expected.norm()
+    assert error < 0.05
+
+
+# ---- registration ------------------------------------------------------------------------------
+
+
+def test_layer_compiles_as_one_graph_without_recompiling():
+    from torch._dynamo.testing import CompileCounter
+
+    layer = layer_of(num_shared_experts=1, capacity_factor=1.0, eval_capacity_factor=1.0)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for length in (3, 4, 9, 17, 30):
+        y = compiled(tokens(2, length))
+        y.sum().backward()
+        assert_bound(y, layer(tokens(2, length)).double().detach(), 1e-6)
+    assert counter.frame_count == 1
+
+
+def test_layer_exports_in_eval():
+    layer = layer_of().eval()
+    length = torch.export.Dim("length", min=2, max=64)
+    x = tokens(1, 5)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({1: length},))
+    assert_bound(program.module()(tokens(1, 20)), layer(tokens(1, 20)).double().detach(), 1e-6)
+
+
+# ---- edges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (1,), (2, 3, 4)])
+def test_leading_shapes(shape):
+    layer = layer_of(num_shared_experts=1)
+    y = layer(tokens(*shape))
+    assert y.shape == (*shape, H)
+    y.sum().backward()
+    assert torch.isfinite(layer.experts.w_up.grad).all()
+
+
+def test_initial_scale_keeps_the_size_of_activations():
+    torch.manual_seed(0)
+    layer = fr.nn.MoE(256, 512, 8, 2)
+    x = torch.randn(64, 256)
+    assert 0.1 < layer(x).std() < 1.0
+    assert layer.experts.w_up.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert layer.experts.w_down.std().item() == pytest.approx(512**-0.5, rel=0.02)
+    small = fr.nn.Experts(64, 64, 4, init_std=0.02, bias=True)
+    assert small.w_down.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not small.bias_up.any()
+
+
+def test_meta_device_and_dtype():
+    layer = layer_of(device="meta", dtype=torch.bfloat16, num_shared_experts=1)
+    assert {p.device.type for p in layer.parameters()} == {"meta"}
+    real = layer.to_empty(device="cpu")
+    assert real.experts.w_up.dtype == torch.bfloat16
+    assert real.router.score.weight.dtype == torch.float32
+    half = layer_of(dtype=torch.bfloat16)
+    assert half(tokens(3).bfloat16()).dtype == torch.bfloat16
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_concatenated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_stacked_layouts_round_trip(is_transposed, is_concatenated, bias):
+    layer = layer_of(bias=bias)
+    layout = {"is_transposed": is_transposed, "is_concatenated": is_concatenated}
+    tensors = layer.to_experts(**layout)
+    up = (E, H, 2 * WIDTH) if is_transposed else (E, 2 * WIDTH, H)
+    assert tensors["gate_up_proj"].shape == up
+    assert ("down_proj_bias" in tensors) == bias
+    weight = layer.router.score.weight.detach()
+    twin = fr.nn.MoE.from_experts(tensors, K, router_weight=weight, **layout)
+    assert_exact(twin(tokens(5)), layer(tokens(5)))
+
+
+def test_interleaved_rows_alternate():
+    tensors = layer_of().to_experts(is_concatenated=False)
+    halves = layer_of().to_experts()["gate_up_proj"]
+    assert_exact(tensors["gate_up_proj"][:, 0], halves[:, 0], stride=False)
+    assert_exact(tensors["gate_up_proj"][:, 1], halves[:, WIDTH], stride=False)
+
+
+@pytest.mark.parametrize("layout", ["gate_proj", "w1"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_per_expert_layouts_round_trip(layout, activation):
+    layer = layer_of(activation=activation)
+    tensors = layer.to_experts(layout)
+    assert tensors[f"3.{ {'gate_proj': 'down_proj', 'w1': 'w2'}[layout] }.weight"].shape == (
+        H,
+        WIDTH,
+    )
+    twin = fr.nn.MoE.from_experts(tensors, K, activation=activation)
+    twin.router.load_state_dict(layer.router.state_dict())
+    assert_exact(twin(tokens(5)), layer(tokens(5)))
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "swish"}, "Experts: activation must be one of swiglu"),
+        ({"router": "swich"}, r"must be a method of .*switch"),
+        ({"router": torch.nn.Linear(2, 2)}, "router must be a name or a fastmoe_route.routers"),
+        ({"router": routers.Switch(H, E + 1)}, "router must have num_experts 6, got 7"),
+        ({"router": routers.Switch(H, E, 1)}, "top_k must be None or the router's 1, got 2"),
+        ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),
+        ({"shared_gate": True}, "shared_gate must be False without shared experts"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be positive"),
+        (
+            {"router": routers.Switch(H, E, K), "capacity_factor": 1.0},
+            "router_options must be None",
+        ),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer_of(**options)
+
+
+def test_bad_inputs_and_weights():
+    with pytest.raises(ValueError, match=r"MoE: x must have shape \[any, 16\], got .* \[3, 15\]"):
+        layer_of()(torch.zeros(3, 15))
+    with pytest.raises(ValueError, match="source must hold gate_up_proj for swiglu"):
+        fr.nn.MoE.from_experts({"down_proj": torch.zeros(2, 4, 3)})
+    tensors = layer_of().to_experts("w1")
+    del tensors["1.w3.weight"]
+    with pytest.raises(ValueError, match=r"source must hold 1\.w3\.weight"):
+        fr.nn.MoE.from_experts(tensors)
+    with pytest.raises(ValueError, match="layout must be one of stacked"):
+        layer_of().to_experts("fused")
+    with pytest.raises(ValueError, match="layout must be stacked for experts with biases"):
+        layer_of(bias=True).to_experts("w1")
+    with pytest.raises(TypeError, match="source must be an experts module"):
+        fr.nn.MoE.from_experts(torch.nn.Linear(2, 2))
