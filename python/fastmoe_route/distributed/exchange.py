@@ -1,0 +1,156 @@
+"""Rows of tensors between ranks: uneven all-to-all with autograd, in two halves.
+
+`start` sends and returns at once, `wait` hands out what arrived, and whatever is computed between
+the two overlaps with the network. The backward pass has the same shape: the backward of `wait`
+starts the exchange of gradients in the other direction, that of `start` waits for it, and autograd
+runs between the two the backward of what was computed between the two.
+
+Every exchange has a name. If a rank dies or does not arrive within the timeout of the process
+group, the others get an `ExchangeError` with that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+
+class ExchangeError(RuntimeError):
+    """An exchange between ranks did not finish; the message names it."""
+
+
+@contextmanager
+def named(name: str, group: Any) -> Iterator[None]:
+    """Turns a failure of the process group into an `ExchangeError` that names the exchange."""
+    try:
+        with record_function(f"fastmoe_route::{name}"):
+            yield
+    except RuntimeError as error:
+        if isinstance(error, ExchangeError):
+            raise
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        raise ExchangeError(
+            f"ExpertParallel: exchange '{name}' failed on rank {rank} of {size}: a rank died, or "
+            f"did not arrive within the timeout of the process group. The backend says: {error}"
+        ) from error
+
+
+@dataclass
+class Exchange:
+    """One exchange of rows: how many go to and come from each rank, and what is under way.
+
+    Attributes:
+        name: what is exchanged, for errors and profiles.
+        group: the process group.
+        send: rows to each rank, in rank order.
+        receive: rows from each rank.
+    """
+
+    name: str
+    group: Any
+    send: list[int]
+    receive: list[int]
+    _pending: list[Any] = field(default_factory=list)
+    _pending_grads: list[Any] = field(default_factory=list)
+
+    def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sends the rows of tensors `[sum(send), ...]`; the results are not filled yet.
+
+        Returns:
+            `[sum(receive), ...]` for each, to be passed to `wait` and to nothing else.
+        """
+        found: tuple[Tensor, ...] = _Start.apply(self, *tensors)
+        return found
+
+    def wait(self, *received: Tensor) -> tuple[Tensor, ...]:
+        """The rows that `start` has received, in rank order. Differentiable."""
+        found: tuple[Tensor, ...] = _Wait.apply(self, *received)
+        return found
+
+    def _launch(self, tensors: tuple[Tensor, ...], back: bool) -> list[Tensor]:
+        """Starts one all-to-all per tensor, in the forward or backward direction."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        pending = self._pending_grads if back else self._pending
+        results = []
+        with named(self._name(back), self.group):
+            for tensor in tensors:
+                tensor = tensor.contiguous()
+                result = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+                work = dist.all_to_all_single(
+                    result, tensor, receive, send, group=self.group, async_op=True
+                )
+                pending.append((work, tensor))  # the sent tensor lives until the work is done
+                results.append(result)
+        return results
+
+    def _finish(self, back: bool) -> None:
+        pending = self._pending_grads if back else self._pending
+        with named(self._name(back), self.group):
+            for work, _ in pending:
+                work.wait()
+        pending.clear()
+
+    def _name(self, back: bool) -> str:
+        return f"gradients of {self.name}" if back else self.name
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> Any:
+        ctx.exchange = exchange
+        results = exchange._launch(tensors, back=False)
+        ctx.mark_non_differentiable(*(t for t in results if not t.is_floating_point()))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.exchange._finish(back=True)
+        needed = ctx.needs_input_grad[1:]
+        return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)))
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *received: Tensor) -> Any:
+        ctx.exchange = exchange
+        exchange._finish(back=False)
+        results = tuple(t.view_as(t) for t in received)
+        ctx.mark_non_differentiable(*(t for t in results if not t.is_floating_point()))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        sent = [g for g, need in zip(grads, needed, strict=True) if need]
+        results = iter(ctx.exchange._launch(tuple(sent), back=True))
+        return (None, *(next(results) if need else None for need in needed))
+
+
+def exchange_counts(
+    name: str, group: Any, send: Tensor, *others: Tensor
+) -> tuple[list[int], list[int], list[int]]:
+    """Tells every rank how many rows it will get; the only point where the host waits.
+
+    Args:
+        name: what is counted, for errors and profiles.
+        group: the process group.
+        send: int `[W]`, rows to each rank.
+        others: integer scalars that are to be read in the same moment.
+
+    Returns:
+        Rows to each rank, rows from each rank, and the other numbers.
+    """
+    send = send.to(torch.int64)
+    receive = torch.empty_like(send)
+    with named(name, group):
+        dist.all_to_all_single(receive, send, group=group)
+        numbers: list[int] = torch.cat([send, receive, *(o.view(1) for o in others)]).tolist()
+    size = send.shape[0]
+    return numbers[:size], numbers[size : 2 * size], numbers[2 * size :]

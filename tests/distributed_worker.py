@@ -1,0 +1,355 @@
+"""One rank of the tests of `fastmoe_route.distributed`: runs every check, writes down what failed.
+
+python distributed_worker.py RANK SIZE FOLDER
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import fastmoe_route as fr
+import pytest
+import torch
+import torch.distributed as dist
+from fastmoe_route.distributed import ExchangeError, ExpertParallel
+
+H, WIDTH, E, K = 16, 12, 8, 2
+TOKENS = (7, 0, 12, 3)  # by rank; one has none
+
+checks: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    checks[function.__name__] = function
+    return function
+
+
+def layer_of(**options) -> fr.nn.MoE:
+    torch.manual_seed(0)
+    return fr.nn.MoE(H, WIDTH, E, K, **options)
+
+
+def tokens_of(rank: int, num_tokens: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(TOKENS[rank] if num_tokens is None else num_tokens, H, generator=generator)
+
+
+def weight_of(rank: int, y: torch.Tensor) -> torch.Tensor:
+    """What the loss multiplies the output with."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(rank))
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape, (got.shape, want.shape)
+    error = (got - want).norm() / want.norm().clamp(min=1e-12)
+    assert not want.numel() or error <= 1e-6, f"relative error {error}"
+
+
+def step(layer: torch.nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and input gradient of one rank's tokens; parameters keep their gradients."""
+    x = tokens_of(rank).requires_grad_()
+    y = layer(x)
+    (y * weight_of(rank, y)).sum().backward()
+    return y.detach(), x.grad
+
+
+def shared_options() -> list[dict]:
+    return [{}, {"num_shared_experts": 1, "bias": True}, {"router": "deepseek_v3"}]
+
+
+@contextmanager
+def refused(text: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    with pytest.raises(kind, match=re.escape(text)):
+        yield
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+@check
+def forward_and_backward_equal_one_machine() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for options in shared_options():
+        single = layer_of(**options)
+        parallel = ExpertParallel(layer_of(**options))
+        y, x_grad = step(parallel, rank)
+        for other in range(size):
+            expected, expected_grad = step(single, other)
+            if other == rank:
+                close(y, expected)
+                close(x_grad, expected_grad)
+        share = parallel.expert_ids
+        for name, p in parallel.experts.named_parameters():
+            close(p.grad, dict(single.experts.named_parameters())[name].grad[share])
+        parallel.reduce_gradients()
+        for name, p in parallel.layer.named_parameters():
+            expected = dict(single.named_parameters())[name].grad / size
+            close(p.grad, expected[share] if name.startswith("experts") else expected)
+
+
+@check
+def training_equals_one_machine() -> None:
+    size = dist.get_world_size()
+    single, parallel = layer_of(), ExpertParallel(layer_of())
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (single, parallel)]
+    for _ in range(3):
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        for other in range(size):
+            step(single, other)
+        for p in single.parameters():
+            p.grad /= size
+        step(parallel, dist.get_rank())
+        parallel.reduce_gradients()
+        for optimiser in optimisers:
+            optimiser.step()
+    close(parallel.layer.router.score.weight, single.router.score.weight)
+    for name, value in parallel.gather_experts().items():
+        close(value, single.experts.state_dict()[name])
+
+
+@check
+def two_runs_have_the_same_bits() -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        parallel = ExpertParallel(layer_of(num_shared_experts=1))
+        y, x_grad = step(parallel, dist.get_rank())
+        results.append([y, x_grad, *(p.grad for p in parallel.parameters() if p.grad is not None)])
+    torch.set_num_threads(1)
+    assert len(results[0]) > 5
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@check
+def one_rank_gets_everything() -> None:
+    """All tokens choose experts of the last rank; the others compute nothing, and still finish."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    single = layer_of()
+    with torch.no_grad():
+        single.router.score.weight[: E - K] = 0
+        single.router.score.weight[E - K :] = 50
+    parallel = ExpertParallel(copy.deepcopy(single))
+    x = tokens_of(rank).abs().requires_grad_()
+    y = parallel(x)
+    y.sum().backward()
+    close(y.detach(), single(x).detach())
+    if rank != size - 1:
+        assert not parallel.experts.w_up.grad.any()
+        assert parallel.volume.rows_received == 0
+        assert parallel.volume.rows_sent == x.shape[0]
+    else:
+        assert parallel.volume.rows_received == sum(TOKENS[: size - 1])
+
+
+@check
+def volume_counts_distinct_ranks() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parallel = ExpertParallel(layer_of())
+    x = tokens_of(rank)
+    experts = parallel.layer.router(x).routing.experts
+    reached = [set((row // (E // size)).tolist()) for row in experts]
+    rows = sum(len(ranks - {rank}) for ranks in reached)
+    with torch.no_grad():
+        parallel(x)
+    volume = parallel.volume
+    assert volume.rows_sent == rows, (volume, rows)
+    assert volume.slots == x.shape[0] * K
+    assert volume.rows_dropped == 0
+    there, back = 4 * (H + K + K), 4 * H
+    assert volume.bytes_sent == rows * there + volume.rows_received * back
+
+
+@check
+def placement_changes_places_and_not_results() -> None:
+    size = dist.get_world_size()
+    ranks = [(E - 1 - e) % size for e in range(E)]
+    parallel = ExpertParallel(layer_of(), placement=ranks)
+    assert parallel.expert_ids == [e for e in range(E) if ranks[e] == dist.get_rank()]
+    rank = dist.get_rank()
+    close(step(parallel, rank)[0], step(layer_of(), rank)[0])
+    for name, value in parallel.gather_experts().items():
+        assert torch.equal(value, layer_of().experts.state_dict()[name])
+
+
+@check
+def capacity_per_rank_drops_the_last_tokens() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parallel = ExpertParallel(layer_of(), rank_capacity_factor=0.5)
+    x = tokens_of(rank)
+    y = parallel(x)
+    capacity = fr.expert_capacity(x.shape[0], size, min(size, K), 0.5)
+    experts = parallel.layer.router(x).routing.experts
+    expected, room, dropped = layer_of()(x).detach().clone(), [capacity] * size, 0
+    for t, row in enumerate(experts):
+        for r in sorted(set((row // (E // size)).tolist())):
+            if room[r] == 0:
+                dropped += 1
+                expected[t] = torch.nan
+            else:
+                room[r] -= 1
+    assert parallel.volume.rows_dropped == dropped
+    full = ~expected.isnan().any(1)
+    close(y[full], expected[full])
+    assert not torch.equal(y[~full], layer_of()(x)[~full]) or full.all()
+    y.sum().backward()
+
+
+@check
+def bfloat16_and_autocast_run() -> None:
+    rank = dist.get_rank()
+    half = ExpertParallel(layer_of(dtype=torch.bfloat16))
+    x = tokens_of(rank).bfloat16().requires_grad_()
+    y = half(x)
+    y.float().sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    expected = layer_of()(tokens_of(rank))
+    assert not y.numel() or ((y - expected).norm() / expected.norm()) < 0.03
+    full = ExpertParallel(layer_of())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = full(tokens_of(rank))
+    y.float().sum().backward()
+    assert full.experts.w_up.grad.dtype == torch.float32
+
+
+@check
+def a_capacity_of_the_router_is_kept() -> None:
+    rank = dist.get_rank()
+    options = {"capacity_factor": 0.5, "num_shared_experts": 1}
+    close(step(ExpertParallel(layer_of(**options)), rank)[0], step(layer_of(**options), rank)[0])
+
+
+@check
+def ranks_that_differ_are_named() -> None:
+    rank = dist.get_rank()
+    placement = [e % dist.get_world_size() for e in range(E)]
+    if rank == 1:
+        placement = placement[::-1]
+    with refused("layer must be the same on every rank; placement is"):
+        ExpertParallel(layer_of(), placement=placement)
+
+
+@check
+def experts_that_do_not_divide_are_refused() -> None:
+    torch.manual_seed(0)
+    with refused("ranks divide; change num_experts, or run"):
+        ExpertParallel(fr.nn.MoE(H, WIDTH, 9, 2))
+    for placement, text in (
+        ([0] * E, "experts on each of"),
+        ([0] * 3, "a rank for each of 8 experts, got 3"),
+    ):
+        with refused(text):
+            ExpertParallel(layer_of(), placement=placement)
+
+
+@check
+def methods_that_read_experts_are_refused() -> None:
+    parallel = ExpertParallel(layer_of())
+    router = parallel.layer.router
+    router.mix = lambda x, routed, experts: experts.each(x)
+    with refused("router must not look into the experts"):
+        parallel(tokens_of(dist.get_rank()))
+
+
+@check
+def a_group_of_two_works_alone() -> None:
+    group = dist.new_group([0, 1])
+    if dist.get_rank() > 1:
+        return
+    parallel = ExpertParallel(layer_of(), group)
+    assert parallel.num_ranks == 2
+    rank = dist.get_rank()
+    close(step(parallel, rank)[0], step(layer_of(), rank)[0])
+
+
+@check
+def profile_names_the_exchanges() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    parallel = ExpertParallel(layer_of())
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step(parallel, dist.get_rank())
+    names = {event.key for event in recorded.key_averages()}
+    for name in ("tokens to experts", "gradients of results to tokens", "row counts"):
+        assert f"fastmoe_route::{name}" in names, name
+
+
+@check
+def a_late_rank_is_an_error_within_the_timeout() -> None:
+    """The last rank never arrives; the others are told which exchange, at the group's timeout."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(size)), timeout=timedelta(seconds=2))
+    parallel = ExpertParallel(layer_of(), group)
+    dist.barrier(group)
+    if rank == size - 1:
+        time.sleep(4)
+        return
+    expect_error(parallel, within=3.5)
+
+
+def expect_error(parallel: ExpertParallel, within: float) -> None:
+    start = time.monotonic()
+    text = f"exchange 'row counts' failed on rank {dist.get_rank()} of {dist.get_world_size()}"
+    with refused(text, ExchangeError):
+        parallel(tokens_of(dist.get_rank()))
+    took = time.monotonic() - start
+    assert took <= within, f"the error came after {took:.1f} s"
+
+
+def a_dead_rank_is_an_error(results: dict[str, str], write: Callable[[], None]) -> None:
+    """Comes last: the last rank dies in the middle of an exchange."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(size)), timeout=timedelta(seconds=5))
+    parallel = ExpertParallel(layer_of(), group)
+    parallel(tokens_of(rank)).sum().backward()
+    name = "a_dead_rank_is_an_error"
+    results[name] = ""
+    write()
+    dist.barrier(group)
+    if rank == size - 1:
+        os._exit(0)
+    try:
+        expect_error(parallel, within=6)
+    except (Exception, pytest.fail.Exception):
+        results[name] = traceback.format_exc()
+        write()
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=20),
+    )
+    results: dict[str, str] = {}
+
+    def write() -> None:
+        (folder / f"rank{rank}.json").write_text(json.dumps(results))
+
+    for name, function in checks.items():
+        try:
+            function()
+            results[name] = ""
+        except (Exception, pytest.fail.Exception):
+            results[name] = traceback.format_exc()
+    write()
+    a_dead_rank_is_an_error(results, write)
+    os._exit(0)  # the group is broken by design; nothing is left to say goodbye to
+
+
+if __name__ == "__main__":
+    main()

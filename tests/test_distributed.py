@@ -1,0 +1,132 @@
+"""Experts over ranks: two (with --large: four) processes on Gloo run every check of the worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_worker
+import fastmoe_route as fr
+import pytest
+import torch
+from fastmoe_route.distributed import plan_placement
+
+WORKER = Path(distributed_worker.__file__)
+CHECKS = [*distributed_worker.checks, "a_dead_rank_is_an_error"]
+SIZES = [2, pytest.param(4, marks=pytest.mark.large)]
+SECONDS = 90
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory) -> list[dict[str, str]]:
+    """What each rank wrote: by check, empty or a traceback."""
+    size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(size)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(size), str(folder)],
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(size)
+    ]
+    end = time.monotonic() + SECONDS
+    for process in ranks:
+        try:
+            process.wait(max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    found = []
+    for rank in range(size):
+        path = folder / f"rank{rank}.json"
+        assert path.exists(), (folder / f"rank{rank}.log").read_text()[-3000:]
+        found.append(json.loads(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_every_rank(outcome, name):
+    for rank, results in enumerate(outcome):
+        assert name in results, f"rank {rank} did not get there"
+        assert results[name] == "", f"rank {rank}:\n{results[name]}"
+
+
+def test_without_a_process_group_the_way_out_is_named():
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+        fr.distributed.ExpertParallel(fr.nn.MoE(8, 8, 2, 1))
+
+
+# ---- placement ---------------------------------------------------------------------------------
+
+
+def trace_of_communities(num_tokens: int = 600, num_experts: int = 12) -> torch.Tensor:
+    """Tokens take two experts of one of four scattered communities, some more often than others."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_experts, generator=generator).view(4, -1)
+    weights = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    community = torch.multinomial(weights, num_tokens, replacement=True, generator=generator)
+    keys = torch.rand(num_tokens, order.shape[1], generator=generator)
+    return order[community].gather(1, keys.topk(2, dim=1).indices)
+
+
+@pytest.fixture(scope="module")
+def scipy():
+    return pytest.importorskip("scipy")
+
+
+def test_placement_puts_together_what_is_chosen_together(scipy):
+    trace = trace_of_communities()
+    plan = plan_placement(trace, 12, 2, traffic_weight=0.7)
+    assert sorted(plan.rank_of_expert.count(r) for r in range(2)) == [6, 6]
+    assert plan.rows_moved < 0.75 * plan.rows_moved_before
+    assert plan.max_load <= plan.max_load_before + 1e-9 or plan.max_load < 1.1
+    counted = sum(len({plan.rank_of_expert[e] for e in row}) for row in trace.tolist())
+    assert plan.rows_moved == round(counted / 2)
+
+
+def test_placement_balances_load(scipy):
+    demand = [40, 30, 20, 10, 5, 5, 5, 5]
+    trace = torch.tensor([e for e, n in enumerate(demand) for _ in range(n)])[:, None]
+    plan = plan_placement(trace, 8, 2, traffic_weight=0.0)
+    assert plan.is_optimal
+    loads = [sum(n for e, n in enumerate(demand) if plan.rank_of_expert[e] == r) for r in range(2)]
+    assert max(loads) == 60
+    assert plan.max_load == pytest.approx(1.0)
+    assert plan.max_load_before == pytest.approx(100 / 60)
+
+
+def test_placement_follows_the_tokens_home(scipy):
+    trace = torch.tensor([[0], [1], [2], [3]]).repeat(10, 1)
+    sources = torch.tensor([1, 1, 0, 0]).repeat(10)
+    plan = plan_placement(trace, 4, 2, sources=sources)
+    assert plan.rank_of_expert == (1, 1, 0, 0)
+    assert (plan.rows_moved, plan.rows_moved_before) == (0, 40)
+
+
+def test_placement_never_makes_it_worse(scipy):
+    generator = torch.Generator().manual_seed(0)
+    trace = torch.randint(-1, 6, (200, 3), generator=generator)
+    for weight in (0.0, 0.5, 1.0):
+        plan = plan_placement(trace, 6, 3, traffic_weight=weight, time_limit=2)
+        before = (1 - weight) * plan.max_load_before + weight * plan.rows_moved_before / 600
+        assert (1 - weight) * plan.max_load + weight * plan.rows_moved / 600 <= before + 1e-6
+    assert plan_placement(trace[:0], 6, 3).rank_of_expert == (0, 0, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.zeros(3, 1, dtype=torch.long), 5, 2),
+            "num_experts must be a multiple of num_ranks 2",
+        ),
+        ((torch.full((3, 1), 4), 4, 2), r"experts must be in \[-1, 4\), got 4 to 4"),
+        ((torch.zeros(3, dtype=torch.long), 4, 2), "experts must have 2 dimensions"),
+    ],
+)
+def test_placement_errors(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        plan_placement(*arguments)
