@@ -15,6 +15,7 @@ PYTHON := $(shell for name in python3.11 python3 python3.12 python3.13 python3.1
 endif
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+CLIENTS ?= .venv-clients
 ARGS ?=
 JOBS ?= 2
 
@@ -40,6 +41,11 @@ demo: build  ## set up, run the bench in quick form and train a small language m
 .PHONY: test
 test: build  ## set up and pass the tests
 	$(PYTEST) $(ARGS)
+
+.PHONY: test-clients
+test-clients: $(CLIENTS)/.built  ## pass the tests against transformers, peft and kernels, and those on four processes
+	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+	$(CLIENTS)/bin/python -m pytest --large tests/test_distributed.py
 
 .PHONY: test-isa
 test-isa: build  ## pass the kernels' tests on every instruction set this processor has, one after the other
@@ -147,6 +153,17 @@ $(VENV)-peers/.peers: $(VENV)/.base
 
 $(VENV)/.lint: $(VENV)/.base
 	@$(PIP) install $$(sed -nE 's/^lint = \[(.*)\]/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
+
+# The clients' environment takes torch and this package from $(VENV), and adds its own packages.
+$(CLIENTS)/.built: $(VENV)/.built
+	@echo "Setting up $(CLIENTS)"
+	@test -x $(CLIENTS)/bin/python || $(PY) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -c "import sysconfig, pathlib, sys; \
+	  pathlib.Path(sysconfig.get_path('purelib'), 'base.pth').write_text(f'import site; site.addsitedir({sys.argv[1]!r})\n')" \
+	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check -qq install \
+	  $$(sed -nE 's/^clients = \[(.*)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
 
 build/asan/fastmoe_route_cpu.so: $(VENV)/.built

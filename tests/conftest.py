@@ -16,7 +16,17 @@ from torch import Tensor
 PACKAGE_FILES = {
     f"test_{name}.py"
     for name in (
-        *("structure", "package", "readme", "bench", "cli", "example", "environment"),
+        *(
+            "structure",
+            "package",
+            "readme",
+            "bench",
+            "cli",
+            "example",
+            "environment",
+            "nn",
+            "distributed",
+        ),
         *("reference", "reference_gate", "tolerance"),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -67,3 +68,20 @@ def test_submodules_are_attributes_and_typos_are_not():
     assert "reference" in dir(fr)
     with pytest.raises(AttributeError, match="has no attribute 'gates'"):
         _ = fr.gates
+
+
+def test_every_variable_that_is_read_is_known(root):
+    """Names in getenv, os.environ and CMake; macros of the C++ sources are no variables."""
+    from fastmoe_route._environment import VARIABLES
+
+    read = r'(?:getenv\(|environ(?:\.get)?[\[(])\s*"(FASTMOE_ROUTE_[A-Z_]+)"|ENV\{(FASTMOE_\w+)\}'
+    found = set()
+    for path in [
+        *(root / "csrc").rglob("*"),
+        *(root / "python").rglob("*.py"),
+        root / "CMakeLists.txt",
+    ]:
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py", ".txt"):
+            found |= {a or b for a, b in re.findall(read, path.read_text())}
+    assert {"FASTMOE_ROUTE_ISA", "FASTMOE_ROUTE_LOG_LEVEL"} <= found
+    assert found <= set(VARIABLES)

@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # Imported at first use, so that importing the package stays quick.
-_SUBMODULES = ("losses", "methods", "reference", "routers")
+_SUBMODULES = ("distributed", "integrations", "losses", "methods", "nn", "reference", "routers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 
@@ -59,6 +60,8 @@ class Exchange:
     receive: list[int]
     _pending: list[Any] = field(default_factory=list)
     _pending_grads: list[Any] = field(default_factory=list)
+    _needs_grad: tuple[bool, ...] = ()
+    _grads: list[Tensor] = field(default_factory=list)
 
     def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Sends the rows of tensors `[sum(send), ...]`; the results are not filled yet.
@@ -105,15 +108,18 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> Any:
         ctx.exchange = exchange
+        exchange._needs_grad = ctx.needs_input_grad[1:]
         results = exchange._launch(tensors, back=False)
         ctx.mark_non_differentiable(*(t for t in results if not t.is_floating_point()))
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.exchange._finish(back=True)
-        needed = ctx.needs_input_grad[1:]
-        return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)))
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        exchange = ctx.exchange
+        exchange._finish(back=True)
+        grads = iter(exchange._grads)
+        return (None, *(next(grads) if need else None for need in exchange._needs_grad))
 
 
 class _Wait(torch.autograd.Function):
@@ -126,11 +132,15 @@ class _Wait(torch.autograd.Function):
         return results
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        # What arrives has other shapes than what was received, so it goes to the backward of
+        # `start` by the exchange; what is returned here only keeps the two in order.
+        exchange = ctx.exchange
+        sent = [g for g, need in zip(grads, exchange._needs_grad, strict=True) if need]
+        exchange._grads = exchange._launch(tuple(sent), back=True)
         needed = ctx.needs_input_grad[1:]
-        sent = [g for g, need in zip(grads, needed, strict=True) if need]
-        results = iter(ctx.exchange._launch(tuple(sent), back=True))
-        return (None, *(next(results) if need else None for need in needed))
+        return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)))
 
 
 def exchange_counts(

@@ -1,0 +1,220 @@
+"""How much faster a Hugging Face MoE model runs with fastmoe_route: tokens per second.
+
+A random model of a known architecture (or one from a local folder) reads a prompt and decodes, with
+each implementation of its experts in turn: transformers' eager loop, its grouped_mm, and this
+package, with and without the fused gate. All runs share one set of weights. In float32 the logits
+must be equal, up to rounding, before anything is timed.
+
+    pip install "transformers>=5"
+    python examples/speed_up_hf_model.py --model olmoe --layers 4 --hidden 1024
+    python examples/speed_up_hf_model.py --path /models/OLMoE-1B-7B --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from fastmoe_route.integrations.transformers import (
+    explain,
+    patch_routers,
+    register,
+    unpatch_routers,
+)
+from torch import Tensor, nn
+
+EAGER, GROUPED, OURS, OURS_GATE = "eager", "grouped_mm", "fastmoe_route", "fastmoe_route + gate"
+RUNS = (EAGER, GROUPED, OURS, OURS_GATE)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Logits may differ by rounding: relative to their size, after all layers.
+LOGITS_LIMIT = 2e-5
+
+SIZES = {
+    "olmoe": {"num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 1024},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 3584},
+    "qwen3_moe": {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "head_dim": 64,
+    },
+    "gpt_oss": {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 1024},
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(SIZES), default="olmoe", help="architecture")
+    parser.add_argument("--path", type=Path, help="a local model instead of a random one")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--experts", type=int, help="instead of the architecture's usual number")
+    parser.add_argument("--width", type=int, help="expert width, instead of the usual one")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens read")
+    parser.add_argument("--decode", type=int, default=32, help="tokens written")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the results here")
+    given = parser.parse_args(arguments)
+    for name in ("layers", "hidden", "prompt", "decode", "repeats", "threads"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
+    if given.hidden % 64:
+        parser.error(f"--hidden must be a multiple of 64, got {given.hidden}")
+    return given
+
+
+def load(given: argparse.Namespace) -> nn.Module:
+    """The model in eval mode; random weights keep activations at a useful size."""
+    try:
+        import transformers
+    except ImportError:
+        sys.exit("this example needs transformers 5: pip install 'transformers>=5'")
+    dtype = DTYPES[given.dtype]
+    if given.path:
+        found = transformers.AutoModelForCausalLM.from_pretrained(given.path, dtype=dtype)
+        return found.eval()
+    sizes = dict(SIZES[given.model])
+    for key in sizes:
+        if given.experts and key in ("num_experts", "num_local_experts"):
+            sizes[key] = given.experts
+        if given.width and key.endswith("intermediate_size"):
+            sizes[key] = given.width
+    heads = given.hidden // 64
+    config = transformers.AutoConfig.for_model(
+        given.model,
+        vocab_size=4096,
+        hidden_size=given.hidden,
+        num_hidden_layers=given.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name:
+                value.fill_(1.0)
+            else:
+                value.normal_(std=value.shape[-1] ** -0.5)
+        for module in model.modules():  # buffers computed at construction
+            if hasattr(module, "compute_default_rope_parameters"):
+                module.__init__(model.config)
+    return model.eval()
+
+
+def use(model: nn.Module, run: str) -> None:
+    """Switches the model to one of `RUNS`."""
+    unpatch_routers(model)
+    model.set_experts_implementation(OURS if run in (OURS, OURS_GATE) else run)
+    if run == OURS_GATE:
+        patch_routers(model)
+
+
+@torch.no_grad()
+def read_and_write(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float, Tensor]:
+    """Seconds to read the prompt, seconds to write `decode` tokens greedily, prompt logits."""
+    start = time.perf_counter()
+    out = model(ids, use_cache=True)
+    middle = time.perf_counter()
+    cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    for _ in range(decode):
+        step = model(last, past_key_values=cache, use_cache=True)
+        cache, last = step.past_key_values, step.logits[:, -1:].argmax(-1)
+    return middle - start, time.perf_counter() - middle, out.logits
+
+
+def check_logits(model: nn.Module, ids: Tensor, dtype: str) -> dict[str, float]:
+    """The relative difference of every run's logits from eager's; an error in float32."""
+    found: dict[str, float] = {}
+    expected = None
+    for run in RUNS:
+        use(model, run)
+        logits = read_and_write(model, ids, 1)[2].float()
+        expected = logits if expected is None else expected
+        found[run] = ((logits - expected).norm() / expected.norm()).item()
+        if dtype == "float32" and not found[run] <= LOGITS_LIMIT:
+            sys.exit(f"{run}: logits differ from eager's by {found[run]:.1e}, relative")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Checks, times and prints; returns the report."""
+    given = parse(arguments)
+    torch.set_num_threads(given.threads)
+    register()
+    model = load(given)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(
+        2, vocabulary, (1, given.prompt), generator=torch.Generator().manual_seed(0)
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters, {given.dtype}")
+    for how in sorted(set(explain(model).values())):
+        print(f"experts: {how}")
+    differences = check_logits(model, ids, given.dtype)
+    times: dict[str, list[tuple[float, float]]] = {run: [] for run in RUNS}
+    for _ in range(given.repeats):  # in turns, so that a slow minute hits all of them
+        for run in RUNS:
+            use(model, run)
+            read, write, _ = read_and_write(model, ids, given.decode)
+            times[run].append((read, write))
+    report = {
+        "model": type(model).__name__,
+        "parameters": parameters,
+        **{key: str(value) for key, value in vars(given).items() if key != "json"},
+        "runs": {run: summarise(run, times, given, differences[run]) for run in RUNS},
+    }
+    print(f"\n{'experts':22}{'prompt tok/s':>14}{'decode tok/s':>14}{'total s':>9}", end="")
+    print(f"{'x eager':>9}{'x grouped_mm':>14}{'logits':>10}")
+    for run, row in report["runs"].items():
+        print(
+            f"{run:22}{row['prompt_tokens_per_s']:14.0f}{row['decode_tokens_per_s']:14.1f}", end=""
+        )
+        print(
+            f"{row['total_s']:9.2f}{row['over_eager']:9.2f}{row['over_grouped_mm']:14.2f}", end=""
+        )
+        print(f"{row['logits_difference']:10.0e}")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def summarise(run: str, times: dict, given: argparse.Namespace, difference: float) -> dict:
+    """Medians of one run, and of its ratios to the others, turn by turn."""
+
+    def ratio(other: str) -> float:
+        pairs = zip(times[other], times[run], strict=True)
+        return statistics.median(sum(theirs) / sum(ours) for theirs, ours in pairs)
+
+    read, write = (statistics.median(column) for column in zip(*times[run], strict=True))
+    return {
+        "prompt_s": read,
+        "decode_s": write,
+        "total_s": statistics.median(sum(pair) for pair in times[run]),
+        "prompt_tokens_per_s": given.prompt / read,
+        "decode_tokens_per_s": given.decode / write,
+        "over_eager": ratio(EAGER),
+        "over_grouped_mm": ratio(GROUPED),
+        "logits_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    main()

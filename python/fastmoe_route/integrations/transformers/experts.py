@@ -1,0 +1,237 @@
+"""The experts backend: one function that runs any experts module of transformers 5.
+
+A module says how its weights lie (`is_transposed`, `is_concatenated`), whether it has biases, a
+gate, a norm after each expert, and how gate and up projection meet (`_apply_gate`). Weights and
+biases are used in place in either layout. The activation is recognised by what it computes: the
+module's own function is evaluated once on a grid of numbers, values and gradients, and compared
+with each activation of `moe_mlp`. What matches runs fused in `moe_mlp`. Everything else runs the
+module's own function, between two grouped products. So a custom activation is never replaced by a
+similar one, and a known formula under a new name is still fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoe_route._arguments import FLOAT_DTYPES
+from fastmoe_route._environment import logger
+from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
+from fastmoe_route.grouped_mm import grouped_mm
+from fastmoe_route.moe_mlp import moe_mlp
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_CACHE = "_fastmoe_route_activation"
+OWN = ""  # stands for the module's own function where an activation is named
+
+# Both sides of every threshold in use (0 of relu, the limits of clamped activations, the range in
+# which sigmoid and erf are curved), and none of the thresholds themselves, where gradients jump.
+_GRID = (-1e5, -301.0, -33.0, -11.3, -7.6, -6.4, -4.0, -2.2, -1.1, -0.6, -0.2, -0.01)
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What `experts_implementation="fastmoe_route"` calls in place of an experts module's forward.
+
+    Args:
+        module: a module whose class is decorated with `use_experts_implementation`.
+        hidden_states: float `[T, H]`.
+        top_k_index: int `[T, K]`, the expert of each slot; -1 and `num_experts` mean none, the
+            latter being the sentinel of transformers' expert parallelism.
+        top_k_weights: float `[T, K]`.
+
+    Returns:
+        `[T, H]` in the dtype of `hidden_states`, the weighted sum of every token's experts.
+        Differentiable in `hidden_states`, `top_k_weights` and the module's parameters.
+
+    Raises:
+        TypeError: the module's weights are no plain floating-point tensors, or it lacks a trait;
+            the message says what to use instead.
+    """
+    has_gate = module.has_gate
+    w_up = module.gate_up_proj if has_gate else module.up_proj
+    w_down = module.down_proj
+    if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
+        _refuse(module, w_up, w_down)
+    bias_up = bias_down = None
+    if module.has_bias:
+        bias_up = module.gate_up_proj_bias if has_gate else module.up_proj_bias
+        bias_down = module.down_proj_bias
+    if not module.is_transposed:
+        w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
+    dtype = hidden_states.dtype
+    x = hidden_states
+    if dtype != w_up.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(w_up.dtype)
+    plan = plan_dispatch(top_k_index, w_up.shape[0], allow_unrouted=True)
+    activation, interleaved = activation_of(module)
+    if activation != OWN:
+        y = moe_mlp(
+            x,
+            (top_k_index, top_k_weights),
+            w_up,
+            w_down,
+            activation=activation,
+            interleaved=interleaved,
+            bias_up=bias_up,
+            bias_down=bias_down,
+            plan=plan,
+        )
+    else:
+        rows = grouped_mm(permute(x, plan), w_up, plan.offsets, bias=bias_up)
+        rows = module._apply_gate(rows) if has_gate else module.act_fn(rows)
+        rows = grouped_mm(rows, w_down, plan.offsets, bias=bias_down)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        y = unpermute(rows, plan, top_k_weights)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+def explain(model: nn.Module) -> dict[str, str]:
+    """How each experts module of a model would run on this backend.
+
+    Args:
+        model: any module; those below it with the traits of an experts module are listed.
+
+    Returns:
+        By module name: `fused NAME`, NAME being an activation of `moe_mlp`; `own activation`, for
+        the module's own function between two grouped products; or `refused: WHY`.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if all(hasattr(module, flag) for flag in _FLAGS):
+            found[name] = _explain(module)
+    return found
+
+
+def _explain(module: Any) -> str:
+    try:
+        w_up = module.gate_up_proj if module.has_gate else module.up_proj
+        w_down = module.down_proj
+        if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
+            _refuse(module, w_up, w_down)
+    except (TypeError, AttributeError) as error:
+        return f"refused: {error}"
+    activation, interleaved = activation_of(module)
+    if activation == OWN:
+        return "own activation"
+    return f"fused {activation}" + (", interleaved" if interleaved else "")
+
+
+def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+    raise TypeError(
+        f"fastmoe_route: the weights of {type(module).__name__} must share one of {names}, got "
+        f"{w_up.dtype} and {w_down.dtype}; load the model unquantised, or choose "
+        'experts_implementation="grouped_mm" or "eager" for it'
+    )
+
+
+# ---- which activation a module computes --------------------------------------------------------
+
+
+def activation_of(module: Any) -> tuple[str, bool]:
+    """The activation of `moe_mlp` that the module computes, and whether its gate is interleaved.
+
+    The answer is kept on the module and found again when its class, its `act_fn` or one of its
+    numbers (a clamp limit, say) has changed.
+
+    Returns:
+        `("", False)` where only the module's own function will do.
+    """
+    if torch.compiler.is_compiling():
+        found: tuple[str, bool] = _recognise(module)
+        return found
+    state = module.__dict__
+    key = (
+        type(module)._apply_gate,
+        module._modules.get("act_fn", state.get("act_fn")),
+        [value for value in state.values() if type(value) is float or type(value) is int],
+    )
+    known = state.get(_CACHE)
+    if known is None or known[0] != key:
+        known = (key, _recognise(module))
+        state[_CACHE] = known
+        name = known[1][0] or "its own activation"
+        logger.info("%s runs with %s", type(module).__name__, name)
+    return known[1]  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result
+def _recognise(module: Any) -> tuple[str, bool]:
+    if module.has_post_expert_norm:
+        return OWN, False
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    # A trace may be going on around this call; what is computed here must be real numbers.
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        if not module.has_gate:
+            for name, plain in _PLAIN.items():
+                if _agree(module.act_fn, plain, _numbers()):
+                    return name, False
+            return OWN, False
+        gate, up = torch.meshgrid(_numbers(), _numbers(), indexing="ij")
+        halves = torch.stack([gate.flatten(), up.flatten()])
+        for interleaved in (False, True):
+            for name, function in _GATED.items():
+                lay = _interleave if interleaved else torch.flatten
+                joined = lay(halves)[None]
+
+                def split(z: Tensor, f: Any = function, pairs: bool = interleaved) -> Tensor:
+                    parts = (z[:, ::2], z[:, 1::2]) if pairs else z.chunk(2, dim=1)
+                    return f(*parts)  # type: ignore[no-any-return]
+
+                if _agree(module._apply_gate, split, joined):
+                    return name, interleaved
+    return OWN, False
+
+
+def _interleave(halves: Tensor) -> Tensor:
+    return halves.t().flatten()
+
+
+def _numbers() -> Tensor:
+    grid = torch.tensor(_GRID, dtype=torch.float64)
+    return torch.cat([grid, -grid.flip(0) * 1.03])
+
+
+def _clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+}
+_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "reglu": lambda gate, up: F.relu(gate) * up,
+    "swiglu_clamped": _clamped,
+}
+
+
+def _agree(own: Any, known: Callable[[Tensor], Tensor], numbers: Tensor) -> bool:
+    """Whether both functions have the same values and gradients, up to float32 rounding."""
+    results = []
+    for function in (known, own):
+        x = numbers.clone().requires_grad_()
+        try:
+            y = function(x)
+            results.append((y, *torch.autograd.grad(y.sum(), x)))
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    return all(
+        got.shape == want.shape
+        and got.dtype == want.dtype
+        and bool(((got - want).abs() <= 4e-6 * want.abs() + 1e-6).all())
+        for want, got in zip(*results, strict=True)
+    )

@@ -1,0 +1,51 @@
+"""Entering the package into the registries of transformers, all of them or none."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+
+from fastmoe_route._environment import logger
+from fastmoe_route.integrations.transformers.experts import experts_forward
+
+NAME = "fastmoe_route"
+
+
+def register() -> str:
+    """Makes `"fastmoe_route"` an implementation of experts, and of expert parallelism, there.
+
+    May be called any number of times. Everything needed is imported before anything is registered.
+
+    Returns:
+        The name, for `experts_implementation=` and `DistributedConfig(ep_implementation=...)`.
+
+    Raises:
+        ImportError: transformers is missing or older than 5.
+    """
+    try:
+        moe = import_module("transformers.integrations.moe")
+        interface = moe.ExpertsInterface
+    except (ImportError, AttributeError):
+        raise ImportError(
+            "fastmoe_route.integrations.transformers needs transformers 5, got "
+            f"{_installed_version()}; install it with: pip install 'transformers>=5'"
+        ) from None
+    try:
+        parallel = import_module("transformers.distributed.expert_parallel")
+        from fastmoe_route.integrations.transformers.expert_parallel import implementation
+
+        parallel_class = implementation()
+    except (ImportError, AttributeError):
+        parallel_class = None
+        logger.info("this transformers has no registry of expert-parallel implementations")
+    interface.register(NAME, experts_forward)
+    if parallel_class is not None:
+        parallel.EPImplementationInterface.register(NAME, parallel_class)
+    return NAME
+
+
+def _installed_version() -> str:
+    try:
+        return version("transformers")
+    except ModuleNotFoundError:
+        return "none"

@@ -1,0 +1,66 @@
+"""The examples in a short form: equal logits, equal losses, tables and files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("model", ["olmoe", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_speed_up(model, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    report = load("speed_up_hf_model").main(
+        [*("--model", model, "--hidden", "64", "--layers", "2", "--experts", "8"),
+         *("--width", "32", "--prompt", "24", "--decode", "3", "--repeats", "1"),
+         *("--json", str(path))]
+    )  # fmt: skip
+    assert json.loads(path.read_text())["runs"].keys() == report["runs"].keys()
+    assert all(row["logits_difference"] <= 2e-5 for row in report["runs"].values())
+    assert "x eager" in capsys.readouterr().out
+
+
+def test_speed_up_bfloat16():
+    report = load("speed_up_hf_model").main(
+        [*("--hidden", "64", "--layers", "1", "--experts", "8", "--width", "32"),
+         *("--prompt", "16", "--decode", "2", "--repeats", "1", "--dtype", "bfloat16")]
+    )  # fmt: skip
+    assert len(report["runs"]) == 4
+
+
+def test_finetune(tmp_path):
+    pytest.importorskip("peft")
+    report = load("finetune_lora_experts").main(
+        [*("--steps", "6", "--hidden", "32", "--experts", "4", "--batch", "4"),
+         *("--context", "24", "--json", str(tmp_path / "report.json"))]
+    )  # fmt: skip
+    assert report["largest_difference"] < 1e-3
+    losses = report["losses"]["fastmoe_route"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("speed_up_hf_model", ["--hidden", "100"], "--hidden must be a multiple of 64, got 100"),
+        ("speed_up_hf_model", ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ("finetune_lora_experts", ["--rank", "0"], "--rank must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(name, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        load(name).main(arguments)
+    assert message in capsys.readouterr().err
