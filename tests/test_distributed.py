@@ -16,14 +16,11 @@ from fastmoe_route.distributed import plan_placement
 
 WORKER = Path(distributed_worker.__file__)
 CHECKS = [*distributed_worker.checks, "a_dead_rank_is_an_error"]
-SIZES = [2, pytest.param(4, marks=pytest.mark.large)]
 SECONDS = 90
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def outcome(request: pytest.FixtureRequest, tmp_path_factory) -> list[dict[str, str]]:
+def run_ranks(size: int, folder: Path) -> list[dict[str, str]]:
     """What each rank wrote: by check, empty or a traceback."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(size)]
     ranks = [
         subprocess.Popen(
@@ -47,11 +44,19 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory) -> list[dict[str, 
     return found
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_every_rank(outcome, name):
-    for rank, results in enumerate(outcome):
-        assert name in results, f"rank {rank} did not get there"
-        assert results[name] == "", f"rank {rank}:\n{results[name]}"
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.large)])
+def test_every_check_on_every_rank(size, tmp_path):
+    """One test, because processes are dear: a failure names its checks, ranks and tracebacks."""
+    outcome = run_ranks(size, tmp_path)
+    failures = {
+        (name, rank): results.get(name, "did not get there")
+        for name in CHECKS
+        for rank, results in enumerate(outcome)
+        if results.get(name, "did not get there")
+    }
+    text = "\n".join(f"---- {name}, rank {rank}:\n{why}" for (name, rank), why in failures.items())
+    assert not failures, text
+    assert len(outcome) == size
 
 
 def test_without_a_process_group_the_way_out_is_named():
