@@ -152,6 +152,29 @@ def test_layer_exports_with_a_dynamic_length(strict):
     torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-5, atol=1e-6)
 
 
+def test_whole_model_exports():
+    _, model = switched("mixtral")
+    options = {"use_cache": False}
+    program = torch.export.export(model, (tokens(1, 12),), options, strict=False)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("fastmoe_route.moe_mlp" in name for name in names) == 2
+    got = program.module()(tokens(1, 12, seed=4), **options).logits
+    torch.testing.assert_close(got, logits(model, tokens(1, 12, seed=4)), rtol=1e-5, atol=1e-6)
+
+
+def test_ten_lengths_do_not_recompile_a_whole_model():
+    _, model = switched("olmoe")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for length in (5, 6, 7, 11, 17, 23, 31, 40, 64, 100):
+            got = compiled(tokens(2, length), use_cache=False).logits
+            expected = model(tokens(2, length), use_cache=False).logits
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+
+
 # ---- training ----------------------------------------------------------------------------------
 
 
