@@ -9,6 +9,7 @@ from fastmoe_route._load import load_libraries
 read_environment()
 load_libraries()
 
+from fastmoe_route.assign_balanced import assign_balanced  # noqa: E402
 from fastmoe_route.dispatch import (  # noqa: E402
     expert_capacity,
     permute,
@@ -30,6 +31,7 @@ from fastmoe_route.overflow import (  # noqa: E402
 )
 from fastmoe_route.results import DispatchPlan, Routing  # noqa: E402
 from fastmoe_route.softmax import softmax, softmax_topk  # noqa: E402
+from fastmoe_route.transport import transport  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "DispatchPlan",
     "DropCounts",
     "Routing",
+    "assign_balanced",
     "batch_priority",
     "check_servable",
     "dispatch_invariance",
@@ -53,6 +56,7 @@ __all__ = [
     "reroute",
     "softmax",
     "softmax_topk",
+    "transport",
     "unpermute",
 ]
 

@@ -24,10 +24,12 @@ from fastmoe_route.reference.gate import (
 )
 from fastmoe_route.reference.overflow import reroute
 from fastmoe_route.reference.softmax import falling_order, softmax, softmax_topk
+from fastmoe_route.reference.transport import assign_balanced, project_sparse, transport
 
 __all__ = [
     "Keys",
     "activate",
+    "assign_balanced",
     "expert_capacity",
     "expert_choice",
     "falling_order",
@@ -40,8 +42,10 @@ __all__ = [
     "moe_mlp",
     "permute",
     "plan_dispatch",
+    "project_sparse",
     "reroute",
     "softmax",
     "softmax_topk",
+    "transport",
     "unpermute",
 ]
