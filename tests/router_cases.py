@@ -14,6 +14,8 @@ WIDTH = 12
 # Arguments that a method cannot do without, or that make a small case interesting.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"top_k": 3, "num_groups": 4, "topk_groups": 2},
+    "mask_moe": {"vocab_size": VOCABULARY, "num_frequent": 20, "visible": 4},
+    "stable_moe": {"vocab_size": VOCABULARY},
 }
 
 

@@ -15,6 +15,10 @@ from torch import Tensor
 BY_NAME = {method.name: method for method in methods("router")}
 
 
+# Their weights are constants by definition: frozen routers, and what REINFORCE learns.
+CONSTANT_WEIGHTS = {"rl_r", "smoe_dropout"}
+
+
 def same_bits(got: Tensor, wanted: Tensor) -> bool:
     return got.dtype == wanted.dtype and got.shape == wanted.shape and torch.equal(got, wanted)
 
@@ -98,7 +102,7 @@ def test_serve_mode_refuses_what_mixes_requests(name: str) -> None:
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sorted({*names()} - CONSTANT_WEIGHTS))
 def test_gradient_of_the_layer(name: str) -> None:
     """The choice is a constant, all else is differentiated: checked in float64."""
     router = make(name, torch.float64).eval()
@@ -117,6 +121,7 @@ def test_gradient_of_the_layer(name: str) -> None:
 def test_fullgraph(name: str) -> None:
     given = inputs()
     router = make(name).eval()
+    torch._dynamo.reset()
     compiled = torch.compile(router, fullgraph=True, backend="eager")
     wanted, got = router(**given), compiled(**given)
     assert same_bits(got.routing.experts, wanted.routing.experts)

@@ -31,10 +31,7 @@ struct Auction {
   std::vector<double> cheapest;          // 0 while a seat is free
 
   Auction(int64_t tokens, int64_t experts, double step)
-      : num_experts(experts),
-        seats_per_expert(tokens / experts),
-        eps(step),
-        taken(static_cast<size_t>(experts)),
+      : num_experts(experts), seats_per_expert(tokens / experts), eps(step), taken(static_cast<size_t>(experts)),
         cheapest(static_cast<size_t>(experts), 0.0) {
     for (auto& heap : taken) heap.reserve(static_cast<size_t>(seats_per_expert) + 1);
   }

@@ -10,20 +10,84 @@ from typing import Any
 
 from fastmoe_route._arguments import fail
 from fastmoe_route.methods import Method, find, methods
+from fastmoe_route.routers.assignment import (
+    Base,
+    ExpertChoice,
+    PMoE,
+    Rectify,
+    SBase,
+    StableMoE,
+    UoE,
+    VMoE,
+)
+from fastmoe_route.routers.balance import Bip, DeepSeekV3, KMeans, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.token_choice import DeepSeekV3, Switch, TopkSoftmax
+from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile
+from fastmoe_route.routers.stochastic import Hash, RlR, Thor
+from fastmoe_route.routers.structure import (
+    BlockFFN,
+    Finedeep,
+    HyperRouter,
+    RMoE,
+    Smear,
+    SoftMoE,
+    UniPool,
+    XMoE,
+    YuanAttention,
+)
+from fastmoe_route.routers.token_choice import (
+    MaskMoE,
+    OpenMoE,
+    SMoEDropout,
+    Switch,
+    TopkSoftmax,
+    Tutel,
+)
 
 __all__ = [
+    "M6T",
+    "Base",
+    "Bip",
+    "BlockFFN",
     "Common",
     "Context",
     "DeepSeekV3",
+    "ExpertChoice",
     "Experts",
+    "Finedeep",
+    "Hash",
+    "HyperRouter",
+    "KMeans",
+    "LocMoE",
+    "LossFree",
+    "MaskMoE",
     "Method",
+    "OpenMoE",
+    "PMoE",
+    "RMoE",
+    "Rectify",
+    "RlR",
     "Routed",
     "Router",
+    "SBase",
+    "SMoEDropout",
+    "Sam",
+    "Smear",
+    "Smile",
+    "SoftMoE",
+    "SparseOt",
+    "Ssr",
+    "StableMoE",
     "Switch",
+    "Thor",
     "TopkSoftmax",
+    "Tutel",
+    "UniPool",
+    "UoE",
+    "VMoE",
+    "XMoE",
+    "YuanAttention",
     "build",
     "methods",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
@@ -19,9 +20,10 @@ from fastmoe_route._arguments import (
     check_tensor,
     fail,
 )
+from fastmoe_route.invariance import dispatch_invariance
 from fastmoe_route.methods import Method
 from fastmoe_route.results import DispatchPlan, Routing
-from fastmoe_route.routers.capacity import Capacity, capacity_plan
+from fastmoe_route.routers.capacity import ROUNDINGS, Capacity, capacity_plan
 from fastmoe_route.routers.experts import Experts
 
 
@@ -80,6 +82,7 @@ class Common(TypedDict, total=False):
         eval_capacity_factor: the same in evaluation.
         drop_policy: `position` or `score`, see `plan_dispatch`.
         min_capacity: the least capacity of an expert.
+        rounding: how a capacity is made whole, see `Capacity`.
     """
 
     aux_coef: float
@@ -88,6 +91,7 @@ class Common(TypedDict, total=False):
     eval_capacity_factor: float | None
     drop_policy: str
     min_capacity: int
+    rounding: str
 
 
 def with_defaults(common: Common, **defaults: Unpack[Common]) -> Common:
@@ -133,6 +137,7 @@ class Router(nn.Module):
         self.eval_capacity_factor = common.get("eval_capacity_factor")
         self.drop_policy = common.get("drop_policy", "position")
         self.min_capacity = common.get("min_capacity", 1)
+        self.rounding = common.get("rounding", "ceil")
         self.serving = False
         self._check_capacity()
         self.register_load_state_dict_post_hook(_check_loaded)
@@ -152,13 +157,12 @@ class Router(nn.Module):
     def invariance(self) -> str:
         """What a token's result depends on as this router is set up; a key of `INVARIANCE`.
 
-        A method of class C is I as long as nothing can be dropped, and one of class I with a
-        capacity is C.
+        The tag of `fastmoe_route.dispatch_invariance`: a method of class C is I as long as nothing
+        can be dropped, and one of class I with a capacity is C, or B if slots are kept by score.
         """
-        invariance = self.method.invariance
-        if invariance in ("I", "C"):
-            return "I" if self.factor is None else "C"
-        return invariance
+        own = "I" if self.method.invariance == "C" else self.method.invariance
+        capacity = None if self.factor is None else 1
+        return dispatch_invariance(own, capacity=capacity, drop_policy=self.drop_policy)
 
     def forward(
         self,
@@ -234,7 +238,7 @@ class Router(nn.Module):
         if self.factor is None:
             return None
         scopes = None if context.scope_ids is None else (context.scope_ids, context.num_scopes)
-        limit = Capacity(self.factor, self.min_capacity, self.drop_policy)
+        limit = Capacity(self.factor, self.min_capacity, self.drop_policy, self.rounding)
         return capacity_plan(self.name, routing, limit, scopes)
 
     def _common_losses(self, routing: Routing) -> dict[str, Tensor]:
@@ -269,7 +273,7 @@ class Router(nn.Module):
             ValueError: a parameter or buffer is not finite.
         """
         self.eval()
-        _check_finite(self)
+        _check_finite(self.name, self.state_dict().items())
         self.serving = True
         return self
 
@@ -277,6 +281,11 @@ class Router(nn.Module):
         """Training or evaluation; ends serve mode."""
         self.serving = False
         return super().train(mode)
+
+    def check_finite(self, argument: str, value: Tensor) -> None:
+        """Refuses a tensor that is not finite, where looking costs no wait for a device."""
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_finite(self.name, [(argument, value)])
 
     def extra_repr(self) -> str:
         """The sizes, for `print`."""
@@ -288,6 +297,7 @@ class Router(nn.Module):
             if factor is not None and not 0 < factor < float("inf"):
                 fail(ValueError, self.name, argument, "be positive or None", factor)
         check_choice(self.name, "drop_policy", self.drop_policy, ("position", "score"))
+        check_choice(self.name, "rounding", self.rounding, ROUNDINGS)
         check_int(self.name, "min_capacity", self.min_capacity, 1)
 
     def _check(self, x: Tensor, context: Context) -> None:
@@ -332,13 +342,12 @@ def _check_per_token(name: str, argument: str, value: Any, x: Tensor) -> None:
         check_dtype(name, argument, value, (torch.int32, torch.int64))
 
 
-def _check_finite(router: Router) -> None:
-    named = [*router.named_parameters(), *router.named_buffers()]
+def _check_finite(name: str, named: Iterable[tuple[str, Tensor]]) -> None:
     for key, value in named:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            fail(ValueError, router.name, key, "be finite", "a value that is not")
+            fail(ValueError, name, key, "be finite", "inf or NaN")
 
 
 def _check_loaded(router: nn.Module, _: Any) -> None:
     assert isinstance(router, Router)
-    _check_finite(router)
+    _check_finite(router.name, router.state_dict().items())

@@ -12,6 +12,7 @@ from fastmoe_route.dispatch import expert_capacity, plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
 
 MAX_GROUPS = 65536
+ROUNDINGS = ("ceil", "four", "per_choice")
 
 
 class Capacity(NamedTuple):
@@ -21,11 +22,37 @@ class Capacity(NamedTuple):
         factor: capacity over an even share.
         min_capacity: the least capacity.
         drop_policy: `position` or `score`, see `plan_dispatch`.
+        rounding: `ceil`, that of `expert_capacity`; `four`, that rounded up to a multiple of 4
+            (V-MoE); `per_choice`, `K * floor(factor * ceil(T / E))` (Tutel).
     """
 
     factor: float
     min_capacity: int = 1
     drop_policy: str = "position"
+    rounding: str = "ceil"
+
+    def of(self, num_tokens: int, num_experts: int, top_k: int) -> int:
+        """The capacity of one scope."""
+        if self.rounding == "per_choice":
+            slots = top_k * int(self.factor * ((num_tokens + num_experts - 1) // num_experts))
+            return max(slots, self.min_capacity)
+        return expert_capacity(
+            num_tokens,
+            num_experts,
+            top_k,
+            self.factor,
+            min_capacity=self.min_capacity,
+            multiple_of=4 if self.rounding == "four" else 1,
+        )
+
+    def of_scopes(self, sizes: Tensor, num_experts: int, top_k: int) -> Tensor:
+        """The capacities, float64 `[S]`, of scopes with `sizes` tokens each, by the same rule."""
+        if self.rounding == "per_choice":
+            even = (sizes.double() / num_experts).ceil()
+            return (top_k * (self.factor * even).floor()).clamp(min=self.min_capacity)
+        share = (self.factor * sizes.double() * top_k / num_experts).ceil()
+        share = share.clamp(min=self.min_capacity)
+        return (share / 4).ceil() * 4 if self.rounding == "four" else share
 
 
 def scope_sizes(scope_ids: Tensor, num_scopes: int) -> Tensor:
@@ -52,9 +79,7 @@ def capacity_plan(
     num_tokens, top_k = routing.experts.shape
     num_experts = routing.demand.shape[0]
     if scopes is None:
-        capacity = expert_capacity(
-            num_tokens, num_experts, top_k, limit.factor, min_capacity=limit.min_capacity
-        )
+        capacity = limit.of(num_tokens, num_experts, top_k)
         weights = routing.weights if limit.drop_policy == "score" else None
         return plan_dispatch(
             routing.experts,
@@ -66,8 +91,8 @@ def capacity_plan(
     scope_ids, num_scopes = scopes
     if num_scopes * num_experts > MAX_GROUPS:
         fail(ValueError, name, "num_scopes", f"be at most {MAX_GROUPS // num_experts}", num_scopes)
-    share = limit.factor * scope_sizes(scope_ids, num_scopes).double() * top_k / num_experts
-    room = share.ceil().clamp(min=limit.min_capacity)[scope_ids.long(), None]
+    sizes = scope_sizes(scope_ids, num_scopes)
+    room = limit.of_scopes(sizes, num_experts, top_k)[scope_ids.long(), None]
     kept = _rank(routing, limit.drop_policy, scope_ids, num_scopes) < room
     plan = plan_dispatch(torch.where(kept, routing.experts, -1), num_experts)
     return plan._replace(dropped=routing.demand - plan.kept)

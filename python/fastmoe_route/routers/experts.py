@@ -55,15 +55,30 @@ class Experts(NamedTuple):
         rows = x.repeat_interleave(num_experts, dim=0)
         return self(rows, (experts, weights)).view(num_tokens, num_experts, x.shape[1])
 
+    def part(self, which: slice) -> Experts:
+        """Some of the experts, without a copy."""
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[which]
+
+        return Experts(
+            self.w_up[which],
+            self.w_down[which],
+            self.activation,
+            cut(self.bias_up),
+            cut(self.bias_down),
+        )
+
     def merged(self, weights: Tensor) -> Experts:
         """Experts whose parameters are weighted sums, `weights [S, E]`; the result has `S`."""
 
-        def mix(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
+        def mix(value: Tensor) -> Tensor:
             return torch.einsum("se,e...->s...", weights.to(value.dtype), value)
 
-        w_up, w_down = mix(self.w_up), mix(self.w_down)
-        assert w_up is not None
-        assert w_down is not None
-        return Experts(w_up, w_down, self.activation, mix(self.bias_up), mix(self.bias_down))
+        return Experts(
+            mix(self.w_up),
+            mix(self.w_down),
+            self.activation,
+            None if self.bias_up is None else mix(self.bias_up),
+            None if self.bias_down is None else mix(self.bias_down),
+        )

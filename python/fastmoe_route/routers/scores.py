@@ -58,3 +58,47 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H] -> [T, E]`."""
         return linear(x, self.weight, self.bias)
+
+
+class Recurrent(nn.Module):
+    """A gated recurrent unit, batch-invariant and in float32 (arXiv:1406.1078).
+
+    `r, u = sigmoid(W x + V h)`, `n = tanh(W_n x + r * V_n h)`, `h' = (1 - u) n + u h`.
+
+    Args:
+        size: of input and state.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input = Linear(size, 3 * size, bias=True)
+        self.state = Linear(size, 3 * size, bias=True)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """`[T, size]` and `[T, size]` to the next state."""
+        reset_x, keep_x, new_x = self.input(x).chunk(3, dim=1)
+        reset_h, keep_h, new_h = self.state(state).chunk(3, dim=1)
+        keep = (keep_x + keep_h).sigmoid()
+        new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+        mixed: Tensor = (1 - keep) * new + keep * state
+        return mixed
+
+
+def segment_softmax(logits: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    """Softmax of every column over the rows of each segment, `[T, E]`.
+
+    Args:
+        logits: `[T, E]`.
+        ids: int64 `[T]` in `[0, num_segments)`.
+        num_segments: `S`.
+
+    Returns:
+        `[T, E]`; the rows of a segment sum to 1 in every column. Differentiable.
+    """
+    detached = logits.detach()
+    top = detached.new_full((num_segments, logits.shape[1]), -torch.inf)
+    top = top.scatter_reduce(0, ids[:, None].expand_as(detached), detached, "amax")
+    powers = (logits - top[ids]).exp()
+    total = powers.new_zeros(top.shape).index_add(0, ids, powers)
+    shares: Tensor = powers / total[ids]
+    return shares

@@ -1,4 +1,4 @@
-"""Token choice: every token takes its best experts."""
+"""Token choice: every token takes its best experts by one linear score, or by chance."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fastmoe_route import overflow
+from fastmoe_route._arguments import check_int, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
-from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
-from fastmoe_route.routers.scores import Linear
+from fastmoe_route.results import DispatchPlan, Routing
+from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
+from fastmoe_route.routers.parts import LinearRouter
 
 
 @register("switch", row="R1", source="arXiv:2101.03961", verified="code", invariance="C")
-class Switch(Router):
+class Switch(LinearRouter):
     """Switch Transformer: softmax over all experts, the best one, its weight not renormalised.
 
     `z = (x * xi) W` with `xi ~ U(1 - jitter, 1 + jitter)` in training, `w = softmax(z)[e*]`.
@@ -43,7 +46,6 @@ class Switch(Router):
         common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.jitter = jitter
-        self.score = Linear(hidden_size, num_experts)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         if self.training and self.jitter > 0:
@@ -51,8 +53,94 @@ class Switch(Router):
         return self.routed(gate(self.score(x), self.top_k, stats=self.stats), context)
 
 
+@register("open_moe", row="R15", source="arXiv:2402.01739", verified="code", invariance="C")
+class OpenMoE(LinearRouter):
+    """OpenMoE: softmax top-2 under a capacity that drops the end of the batch first.
+
+    `w = softmax(z)` of the chosen, as it is. Losses `balance` and `z`. Slots are kept in order of
+    position, first choices first, so the drop rate rises towards the end of a sequence: the
+    paper's own finding about this rule. Evaluation drops with another factor, so decoding sees
+    other drop statistics than training.
+
+    Defaults: two experts, capacity factor 1.25 in training and 2 in evaluation, at least 4 slots,
+    `aux_coef` 0.01, `z_coef` 1e-4.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
+    ) -> None:
+        common = with_defaults(
+            common,
+            capacity_factor=1.25,
+            eval_capacity_factor=2.0,
+            min_capacity=4,
+            aux_coef=0.01,
+            z_coef=1e-4,
+        )
+        super().__init__(hidden_size, num_experts, top_k, **common)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        return self.routed(gate(self.score(x), self.top_k, stats=self.stats), context)
+
+
+@register("tutel", row="R8", source="arXiv:2206.03382", verified="code", invariance="C")
+class Tutel(LinearRouter):
+    """Tutel: softmax top-k renormalised, capacity in whole slots per choice, priority by score.
+
+    `w_i = p_i / (sum of the chosen p)`; `capacity = K * floor(factor * ceil(T / E))`; slots of the
+    k-th choice come after all of the (k - 1)-th. With `batch_prioritized`, tokens with a larger
+    best probability come first (arXiv:2106.05974), which makes the result depend on later tokens.
+    A capacity factor of None is Tutel's 0: nothing is dropped. Tutel's negative factors only spare
+    it padding, which this library never computes. `is_postscore=False` there, weights before the
+    experts, is `weights_on="input"` of `moe_mlp`; the two agree for linear experts only.
+
+    Defaults: two experts, capacity factor 1, no noise.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        gate_noise: standard deviation of the noise on logits in training, over `E`.
+        batch_prioritized: keep slots by score instead of position.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        gate_noise: float = 0.0,
+        batch_prioritized: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        common = with_defaults(common, capacity_factor=1.0, rounding="per_choice")
+        if batch_prioritized:
+            common = {**common, "drop_policy": "score"}
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.gate_noise = gate_noise
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        if self.training and self.gate_noise > 0:
+            logits = logits + torch.randn_like(logits) * (self.gate_noise / self.num_experts)
+        return self.routed(gate(logits, self.top_k, normalize=True, stats=self.stats), context)
+
+    def plan(self, routing: Routing, context: Context) -> DispatchPlan | None:
+        if self.drop_policy == "score":
+            routing = routing._replace(weights=overflow.batch_priority(routing.weights))
+        return super().plan(routing, context)
+
+
 @register("topk_softmax", row="R21", source="arXiv:1701.06538", verified="mem")
-class TopkSoftmax(Router):
+class TopkSoftmax(LinearRouter):
     """Softmax over the largest logits: the plain modern router, as in Mixtral and Qwen.
 
     `w_i = exp(z_i) / sum_{j in TopK} exp(z_j)`: masking the others before the softmax,
@@ -72,66 +160,98 @@ class TopkSoftmax(Router):
         self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        self.score = Linear(hidden_size, num_experts)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         routing = gate(self.score(x), self.top_k, normalize=True, stats=self.stats)
         return self.routed(routing, context)
 
 
-@register("deepseek_v3", row="R22", source="arXiv:2412.19437", verified="mem")
-class DeepSeekV3(Router):
-    """DeepSeek-V3: sigmoid scores, a bias that only chooses, limited groups, weights normalised.
+@register("smoe_dropout", row="R16", source="arXiv:2303.01610", verified="code")
+class SMoEDropout(LinearRouter):
+    """SMoE-Dropout: a random router that never learns, with more experts as training goes on.
 
-    `s = sigmoid(z)`; experts by `s + bias` inside the `topk_groups` best groups, a group scored by
-    the sum of its two best; `w = scale * s_i / sum_{chosen} s_j`. Shared experts are the layer's
-    and have weight 1. The row is after the public modelling code, from memory: unverified.
+    `W` is drawn once and frozen; `w` is the softmax over the chosen, a constant. `set_progress`
+    raises the number of experts linearly from `top_k` to `E`; evaluation may set any `top_k`
+    (self-slimmable).
 
-    Unlike softmax, adding a constant to all logits changes the weights.
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token at the start of training; the paper starts at 1 or 2.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.start_k = top_k
+        self.score.requires_grad_(False)
+
+    def set_progress(self, progress: float) -> int:
+        """Sets `top_k` for a share of training done, in [0, 1], and returns it."""
+        if not 0 <= progress <= 1:
+            fail(ValueError, self.name, "progress", "be in [0, 1]", progress)
+        self.top_k = self.start_k + int(progress * (self.num_experts - self.start_k))
+        return self.top_k
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x.detach())
+        return self.routed(gate(logits, self.top_k, normalize=True, stats=self.stats), context)
+
+
+@register(
+    "mask_moe",
+    row="R31",
+    source="arXiv:2407.09816",
+    verified="2nd",
+    needs=("token_ids",),
+)
+class MaskMoE(LinearRouter):
+    """MaskMoE: every vocabulary id sees a fixed random set of experts, a rare id only one.
+
+    `p = softmax(z + m[id])` with `m` 0 for the visible experts and `-inf` for the others; the best
+    of them with weight `p`, so a rare id always goes to its one expert with weight 1. The table is
+    drawn from `seed` and saved with the router.
+
+    Defaults: frequent ids see 8 experts (from memory), `aux_coef` 0.01.
 
     Args:
         hidden_size: `H`.
         num_experts: `E`.
         top_k: experts per token.
-        num_groups: equal groups of neighbouring experts; V3 has 8 groups of 32.
-        topk_groups: groups a token may use; V3 has 4.
-        scale: factor on the weights; V3 has 2.5.
+        vocab_size: `V`, the number of ids.
+        num_frequent: ids below this are frequent.
+        visible: experts that a frequent id sees, at most `E`.
+        table_seed: draws the table.
         common: see `Common`.
-
-    The buffer `bias` `[E]` starts at 0; `LossFree` says how to move it.
     """
 
-    bias: Tensor
+    visible: Tensor
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int = 8,
+        top_k: int = 1,
         *,
-        num_groups: int = 1,
-        topk_groups: int | None = None,
-        scale: float = 2.5,
+        vocab_size: int,
+        num_frequent: int = 0,
+        visible: int = 8,
+        table_seed: int = 0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
-        self.num_groups = num_groups
-        self.topk_groups = topk_groups
-        self.scale = scale
-        self.score = Linear(hidden_size, num_experts)
-        self.register_buffer("bias", torch.zeros(num_experts))
+        super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
+        check_int(self.name, "vocab_size", vocab_size, 1)
+        check_int(self.name, "num_frequent", num_frequent, 0, vocab_size)
+        check_int(self.name, "visible", visible, 1)
+        generator = torch.Generator().manual_seed(table_seed)
+        place = torch.rand(vocab_size, num_experts, generator=generator).argsort(1).argsort(1)
+        seen = torch.where(torch.arange(vocab_size) < num_frequent, visible, 1)
+        self.register_buffer("visible", place < seen[:, None])
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        routing = gate(
-            self.score(x),
-            self.top_k,
-            score="sigmoid",
-            bias=self.bias,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            group_score="top2_sum",
-            normalize=True,
-            scale=self.scale,
-            stats=self.stats,
-        )
-        return self.routed(routing, context)
+        assert context.token_ids is not None
+        hidden = ~self.visible[context.token_ids.long()]
+        logits = self.score(x).masked_fill(hidden, -torch.inf)
+        return self.routed(gate(logits, self.top_k, stats=self.stats), context)

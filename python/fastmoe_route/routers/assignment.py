@@ -1,0 +1,435 @@
+"""Assignment by experts or by the batch: experts choose, or all choose at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from fastmoe_route import losses
+from fastmoe_route._arguments import check_int, fail
+from fastmoe_route.assign_balanced import assign_balanced
+from fastmoe_route.dispatch import expert_capacity
+from fastmoe_route.expert_choice import expert_choice
+from fastmoe_route.gate import gate
+from fastmoe_route.methods import register
+from fastmoe_route.overflow import reroute
+from fastmoe_route.results import Routing
+from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
+from fastmoe_route.routers.capacity import Capacity, scope_sizes
+from fastmoe_route.routers.parts import LinearRouter, assemble, segment_rank, sequences
+from fastmoe_route.routers.scores import Linear, segment_softmax
+from fastmoe_route.softmax import softmax
+from fastmoe_route.transport import transport
+
+
+def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Context) -> Routing:
+    """Expert choice with the capacity of `top_k` slots per token, per scope by its own size."""
+    num_tokens, num_experts = scores.shape
+    if context.scope_ids is None:
+        slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
+        return expert_choice(scores, slots)
+    scopes = context.scope_ids.long()
+    room = limit.of_scopes(scope_sizes(scopes, context.num_scopes), num_experts, top_k)[scopes]
+    places = [
+        segment_rank(-column, scopes, context.num_scopes)[0] for column in scores.detach().unbind(1)
+    ]
+    is_taken = torch.stack(places, 1) < room[:, None]
+    experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
+    return assemble(torch.where(is_taken, experts, -1), scores, num_experts)
+
+
+@register(
+    "expert_choice", row="R3", source="arXiv:2202.09368", verified="code", invariance="B",
+    decode="leak",
+)  # fmt: skip
+class ExpertChoice(LinearRouter):
+    """Expert choice: every expert takes the tokens that score it highest.
+
+    `S = softmax(x W)` over experts; each expert takes its `C = T * top_k / E` best tokens, weight
+    `S`. Loads are even by construction; a token may get none, or all. Later tokens decide about
+    earlier ones, so teacher-forced perplexity is optimistic and decoding cannot reproduce it. The
+    per-token cap by an entropy-regularised program is left out.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token on average, the paper's capacity factor 2.
+        common: see `Common`; the capacity factors are not looked at.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        routing = chosen_by_experts(softmax(logits), Capacity(1.0), self.top_k, context)
+        return self.routed(self.built(routing.experts, routing.weights, logits), context, plan=None)
+
+
+@register("base", row="R4", source="arXiv:2103.16716", verified="code", invariance="B*")
+class Base(LinearRouter):
+    """BASE layer: in training a balanced assignment, in evaluation the best expert.
+
+    `s = x W`; training maximises `sum_t s_{t, a(t)}` with `T / E` tokens per expert by
+    `assign_balanced`, evaluation takes the largest. `alpha = sigmoid(s_a)`,
+    `y = alpha E_a(x) + (1 - alpha) x`. The paper's expert contains a residual connection; where
+    the expert is a plain network and the residual connection is around the layer, pass
+    `keep_input=False` for `y = alpha E_a(x)`, which is then the same function.
+
+    The auction's total is within `T * eps` of the optimum; the authors' code gives up on that
+    after 100 rounds. They also shuffle tokens over workers first, which is the caller's.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`; divides the number of tokens in training.
+        top_k: 1.
+        assignment: `auction` or `exact`, see `assign_balanced`.
+        keep_input: add `(1 - alpha) x`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        assignment: str = "auction",
+        keep_input: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "top_k", top_k, 1, 1)
+        self.assignment, self.keep_input = assignment, keep_input
+        nn.init.orthogonal_(self.score.weight, gain=0.1)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        scores = self.score(x)
+        if not self.training:
+            experts = gate(scores, 1, score="identity").experts
+        else:
+            if x.shape[0] % self.num_experts != 0:
+                rule = f"have a multiple of {self.num_experts} tokens in training"
+                fail(ValueError, self.name, "x", rule, x.shape[0])
+            experts = assign_balanced(scores, method=self.assignment)[:, None]
+        alpha = scores.gather(1, experts.long().clamp(min=0)).sigmoid()
+        routing = self.built(experts, alpha, scores)
+        residual = 1 - alpha[:, 0] if self.keep_input else None
+        return self.routed(routing, context, residual=residual)
+
+
+@register("s_base", row="R5", source="arXiv:2202.01169", verified="mem", invariance="B*")
+class SBase(LinearRouter):
+    """S-BASE: in training the largest entries of a Sinkhorn plan choose, the softmax weighs.
+
+    `P = transport(z, "sinkhorn")`, experts by `P`, `w = softmax(z)` of them, as it is. Evaluation
+    chooses by `z`. From memory, unverified. The number of iterations is fixed: a loop until
+    convergence, as in Megatron, waits for the device every time.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        iters: iterations of the plan.
+        temperature: of the plan.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        iters: int = 20,
+        temperature: float = 1.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "iters", iters, 1)
+        self.iters, self.temperature = iters, temperature
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        if not self.training:
+            return self.routed(gate(logits, self.top_k), context)
+        plan = transport(
+            logits.detach(),
+            "sinkhorn",
+            iters=self.iters,
+            temperature=self.temperature,
+            scope_ids=context.scope_ids,
+            num_scopes=context.num_scopes if context.scope_ids is not None else None,
+        )
+        experts = gate(plan, self.top_k, score="identity").experts
+        weights = softmax(logits).gather(1, experts.long().clamp(min=0))
+        return self.routed(self.built(experts, weights, logits), context)
+
+
+@register(
+    "stable_moe", row="R6", source="arXiv:2204.08396", verified="code", invariance="C",
+    needs=("token_ids",),
+)  # fmt: skip
+class StableMoE(LinearRouter):
+    """StableMoE: learn to route, distil the routes into token ids, then freeze them.
+
+    Stage 1: `s = x W`, `a = argmax s`, `alpha = sigmoid(s_a)`, `y = alpha E_a(x) + (1 - alpha) x`;
+    losses `balance` = `aux_coef * sum_e ((n_e - n) / n) sum of alpha` and `distil` =
+    `distil_coef *` cross entropy of a router on word embeddings against `a`. Stage 2, after
+    `freeze()`: `a` is that router's, a function of the vocabulary id alone, and `alpha` still
+    comes from `x`. The word embeddings may come from `token_ids` of any tokenizer.
+
+    Defaults: distillation with dimension 50 and coefficient 0.3, balance 0.3 of the authors' code
+    being unknown here: 0.01; capacity factor 2. The paper freezes after 6,000 updates.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: 1.
+        vocab_size: `V`.
+        distil_size: dimension of the word embeddings.
+        distil_coef: coefficient of `distil`.
+        keep_input: add `(1 - alpha) x`, see `Base`.
+        common: see `Common`.
+    """
+
+    is_frozen: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        vocab_size: int,
+        distil_size: int = 50,
+        distil_coef: float = 0.3,
+        keep_input: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        common = with_defaults(common, capacity_factor=2.0, aux_coef=0.01)
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "top_k", top_k, 1, 1)
+        self.distil_coef, self.keep_input = distil_coef, keep_input
+        self.words = nn.Embedding(vocab_size, distil_size)
+        self.word_score = Linear(distil_size, num_experts)
+        self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+
+    def freeze(self) -> None:
+        """Begins stage 2: routes are those of the word embeddings, which no longer learn."""
+        self.is_frozen.fill_(True)
+        self.words.requires_grad_(False)
+        self.word_score.requires_grad_(False)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        assert context.token_ids is not None
+        scores = self.score(x)
+        by_word = self.word_score(self.words(context.token_ids.long()))
+        deciding = torch.where(self.is_frozen, by_word.to(scores.dtype), scores)
+        experts = gate(deciding.detach(), 1, score="identity").experts
+        alpha = scores.gather(1, experts.long().clamp(min=0)).sigmoid()
+        routing = assemble(experts, alpha, self.num_experts)
+        found = {}
+        if self.training:
+            found["balance"] = self.aux_coef * losses.assigned_balance(routing)
+            distil = losses.imitation(by_word, experts)
+            found["distil"] = self.distil_coef * torch.where(self.is_frozen, 0.0, distil)
+        residual = 1 - alpha[:, 0] if self.keep_input else None
+        plan = self.plan(routing, context)
+        return Routed(routing, found, plan, residual)
+
+
+@register("v_moe", row="R9", source="arXiv:2401.15969", verified="code", invariance="C")
+class VMoE(LinearRouter):
+    """V-MoE: noisy softmax top-k of vision models, with importance and load losses.
+
+    Training adds normal noise of deviation `1 / E` to the logits; `w = softmax(z)` of the chosen,
+    as it is. Loss `aux_coef * (importance + load) / 2`, squared coefficients of variation
+    (arXiv:2106.05974). Capacity is a multiple of 4. Of the six routers of the comparison, the
+    others are `expert_choice`, `s_base`, `sparse_ot` and `soft_moe`.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        common: see `Common`; `aux_coef` is that of both losses.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
+    ) -> None:
+        common = with_defaults(common, capacity_factor=1.05, aux_coef=0.01, rounding="four")
+        super().__init__(hidden_size, num_experts, top_k, **common)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        if not self.training:
+            return self.routed(gate(logits, self.top_k), context)
+        deviation = 1 / self.num_experts
+        noisy = logits + torch.randn_like(logits) * deviation
+        routing = gate(noisy, self.top_k, stats=True)
+        load = losses.smooth_load(logits, noisy, deviation, self.top_k)
+        both = (losses.importance(routing) + load) / 2 if x.shape[0] > 0 else load * 0
+        found = {"balance": self.aux_coef * both}
+        return Routed(routing, found, self.plan(routing, context))
+
+
+@register(
+    "pmoe", row="R10", source="arXiv:2306.04073", verified="code", invariance="S", decode="leak"
+)
+class PMoE(LinearRouter):
+    """pMoE: in every sample, each expert takes the few patches it scores highest.
+
+    `g = softmax over the patches of a sample (x w_e)`; each expert takes `patches` of them, with
+    weight `g`. The sum of `g` over all patches of a sample is 1.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: not looked at.
+        patches: `l`, patches per expert and sample.
+        common: see `Common`; the capacity factors are not looked at.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        patches: int = 2,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "patches", patches, 1)
+        self.patches = patches
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        ids, number = sequences(context, x)
+        scores = segment_softmax(logits, ids, number)
+        routing = expert_choice(scores, self.patches, scope_ids=ids.int(), num_scopes=number)
+        return self.routed(self.built(routing.experts, routing.weights, logits), context, plan=None)
+
+
+@register(
+    "rectify", row="R14", source="arXiv:2402.12399", verified="2nd", invariance="B", decode="leak"
+)
+class Rectify(LinearRouter):
+    """Rectify-Router: dropped tokens stay on their device, free room takes runners-up.
+
+    Softmax top-k under a capacity. Tokens that find it full go to the best expert of their own
+    rank that has room (intra-device rectification), and room that is left goes to the tokens with
+    the largest probability among those not chosen (fill-in rectification). Weights are the
+    probabilities as they are (from memory, unverified).
+
+    Tokens lie on ranks in equal shares, in order; with scopes, scope `i` lies on rank
+    `i mod num_ranks` and capacity is `scope_capacity`, so that requests do not depend on others.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        num_ranks: devices, `E / num_ranks` neighbouring experts on each; divides `E`.
+        fill: do the fill-in step.
+        scope_capacity: capacity per expert and scope.
+        common: see `Common`.
+    """
+
+    rank_of_expert: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        num_ranks: int = 2,
+        fill: bool = True,
+        scope_capacity: int = 8,
+        **common: Unpack[Common],
+    ) -> None:
+        common = with_defaults(common, capacity_factor=1.0, eval_capacity_factor=1.0)
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "num_ranks", num_ranks, 1, num_experts)
+        check_int(self.name, "scope_capacity", scope_capacity, 1)
+        self.num_ranks, self.fill, self.scope_capacity = num_ranks, fill, scope_capacity
+        ranks = torch.arange(num_experts, dtype=torch.int32) * num_ranks // num_experts
+        self.register_buffer("rank_of_expert", ranks)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        candidates = gate(logits, self.num_experts, stats=self.stats)
+        num_tokens = x.shape[0]
+        if context.scope_ids is not None:
+            capacity = self.scope_capacity
+            rank_of_token = context.scope_ids % self.num_ranks
+        else:
+            factor = 1.0 if self.factor is None else self.factor
+            capacity = expert_capacity(num_tokens, self.num_experts, self.top_k, factor)
+            place = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
+            rank_of_token = place * self.num_ranks // max(num_tokens, 1)
+        routing = reroute(
+            candidates,
+            self.num_experts,
+            self.top_k,
+            capacity,
+            overflow="local",
+            fill="any" if self.fill else None,
+            scope_ids=context.scope_ids,
+            num_scopes=context.num_scopes,
+            rank_of_expert=self.rank_of_expert,
+            rank_of_token=rank_of_token.int(),
+        )
+        return self.routed(routing, context, plan=None)
+
+
+@register(
+    "uoe", row="R24", source="arXiv:2503.02495", verified="code", invariance="B", decode="leak"
+)
+class UoE(LinearRouter):
+    """Union of experts: top-k scores normalised over the batch, then experts choose.
+
+    `g = softmax(z)` of the `top_k` best, 0 elsewhere; `g' = C g / (sum of g over the batch + eps)`
+    with `C = T * top_k / E`; each expert keeps its `C` best tokens, weight `g'`. The sum over the
+    batch makes a token's weight depend on the others: the defect is the authors' own, and with
+    scopes the batch is the scope. Experts are meant to be slices of one dense block, whose sum
+    with all weights 1 is that block.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        eps: keeps the sum positive.
+        common: see `Common`; the capacity factors are not looked at.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        eps: float = 1e-6,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.eps = eps
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        chosen = gate(logits, self.top_k)
+        columns = chosen.experts.long().clamp(min=0)
+        g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
+        ids, number = torch.zeros_like(columns[:, 0]), 1
+        if context.scope_ids is not None:
+            ids, number = context.scope_ids.long(), context.num_scopes
+        share = scope_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
+        total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
+        scaled = g * (share[:, None] / total)[ids]
+        taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)
+        experts = torch.where(taken.weights > 0, taken.experts, -1)
+        return self.routed(self.built(experts, taken.weights, logits), context, plan=None)

@@ -1,0 +1,424 @@
+"""Balance without a loss: biases that only choose, and prices from the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route.gate import gate
+from fastmoe_route.methods import register
+from fastmoe_route.results import Routing
+from fastmoe_route.routers.base import Common, Context, Routed, Router
+from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.scores import linear, wide
+from fastmoe_route.softmax import softmax
+from fastmoe_route.transport import transport
+
+
+def reduce_over_ranks(*values: Tensor) -> None:
+    """Sums tensors over all processes of the default group, where there is one, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in values:
+            torch.distributed.all_reduce(value)
+
+
+class BiasedRouter(LinearRouter):
+    """A router with a bias that only chooses, moved by the load of finished batches.
+
+    Training calls count the slots that ask for each expert, in the buffer `load`; `update`, called
+    after the optimizer's step, moves `bias` and empties `load`. The bias never sees the batch it
+    routes, which would leak later tokens into earlier ones (arXiv:2408.15664).
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: the step `u`.
+        rule: `sign`, `b += u sign(n - n_e)`; `proportional`, `b += u (n - n_e)`; or
+            `multiplicative`, keys `s b` from `b = 1` on, moved as by `sign`.
+        common: see `Common`.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        rate: float = 1e-3,
+        rule: str = "sign",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_choice(self.name, "rule", rule, ("sign", "proportional", "multiplicative"))
+        self.rate, self.rule = rate, rule
+        start = 1.0 if rule == "multiplicative" else 0.0
+        self.register_buffer("bias", torch.full((num_experts,), start))
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64))
+
+    def key_bias(self, logits: Tensor) -> Tensor:
+        """What is added to the scores for choosing, `[E]` or `[T, E]`."""
+        if self.rule == "multiplicative":
+            return logits.detach().sigmoid() * (self.bias - 1).to(logits.dtype)
+        return self.bias.to(logits.dtype)
+
+    def observed(self, routing: Routing) -> Routing:
+        """Counts the slots of a training call; returns the routing."""
+        if self.training:
+            with torch.no_grad():
+                self.load.add_(routing.demand)
+        return routing
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the bias by the load of all calls, on all ranks, since the last update."""
+        reduce_over_ranks(self.load)
+        gap = self.load.double().mean() - self.load
+        step = gap if self.rule == "proportional" else gap.sign()
+        self.bias.add_((self.rate * step).to(self.bias.dtype))
+        self.load.zero_()
+
+
+@register("loss_free", row="R26", source="arXiv:2408.15664", verified="paper")
+class LossFree(BiasedRouter):
+    """Loss-free balancing: sigmoid scores, chosen by `s + b`, weighed by `s`.
+
+    `b` never enters a weight, so weights are those of a run without it wherever the same experts
+    are chosen. Call `update()` after each optimizer step: `b_e += rate * sign(mean load - load_e)`.
+
+    Defaults: two experts, rate 1e-3 (1e-4 is slow, 1e-2 oscillates), bias 0.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: the step of the bias.
+        rule: `sign`, `proportional` or `multiplicative`, see `BiasedRouter`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        rate: float = 1e-3,
+        rule: str = "sign",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, rate=rate, rule=rule, **common)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        bias = self.key_bias(logits)
+        routing = gate(logits, self.top_k, score="sigmoid", bias=bias, stats=self.stats)
+        return self.routed(self.observed(routing), context)
+
+
+@register("deepseek_v3", row="R22", source="arXiv:2412.19437", verified="mem")
+class DeepSeekV3(BiasedRouter):
+    """DeepSeek-V3: sigmoid scores, a bias that only chooses, limited groups, weights normalised.
+
+    `s = sigmoid(z)`; experts by `s + bias` inside the `topk_groups` best groups, a group scored by
+    the sum of its two best; `w = scale * s_i / sum_{chosen} s_j`. Shared experts are the layer's
+    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights. After
+    the public modelling code, from memory: unverified.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        num_groups: equal groups of neighbouring experts; V3 has 8 groups of 32.
+        topk_groups: groups a token may use; V3 has 4.
+        scale: factor on the weights; V3 has 2.5.
+        rate: the step of the bias, see `BiasedRouter`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 8,
+        *,
+        num_groups: int = 1,
+        topk_groups: int | None = None,
+        scale: float = 2.5,
+        rate: float = 1e-3,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
+        self.num_groups = num_groups
+        self.topk_groups = topk_groups
+        self.scale = scale
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        routing = gate(
+            logits,
+            self.top_k,
+            score="sigmoid",
+            bias=self.key_bias(logits),
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            group_score="top2_sum",
+            normalize=True,
+            scale=self.scale,
+            stats=self.stats,
+        )
+        return self.routed(self.observed(routing), context)
+
+
+@register(
+    "bip", row="R27", source="arXiv:2502.15451", verified="mem", invariance="B*", decode="leak"
+)
+class Bip(LinearRouter):
+    """BIP balancing: prices from the dual of the balanced assignment problem, as a bias.
+
+    `bias = transport(softmax(z), "bip", iters, top_k)`, experts by `p + bias`, `w = p`. Training
+    prices the batch itself, which leaks later tokens into earlier choices, unless `carry` is on:
+    then it chooses by the prices of the batch before. Evaluation uses the last prices, the buffer
+    `bias`. The formula is from memory, unverified; the balance it reaches was simulated.
+
+    Defaults: two experts, 4 iterations (the paper has 2 to 14).
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        iters: iterations of the prices.
+        carry: choose by the prices of the batch before.
+        common: see `Common`.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        iters: int = 4,
+        carry: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "iters", iters, 1)
+        self.iters, self.carry = iters, carry
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        bias = self.bias.to(logits.dtype)
+        if self.training and x.shape[0] > 0:
+            scores = softmax(logits.detach())
+            priced = transport(scores, "bip", iters=self.iters, top_k=self.top_k)
+            bias = bias.clone() if self.carry else priced
+            with torch.no_grad():
+                self.bias.copy_(priced)
+        return self.routed(gate(logits, self.top_k, bias=bias, stats=self.stats), context)
+
+
+@register(
+    "ssr", row="R28", source="arXiv:2511.08972", verified="2nd", invariance="B*", decode="leak"
+)
+class Ssr(LinearRouter):
+    """Selective Sinkhorn routing: a few training steps choose by the balanced plan.
+
+    With probability `plan_share` a training step takes the `top_k` largest of
+    `transport(softmax(z), "sinkhorn")`, renormalised, as weights, differentiable through the
+    iterations; all other calls are softmax, top-k, renormalised. Those few steps look at later
+    tokens. The call that a plan decided has `extra["planned"]` 1.
+
+    Defaults: two experts, temperature 0.05, 100 iterations (the paper stops at a tolerance of
+    1e-4, which would wait for the device), `plan_share` 1e-3.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        plan_share: probability of a planned training step.
+        temperature: of the plan.
+        iters: iterations of the plan.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        plan_share: float = 1e-3,
+        temperature: float = 0.05,
+        iters: int = 100,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        if not 0 <= plan_share <= 1:
+            fail(ValueError, self.name, "plan_share", "be in [0, 1]", plan_share)
+        self.plan_share, self.temperature, self.iters = plan_share, temperature, iters
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        if not (self.training and x.shape[0] > 0 and float(torch.rand(())) < self.plan_share):
+            routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
+            return self.routed(routing, context)
+        plan = transport(
+            softmax(logits),
+            "sinkhorn",
+            iters=self.iters,
+            temperature=self.temperature,
+            scope_ids=context.scope_ids,
+            num_scopes=context.num_scopes if context.scope_ids is not None else None,
+        )
+        chosen = gate(plan, self.top_k, score="identity", normalize=True)
+        routing = self.built(chosen.experts, chosen.weights, logits)
+        return self.routed(routing, context, extra={"planned": torch.ones(())})
+
+
+@register(
+    "sparse_ot",
+    row="R29",
+    source="arXiv:2209.15466",
+    verified="code",
+    invariance="B",
+    decode="leak",
+)
+class SparseOt(LinearRouter):
+    """Sparsity-constrained optimal transport: the plan chooses, the softmax weighs.
+
+    The plan has at most `top_k` experts per token and even column sums as far as `iters` steps of
+    Adam reach; a token's experts are where its plan is positive, `w = softmax(z)` there, as it is.
+    No auxiliary loss. The form with `C` tokens per expert is the transposed problem and not here.
+
+    Defaults: two experts, `gamma` 1, Adam 0.01, 20 iterations.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token at most.
+        iters: iterations of the prices.
+        gamma: weight of the quadratic term.
+        learning_rate: Adam's.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        iters: int = 20,
+        gamma: float = 1.0,
+        learning_rate: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.options = {"iters": iters, "gamma": gamma, "learning_rate": learning_rate}
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        logits = self.score(x)
+        p = softmax(logits)
+        plan = transport(
+            p.detach(),
+            "ksparse",
+            k=self.top_k,
+            scope_ids=context.scope_ids,
+            num_scopes=context.num_scopes if context.scope_ids is not None else None,
+            **self.options,  # type: ignore[arg-type]
+        )
+        chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)
+        weights = p.gather(1, chosen.experts.long().clamp(min=0))
+        return self.routed(self.built(chosen.experts, weights, logits), context)
+
+
+@register("kmeans", row="R30", source="arXiv:2605.12476", verified="2nd")
+class KMeans(Router):
+    """K-means router: no parameters; an expert is the running mean of the tokens it was given.
+
+    Experts are the `top_k` largest `cos(x, mu_e)`, weight `1 / K` (the source states none). The
+    first training call places the centroids on tokens far from each other; training calls add up
+    the tokens of each expert, and `update()` moves `mu_e` to `(1 - rate) mu_e + rate * their mean`,
+    so every `mu` stays a convex combination of inputs. After abstract and third-party text.
+
+    Defaults: one expert, rate 0.05.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: weight of the new mean.
+        common: see `Common`.
+    """
+
+    centroids: Tensor
+    sums: Tensor
+    counts: Tensor
+    is_placed: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        rate: float = 0.05,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.rate = rate
+        self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
+        self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
+        self.register_buffer("counts", torch.zeros(num_experts))
+        self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        tokens = wide(x)
+        if self.training and x.shape[0] > 0:
+            self._place(tokens.detach())
+        directions = torch.nn.functional.normalize(self.centroids.to(tokens.dtype), dim=1)
+        cosines = linear(torch.nn.functional.normalize(tokens, dim=1), directions)
+        choice = gate(cosines, self.top_k, score="identity", stats=self.stats)
+        weights = torch.full_like(choice.weights, 1 / self.top_k)
+        routing = choice._replace(weights=weights)
+        if self.training:
+            self._observe(tokens.detach(), routing.experts)
+        return self.routed(routing, context)
+
+    @torch.no_grad()
+    def _place(self, tokens: Tensor) -> None:
+        """Far tokens as first centroids: each is the token least similar to those before it."""
+        unit = torch.nn.functional.normalize(tokens, dim=1)
+        picked = [unit.new_zeros((), dtype=torch.int64)]
+        nearest = unit @ unit[0]
+        for _ in range(1, self.num_experts):
+            picked.append(nearest.argmin())
+            nearest = torch.maximum(nearest, unit @ unit[picked[-1]])
+        first = tokens[torch.stack(picked)].to(self.centroids.dtype)
+        self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
+        self.is_placed.fill_(True)
+
+    @torch.no_grad()
+    def _observe(self, tokens: Tensor, experts: Tensor) -> None:
+        for column in experts.long().unbind(1):
+            self.sums.index_add_(0, column, tokens.to(self.sums.dtype))
+            self.counts.index_add_(0, column, torch.ones_like(column, dtype=self.counts.dtype))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centroids by the tokens of all calls, on all ranks, since the last update."""
+        reduce_over_ranks(self.sums, self.counts)
+        mean = self.sums / self.counts.clamp(min=1)[:, None]
+        moved = torch.lerp(self.centroids, mean, self.rate)
+        self.centroids.copy_(torch.where(self.counts[:, None] > 0, moved, self.centroids))
+        self.sums.zero_()
+        self.counts.zero_()

@@ -1,0 +1,223 @@
+"""Groups of experts: one per group, all of one group, a choice of two levels, locality of nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmoe_route import losses
+from fastmoe_route._arguments import check_int, fail
+from fastmoe_route.gate import gate
+from fastmoe_route.methods import register
+from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
+from fastmoe_route.routers.parts import LinearRouter, assemble
+from fastmoe_route.routers.scores import Linear, wide
+
+
+def check_divides(name: str, argument: str, value: int, total: int, what: str) -> None:
+    """Requires a positive divisor of `total`."""
+    check_int(name, argument, value, 1)
+    if total % value != 0:
+        fail(ValueError, name, argument, f"divide the {what} {total}", value)
+
+
+@register("m6_t", row="R2", source="arXiv:2105.15082", verified="mem", invariance="C")
+class M6T(LinearRouter):
+    """M6-T expert prototyping: `K` groups of `E / K` experts, the best of each by its own softmax.
+
+    `p^(k) = softmax over group k`, one expert per group, weights as they are: each is at most 1,
+    so their sum may exceed 1. With one group it is Switch. From memory, unverified.
+
+    Defaults: two groups, capacity factor 1.25, no auxiliary loss (the paper: balance is not what
+    matters).
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: `K`, the number of groups and of experts per token; divides `E`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
+    ) -> None:
+        common = with_defaults(common, capacity_factor=1.25)
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_divides(self.name, "top_k", top_k, num_experts, "number of experts")
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        routing = gate(
+            self.score(x),
+            self.top_k,
+            softmax_over="group",
+            num_groups=self.top_k,
+            max_per_group=1,
+            stats=self.stats,
+        )
+        return self.routed(routing, context)
+
+
+@register("sam", row="R11", source="arXiv:2110.07431", verified="mem", invariance="C")
+class Sam(LinearRouter):
+    """SAM: a switch over groups of experts, then a mixture inside the chosen group.
+
+    `q = softmax(x W_group)`, the best group `g`; inside it the `top_k` best of
+    `p = softmax over the group (x W)`; `w_i = p_i q_g`. All experts of a token lie on one device.
+    From memory, unverified.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token, at most `E / num_groups`.
+        num_groups: groups of neighbouring experts; divides `E`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        num_groups: int = 2,
+        **common: Unpack[Common],
+    ) -> None:
+        common = with_defaults(common, aux_coef=0.01)
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_divides(self.name, "num_groups", num_groups, num_experts, "number of experts")
+        check_int(self.name, "top_k", top_k, 1, num_experts // num_groups)
+        self.num_groups = num_groups
+        self.group_score = Linear(hidden_size, num_groups)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        group = gate(self.group_score(x), 1)
+        group_of_expert = torch.arange(self.num_experts, device=x.device)
+        group_of_expert = group_of_expert // (self.num_experts // self.num_groups)
+        routing = gate(
+            self.score(x),
+            self.top_k,
+            softmax_over="group",
+            num_groups=self.num_groups,
+            mask=group_of_expert == group.experts,
+            stats=self.stats,
+        )
+        return self.routed(routing._replace(weights=routing.weights * group.weights), context)
+
+
+@register("smile", row="R12", source="arXiv:2212.05191", verified="mem", invariance="C")
+class Smile(Router):
+    """SMILE: first the node, then the device in it, each by its own small softmax.
+
+    `p = softmax(x W_node)`, `q = softmax(x W_device)`, the best of each; the expert is
+    `node * devices + device`, `w = p q`. Losses `node_balance` and `device_balance`, Switch's loss
+    on either level. With one node it is Switch. From memory, unverified.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`, nodes times devices.
+        top_k: 1.
+        num_nodes: divides `E`.
+        node_coef: coefficient of `node_balance`.
+        device_coef: coefficient of `device_balance`.
+        common: see `Common`; `aux_coef` and `z_coef` must be 0.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        num_nodes: int = 2,
+        node_coef: float = 0.01,
+        device_coef: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "top_k", top_k, 1, 1)
+        if self.aux_coef != 0 or self.z_coef != 0:
+            fail(ValueError, self.name, "aux_coef", "be 0 (see node_coef)", self.aux_coef)
+        check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
+        self.node_coef = node_coef
+        self.device_coef = device_coef
+        self.node_score = Linear(hidden_size, num_nodes)
+        self.device_score = Linear(hidden_size, num_experts // num_nodes)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        node = gate(self.node_score(x), 1, stats=self.training)
+        device = gate(self.device_score(x), 1, stats=self.training)
+        num_devices = self.device_score.weight.shape[0]
+        experts = node.experts * num_devices + device.experts
+        routing = assemble(experts, node.weights * device.weights, self.num_experts)
+        found = {}
+        if self.training:
+            found["node_balance"] = losses.load_balancing(node, alpha=self.node_coef)
+            found["device_balance"] = losses.load_balancing(device, alpha=self.device_coef)
+        extra = {"node": node.experts[:, 0], "device": device.experts[:, 0]}
+        return self.routed(routing, context, losses=found, extra=extra)
+
+
+@register("loc_moe", row="R13", source="arXiv:2401.13920", verified="mem", invariance="C")
+class LocMoE(Router):
+    """LocMoE: scores by grouped average pooling, and a loss that keeps tokens on their node.
+
+    `z_e` is the mean of the `e`-th of `E` equal chunks of `x`: gate rows that are orthogonal and
+    need no parameters. Softmax, the best one, its weight as it is. Losses `balance` and
+    `locality`, the divergence of the nodes' load from `target`. From memory, unverified; the
+    paper's least capacity from the angles between gate rows and tokens is left out, its formula
+    being unknown.
+
+    Defaults: one expert, capacity factor 1.25, coefficients 0.01 (the paper's are unknown).
+
+    Args:
+        hidden_size: `H`, a multiple of `E`.
+        num_experts: `E`.
+        top_k: experts per token.
+        num_nodes: nodes of `E / num_nodes` neighbouring experts.
+        target: the wanted share of each node, positive, sum 1; None for even ones.
+        locality_coef: coefficient of `locality`.
+        common: see `Common`.
+    """
+
+    node_of_expert: Tensor
+    target: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        num_nodes: int = 2,
+        target: list[float] | None = None,
+        locality_coef: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        check_divides(self.name, "num_experts", num_experts, hidden_size, "hidden size")
+        check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
+        self.locality_coef = locality_coef
+        shares = torch.full((num_nodes,), 1 / num_nodes) if target is None else torch.tensor(target)
+        if shares.shape != (num_nodes,) or not bool((shares > 0).all()):
+            rule = f"hold {num_nodes} positive shares"
+            fail(ValueError, self.name, "target", rule, target)
+        nodes = torch.arange(num_experts) // (num_experts // num_nodes)
+        self.register_buffer("node_of_expert", nodes)
+        self.register_buffer("target", shares)
+
+    @property
+    def stats(self) -> bool:
+        """Statistics are for the loss of locality, too."""
+        return self.training
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        size = self.hidden_size // self.num_experts
+        chunks = wide(x).reshape(x.shape[0], self.num_experts, size)
+        routing = gate(chunks.mean(2), self.top_k, stats=self.stats)
+        found = {}
+        if self.training:
+            distance = losses.locality(routing, self.node_of_expert, self.target)
+            found["locality"] = self.locality_coef * distance
+        return self.routed(routing, context, losses=found)
