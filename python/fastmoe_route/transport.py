@@ -93,10 +93,10 @@ def transport(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or is out of range.
 
-    >>> plan = transport(torch.tensor([[1.0, 0.0], [1.0, 0.5]]), "sinkhorn", iters=50)
-    >>> plan.round(decimals=2)
-    tensor([[0.9900, 0.0100],
-            [0.0100, 0.9900]])
+    >>> scores = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    >>> transport(scores, "sinkhorn", iters=50, temperature=0.25).round(decimals=2)
+    tensor([[0.7300, 0.2700],
+            [0.2700, 0.7300]])
     """
     check_tensor("transport", "scores", scores, 2)
     check_dtype("transport", "scores", scores, FLOAT_DTYPES)

@@ -10,7 +10,6 @@ from fastmoe_route import overflow
 from fastmoe_route._arguments import check_int, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
-from fastmoe_route.results import DispatchPlan, Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.parts import LinearRouter
 
@@ -131,12 +130,14 @@ class Tutel(LinearRouter):
         logits = self.score(x)
         if self.training and self.gate_noise > 0:
             logits = logits + torch.randn_like(logits) * (self.gate_noise / self.num_experts)
-        return self.routed(gate(logits, self.top_k, normalize=True, stats=self.stats), context)
-
-    def plan(self, routing: Routing, context: Context) -> DispatchPlan | None:
-        if self.drop_policy == "score":
-            routing = routing._replace(weights=overflow.batch_priority(routing.weights))
-        return super().plan(routing, context)
+        if self.drop_policy != "score":
+            routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
+            return self.routed(routing, context)
+        routing = gate(logits, self.top_k, stats=self.stats)
+        ranked = routing._replace(weights=overflow.batch_priority(routing.weights))
+        total = routing.weights.sum(1, keepdim=True).clamp(min=1e-20)
+        routing = routing._replace(weights=routing.weights / total)
+        return self.routed(routing, context, plan=self.plan(ranked, context))
 
 
 @register("topk_softmax", row="R21", source="arXiv:1701.06538", verified="mem")

@@ -1,0 +1,424 @@
+"""Acceptance checks of survey rows about balance: experts that choose, assignment, transport."""
+
+from __future__ import annotations
+
+import fastmoe_route as fr
+import pytest
+import torch
+from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
+from test_routers_choice import near, set_logits, tokens
+from torch import Tensor
+
+
+def violation(demand: Tensor) -> float:
+    """How far the fullest expert is above an even load, as a share of it."""
+    load = demand.double()
+    return float(load.max() / load.mean() - 1)
+
+
+def skewed(num_tokens: int = 1024, num_experts: int = 16, seed: int = 0) -> Tensor:
+    """Logits of which a few experts get the most."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(num_tokens, num_experts, generator=generator)
+    return z + torch.randn(num_experts, generator=generator)
+
+
+def wide(name: str, logits: Tensor, **arguments: object) -> tuple[fr.routers.Router, Tensor]:
+    """A router over 16 experts, and the `x` that gives it these logits."""
+    router = fr.routers.build(name, 16, 16, **arguments)
+    return router, set_logits(router, logits)
+
+
+# ---- experts choose ----------------------------------------------------------------------------
+
+
+def test_expert_choice_fills_every_expert() -> None:
+    router, x = make("expert_choice").eval(), tokens(40)
+    routing = router(x).routing
+    assert routing.demand.tolist() == [10] * EXPERTS  # 40 tokens, 2 slots each, 8 experts
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    moved = router(x[order]).routing
+    assert torch.equal(moved.experts, routing.experts[order])
+    assert torch.equal(moved.weights, routing.weights[order])
+    more = router(torch.cat([x, x[:8] * 2])).routing
+    assert not torch.equal(more.experts[:40], routing.experts)
+    p = router.score(x).softmax(1)
+    assert near(routing.weights, torch.where(routing.experts >= 0, p, 0.0), 1e-6)
+    alone = router(x, scope_ids=torch.zeros(40, dtype=torch.int32)).routing
+    assert torch.equal(alone.experts, routing.experts)
+
+
+def test_pmoe_gives_every_expert_its_patches_of_every_sample() -> None:
+    given = inputs()
+    router = make("pmoe", patches=3).eval()
+    routing = router(**given).routing
+    for sequence in range(3):
+        taken = routing.experts[given["sequence_ids"] == sequence] >= 0
+        assert taken.sum(0).tolist() == [3] * EXPERTS
+    everything = make("pmoe", patches=TOO_MANY)
+    everything.load_state_dict(router.state_dict())
+    weights = everything.eval()(**given).routing.weights
+    for sequence in range(3):
+        assert near(weights[given["sequence_ids"] == sequence].sum(0), 1.0)
+
+
+TOO_MANY = 100
+
+
+def test_uoe_weights_depend_on_the_batch() -> None:
+    """The authors' normalisation over the batch, documented by what it does."""
+    router, x = make("uoe").eval(), tokens(16)
+    alone, together = router(x[:8]).routing, router(x).routing
+    assert not torch.equal(alone.weights, together.weights[:8])
+    assert together.demand.max() <= 4  # 16 tokens, 2 slots each, 8 experts
+    assert near(together.weights.sum(0).amax(), 4.0, 4.0)
+    own = experts()
+    up, down = own.w_up[:, :, :12], own.w_down
+    dense = torch.relu(x @ up.permute(1, 0, 2).flatten(1)) @ down.flatten(0, 1)
+    slices = fr.routers.Experts(up, down, "relu").each(x).sum(1)
+    assert near(slices, dense, 1e-4)
+
+
+def test_rectify_keeps_tokens_local_and_fills_room() -> None:
+    x = tokens(64)
+    router = make("rectify", fill=False).eval()
+    router.score.weight.data[0] *= 3
+    candidates = fr.gate(router.score(x), EXPERTS)
+    routing = router(x).routing
+    rank = torch.arange(64) // 32
+    assert routing.demand.max() <= 16
+    moved = 0
+    for t in range(64):
+        first = set(candidates.experts[t, :2].tolist())
+        for expert in routing.experts[t].tolist():
+            if expert >= 0 and expert not in first:
+                moved += 1
+                assert expert // 4 == rank[t], "a rectified slot left its rank"
+    assert moved > 0
+    filled = make("rectify").eval()
+    filled.load_state_dict(router.state_dict())
+    assert filled(x).routing.demand.tolist() == [16] * EXPERTS
+    # One rank holds everything, so there is always room somewhere: nothing is dropped.
+    single = make("rectify", num_ranks=1, fill=False).eval()
+    assert bool((single(x).routing.experts >= 0).all())
+
+
+# ---- balanced assignment -----------------------------------------------------------------------
+
+
+def test_base_is_balanced_in_training_and_greedy_in_evaluation() -> None:
+    router, x = make("base"), tokens(64)
+    router.score.weight.data[0] += 1
+    routed, scores = router(x), router.score(x)
+    assert routed.routing.demand.tolist() == [8] * EXPERTS
+    best = fr.assign_balanced(scores, method="exact").long()[:, None]
+    scores = scores.detach()
+    eps = max(float(scores.max() - scores.min()) / 50, 1e-4)
+    chosen = routed.routing.experts.long()
+    assert scores.gather(1, best).sum() - scores.gather(1, chosen).sum() <= 64 * eps
+    alpha = scores.gather(1, chosen).sigmoid()
+    assert near(routed.routing.weights, alpha, 1e-6)
+    own = experts()
+    outputs = own.each(x)[torch.arange(64), chosen[:, 0]]
+    assert near(router.mix(x, routed, own), alpha * outputs + (1 - alpha) * x, 1e-4)
+    assert torch.equal(router.eval()(x).routing.experts[:, 0].long(), scores.argmax(1))
+    with pytest.raises(ValueError, match="base: x must have a multiple of 8 tokens in training"):
+        router.train()(tokens(63))
+    plain = make("base", keep_input=False).eval()
+    assert plain(x).residual is None
+
+
+def test_s_base_plan_chooses_and_softmax_weighs() -> None:
+    router, x = wide("s_base", skewed())
+    logits = router.score(x)
+    plan = fr.transport(logits, "sinkhorn", iters=20, temperature=1.0)
+    assert bool(((plan.sum(1) - 1).abs() <= 1e-4).all())
+    assert bool(((plan.sum(0) / 64 - 1).abs() <= 1e-4).all())
+    routing = router(x).routing
+    assert torch.equal(routing.experts[:, 0].long(), plan.argmax(1))
+    chosen = logits.softmax(1).gather(1, routing.experts.long())
+    assert near(routing.weights, chosen, 1e-6)
+    plain = fr.gate(logits, 1)
+    assert violation(routing.demand) < violation(plain.demand) / 2
+    assert torch.equal(router.eval()(x).routing.experts, plain.experts)
+
+
+def test_stable_moe_freezes_into_the_ids() -> None:
+    router = make("stable_moe").train()
+    given = inputs()
+    routed = router(**given)
+    assert set(routed.losses) == {"balance", "distil"}
+    assert routed.losses["distil"] > 0
+    chosen = routed.routing.experts.long()
+    assert near(routed.routing.weights, router.score(given["x"]).gather(1, chosen).sigmoid(), 1e-6)
+    (grad,) = torch.autograd.grad(routed.losses["balance"], router.score.weight, retain_graph=True)
+    assert bool((grad != 0).any())
+    assert torch.autograd.grad(
+        routed.losses["balance"], router.words.weight, allow_unused=True
+    ) == (None,)
+    even = set_logits(router, torch.eye(EXPERTS).repeat(3, 1))
+    assert near(router(**{**given, "x": even}).losses["balance"], 0.0)
+    router.freeze()
+    first, second = (router(**inputs(seed=0) | {"x": tokens(24, seed)}).routing for seed in (1, 2))
+    assert torch.equal(first.experts, second.experts)
+    assert not torch.equal(first.weights, second.weights)
+    assert not any(p.requires_grad for p in router.word_score.parameters())
+    same = torch.full((24,), 7)
+    assert len(router(**{**given, "token_ids": same}).routing.experts.unique()) == 1
+
+
+# ---- balance by bias and price -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional", "multiplicative"])
+def test_loss_free_balances_a_skewed_stream(rule: str) -> None:
+    rate = {"sign": 2e-3, "proportional": 1e-5, "multiplicative": 4e-3}[rule]
+    router, x = wide("loss_free", skewed(512), rate=rate, rule=rule)
+    router.train()
+    before = violation(router(x).routing.demand)
+    for _ in range(1200):
+        router(x)
+        router.update()
+    routing = router.eval()(x).routing
+    assert before > 1
+    assert violation(routing.demand) < 0.1
+    scores = router.score(x).sigmoid().gather(1, routing.experts.long())
+    assert near(routing.weights, scores, 1e-6)
+
+
+def test_loss_free_update_uses_finished_batches_only() -> None:
+    router, x = wide("loss_free", skewed(64))
+    first = router(x).routing
+    assert torch.equal(router(x).routing.experts, first.experts)
+    assert router.load.tolist() == (2 * first.demand).tolist()
+    router.update()
+    mean = first.demand.double().mean()
+    assert near(router.bias, 1e-3 * (mean - first.demand).sign(), 1e-7)
+    assert router.load.sum() == 0
+    router.eval()(x)
+    assert router.load.sum() == 0
+
+
+def test_deepseek_v3_weights_sum_to_the_scale() -> None:
+    router = make("deepseek_v3").eval()
+    x = tokens(40)
+    routing = router(x).routing
+    assert near(routing.weights.sum(1), 2.5)
+    groups = routing.experts // 2
+    assert max(len(row.unique()) for row in groups) <= 2
+    logits = router.score(x)
+    one, other = (fr.gate(z, 3, score="sigmoid", normalize=True) for z in (logits, logits + 2))
+    assert not near(one.weights, other.weights, 1e-3)
+    softmax = [fr.gate(z, 3, normalize=True).weights for z in (logits, logits + 2)]
+    assert near(softmax[0], softmax[1], 1e-5)
+    with_bias = make("deepseek_v3", num_groups=1, topk_groups=None).eval()
+    with_bias.bias[5] = 3.0
+    moved = with_bias(x).routing
+    assert bool((moved.experts == 5).any(1).all())
+    s = with_bias.score(x).sigmoid().gather(1, moved.experts.long())
+    assert near(moved.weights, 2.5 * s / s.sum(1, keepdim=True))
+
+
+def test_bip_balances_from_the_first_batch() -> None:
+    logits = skewed()
+    found = []
+    for iters in (1, 4, 14):
+        router, x = wide("bip", logits, iters=iters)
+        routing = router.train()(x).routing
+        found.append(violation(routing.demand))
+        assert bool((router.bias <= 0).all())
+        p = logits.softmax(1).gather(1, routing.experts.long())
+        assert near(routing.weights, p, 1e-5)
+    plain = violation(fr.gate(logits, 2).demand)
+    assert plain > 1.5
+    assert found[0] < plain
+    assert found[1] < 0.5
+    assert found[2] < 0.1
+    frozen = router.eval()(x).routing
+    assert torch.equal(frozen.experts, routing.experts)
+    router, x = wide("bip", torch.eye(16).repeat(4, 1) + torch.eye(16).roll(1, 1).repeat(4, 1) / 2)
+    router.train()(x)
+    assert router.bias.tolist() == [0.0] * 16
+    carried, x = wide("bip", logits, carry=True)
+    first = carried.train()(x).routing
+    assert torch.equal(first.experts, fr.gate(logits, 2).experts)
+    assert violation(carried(x).routing.demand) < 0.5
+
+
+def test_ssr_plans_a_share_of_the_steps() -> None:
+    logits = skewed()
+    router, x = wide("ssr", logits, plan_share=0.0)
+    plain = fr.gate(logits, 2, normalize=True)
+    assert torch.equal(router.train()(x).routing.experts, plain.experts)
+    planned, _ = wide("ssr", logits, plan_share=1.0)
+    routed = planned.train()(x)
+    assert routed.extra["planned"] == 1
+    assert near(routed.routing.weights.sum(1), 1.0)
+    assert violation(routed.routing.demand) < violation(plain.demand) / 2
+    routed.routing.weights[:, 0].sum().backward()
+    assert bool((planned.score.weight.grad != 0).any())
+    assert torch.equal(planned.eval()(x).routing.experts, plain.experts)
+    some, _ = wide("ssr", logits[:32], plan_share=0.5)
+    torch.manual_seed(0)
+    share = sum(some.train()(x[:32]).extra is not None for _ in range(60)) / 60
+    assert 0.25 < share < 0.75
+
+
+def test_sparse_ot_weighs_by_softmax_where_the_plan_is_positive() -> None:
+    logits = skewed(256)
+    router, x = wide("sparse_ot", logits, iters=100)
+    routing = router.eval()(x).routing
+    assert bool(((routing.experts >= 0).sum(1) >= 1).all())
+    p = logits.softmax(1).gather(1, routing.experts.long().clamp(min=0))
+    assert near(routing.weights, torch.where(routing.experts >= 0, p, 0.0))
+    plan = fr.transport(logits.softmax(1), "ksparse", iters=100, k=2)
+    assert torch.equal((routing.experts >= 0).sum(1), (plan > 0).sum(1))
+    assert violation(routing.demand) < violation(fr.gate(logits, 2).demand) / 2
+
+
+# ---- k-means -----------------------------------------------------------------------------------
+
+
+def test_kmeans_separates_two_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(HIDDEN)[:2] * 5
+    label = torch.randint(0, 2, (200,), generator=generator)
+    x = centres[label] + 0.3 * torch.randn(200, HIDDEN, generator=generator)
+    router = fr.routers.build("kmeans", HIDDEN, 2, rate=0.3).train()
+    for _ in range(20):
+        router(x)
+        router.update()
+    routing = router.eval()(x).routing
+    match = (routing.experts[:, 0] == label).float().mean()
+    assert max(match, 1 - match) == 1
+    assert bool((routing.weights == 1).all())
+    means = torch.stack([x[label == i].mean(0) for i in (0, 1)])
+    distance = torch.cdist(router.centroids, means).amin(1)
+    assert bool((distance < 0.05).all())
+    low, high = x.amin(0), x.amax(0)
+    assert bool(((router.centroids >= low) & (router.centroids <= high)).all())
+    before = router.centroids.clone()
+    router(x)
+    router.update()
+    assert torch.equal(router.centroids, before)
+
+
+def test_router_row_and_expert_input_weights_share_a_direction() -> None:
+    """Geometric coupling: for one token, both gradients are multiples of the token."""
+    x = tokens(1).double()
+    router = make("topk_softmax", torch.float64, aux_coef=0.0)
+    w_up = torch.randn(EXPERTS, HIDDEN, 12, dtype=torch.float64).requires_grad_()
+    own = fr.routers.Experts(w_up, torch.randn(EXPERTS, 12, HIDDEN, dtype=torch.float64), "relu")
+    routed = router(x)
+    router.mix(x, routed, own).square().sum().backward()
+    expert = int(routed.routing.experts[0, 0])
+    row = router.score.weight.grad[expert]
+    column = w_up.grad[expert].t()
+    column = column[column.abs().sum(1).argmax()]
+    for gradient in (row, column):
+        cosine = torch.nn.functional.cosine_similarity(gradient, x[0], dim=0)
+        assert near(cosine.abs(), 1.0, 1e-9)
+
+
+# ---- mixtures ----------------------------------------------------------------------------------
+
+
+def test_v_moe_rounds_capacity_and_balances() -> None:
+    router = make("v_moe").train()
+    routed = router(tokens(41))
+    assert routed.plan.kept.max() <= 12  # ceil(1.05 * 41 * 2 / 8) = 11, rounded up to 12
+    assert routed.losses["balance"] > 0
+    router.score.weight.data.zero_()
+    noisy = [router(tokens(41)).routing.experts for _ in range(2)]
+    assert not torch.equal(*noisy)
+    assert torch.equal(*(router.eval()(tokens(41)).routing.experts for _ in range(2)))
+
+
+def test_soft_moe_mixes_tokens_and_answers() -> None:
+    router, given = make("soft_moe", slots=2).eval(), inputs()
+    routed, own = router(**given), given["experts"]
+    dispatch, combine = routed.extra["dispatch"], routed.extra["combine"]
+    assert near(combine.sum(1), 1.0)
+    x, y = given["x"], router.mix(given["x"], routed, own)
+    for sequence in range(3):
+        mine = given["sequence_ids"] == sequence
+        assert near(dispatch[mine].sum(0), 1.0)
+        mixed = dispatch[mine].t() @ x[mine]
+        answers = torch.stack([own.each(row[None])[0, i // 2] for i, row in enumerate(mixed)])
+        assert near(y[mine], combine[mine] @ answers, 1e-4)
+
+
+def test_one_hot_dispatch_is_switch_and_expert_choice() -> None:
+    """y = sum over e, c of C[t, e, c] E_e(sum over t' of D[t', e, c] x_t') covers both."""
+    x, own = tokens(24), experts()
+    for name in ("switch", "expert_choice"):
+        router = make(name).train() if name == "expert_choice" else make(name, jitter=0.0).train()
+        routed = router(x)
+        routing, plan = routed.routing, routed.plan
+        if plan is None:
+            plan = fr.plan_dispatch(routing.experts, EXPERTS)
+        y = torch.zeros_like(x)
+        for row, slot in enumerate(plan.row_to_slot.tolist()):
+            if slot >= 0:
+                t, j = divmod(slot, routing.experts.shape[1])
+                expert = int(routing.experts[t, j])
+                assert plan.offsets[expert] <= row < plan.offsets[expert + 1]
+                one_hot = torch.zeros(24, 1)
+                one_hot[t] = 1
+                answer = own.each((one_hot * x).sum(0, keepdim=True))[0, expert]
+                y += one_hot * routing.weights[t, j] * answer
+        assert near(router.mix(x, routed, own), y.detach(), 1e-4)
+
+
+def test_smear_merges_parameters() -> None:
+    given = inputs()
+    own = experts()
+    router = make("smear").eval()
+    routed = router(**given)
+    p, ids = routed.extra["merge"], given["sequence_ids"]
+    one = fr.routers.Experts(own.w_up[:, :, :12], own.w_down, "relu")
+    positive = fr.routers.Experts(one.w_up.abs(), one.w_down, "relu")
+    x = given["x"].abs()  # relu of positive numbers is linear in each matrix, not in both
+    merged = router.mix(x, routed, positive._replace(w_down=one.w_down[:1].expand(8, -1, -1)))
+    same_down = positive._replace(w_down=one.w_down[:1].expand(8, -1, -1))
+    mixed = (p[ids][:, :, None] * same_down.each(x)).sum(1)
+    assert near(merged, mixed, 1e-3)
+    assert not near(router.mix(given["x"], routed, own), layer_of_outputs(own, given, p), 1e-2)
+    hot = torch.eye(EXPERTS)[[3, 0, 5]]
+    single = routed._replace(extra={**routed.extra, "merge": hot})
+    wanted = own.each(given["x"])[torch.arange(24), torch.tensor([3, 0, 5])[ids]]
+    assert near(router.mix(given["x"], single, own), wanted, 1e-5)
+    dropped = make("smear", dropout=0.5).train()(**given).extra["merge"]
+    assert bool((dropped == 0).any())
+    assert near(dropped.sum(1), 1.0)
+
+
+def layer_of_outputs(own: fr.routers.Experts, given: dict, p: Tensor) -> Tensor:
+    """The weighted sum of outputs, which merging is not for non-linear experts."""
+    return (p[given["sequence_ids"]][:, :, None] * own.each(given["x"])).sum(1)
+
+
+# ---- capacity per request ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drop_policy", ["position", "score"])
+def test_a_request_has_the_capacity_of_its_own_length(drop_policy: str) -> None:
+    """Eight rows that all want expert 0 keep two, with or without others in the batch."""
+    router = fr.routers.build(
+        "switch", HIDDEN, 4, eval_capacity_factor=1.0, drop_policy=drop_policy
+    ).serve()
+    router.score.weight.data.zero_()
+    router.score.weight.data[0] = 1
+    x = tokens(32).abs() + 0.1
+    scopes = torch.tensor([1] * 24 + [0] * 8, dtype=torch.int32)
+    given = {"x": x, "scope_ids": scopes, "num_scopes": 2}
+    plan = router(**given).plan
+    assert (plan.slot_to_row[24:, 0] >= 0).sum() == 2
+    assert plan.dropped.tolist() == [24 - 6 + 8 - 2, 0, 0, 0]
+    four = fr.routers.Experts(torch.randn(4, HIDDEN, 8), torch.randn(4, 4, HIDDEN))
+    together = layer(router, {**given, "experts": four})[24:]
+    alone = layer(router, {**rows(given, torch.arange(24, 32)), "experts": four})
+    assert torch.equal(together, alone)
+    shared = router.eval()(x).plan  # one capacity of 8 for all
+    served = shared.slot_to_row[24:, 0] >= 0
+    assert served.sum() == (0 if drop_policy == "position" else served.sum())
