@@ -7,6 +7,9 @@
 //                      device: there kernels take every id that is out of range as "none".
 //   check_devices      every tensor of a call lies on one device
 //   launch             runs an entry point; on CUDA on torch's current stream of the tensor's device
+//
+// A third time, with FASTMOE_ROUTE_PTXVM as well, for the tests that run the CUDA path in the PTX virtual machine
+// (tools/ptxvm): there CPU tensors are the memory of the device, and there is one stream.
 #pragma once
 
 #include "common/check.h"
@@ -17,6 +20,8 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <vector>
+#endif
+#if defined(FASTMOE_ROUTE_BACKEND_CUDA) && !defined(FASTMOE_ROUTE_PTXVM)
 #define FASTMOE_ROUTE_KEY CUDA
 #else
 #define FASTMOE_ROUTE_KEY CPU
@@ -44,6 +49,16 @@ inline void launch(const char*, void (*kernel)(const Args&), const Args& args, c
 namespace cuda {}
 namespace kernels = cuda;
 constexpr bool kReadsOnHost = false;
+
+#ifdef FASTMOE_ROUTE_PTXVM
+template <class... Tensors>
+inline void check_devices(const char*, const Tensor&, const Tensors&...) {}
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+inline CUstream_st* current_stream(const char*, int32_t) { return nullptr; }
+#else
+using torch::stable::accelerator::DeviceGuard;
 
 inline void check_device(const char* op, const Tensor& first, const Tensor& other) {
   check(other.is_cuda() && other.get_device_index() == first.get_device_index(), op,
@@ -73,6 +88,7 @@ inline CUstream_st* current_stream(const char* op, int32_t device) {
   STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
   return static_cast<CUstream_st*>(stream);
 }
+#endif
 
 // Scratch is a tensor of torch's caching allocator: freed when the launch is queued, and handed out again by torch only
 // to work that is queued behind it.
@@ -91,7 +107,7 @@ template <class Args>
 inline void launch(const char* op, CudaStatus (*kernel)(const Args&, const CudaQueue&), const Args& args,
                    const Tensor& on) {
   const int32_t device = on.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  [[maybe_unused]] const DeviceGuard guard(device);
   TorchScratch scratch{on, {}};
   const CudaStatus status = kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch});
   check(status.code == 0, op, ": ", status.text != nullptr ? status.text : "a CUDA call failed", " (CUDA error ",

@@ -1,0 +1,115 @@
+#include "engine/order.h"
+
+#include <algorithm>
+
+namespace ptxvm {
+
+void Knowledge::join(const Knowledge& other) {
+  for (const auto& entry : other.blocks) {
+    OfBlock& mine = blocks[entry.first];
+    mine.all = std::max(mine.all, entry.second.all);
+    for (const auto& thread : entry.second.threads) {
+      uint32_t& time = mine.threads[thread.first];
+      time = std::max(time, thread.second);
+    }
+  }
+}
+
+bool Knowledge::covers(uint32_t block, uint16_t thread, uint32_t time) const {
+  const auto found = blocks.find(block);
+  if (found == blocks.end()) return false;
+  if (time <= found->second.all) return true;
+  const auto own = found->second.threads.find(thread);
+  return own != found->second.threads.end() && time <= own->second;
+}
+
+KnowledgePtr joined(const KnowledgePtr& a, const KnowledgePtr& b) {
+  if (a == nullptr || a == b) return b;
+  if (b == nullptr) return a;
+  auto both = std::make_shared<Knowledge>(*a);
+  both->join(*b);
+  return both;
+}
+
+void BlockOrder::meet_lanes(WarpOrder& warp, uint32_t lanes, uint32_t live) {
+  const uint32_t now = clock++;
+  if ((lanes & live) == live) {
+    warp.last_sync = now;
+    return;
+  }
+  if (warp.lane_known.empty()) warp.lane_known.assign(32 * 32, 0);
+  uint32_t all[32];
+  std::fill(all, all + 32, 0u);
+  for (int l = 0; l < 32; ++l) {
+    if (!(lanes >> l & 1)) continue;
+    for (int other = 0; other < 32; ++other)
+      all[other] = std::max(all[other], warp.lane_known[static_cast<size_t>(l * 32 + other)]);
+    all[l] = now;
+  }
+  for (int l = 0; l < 32; ++l) {
+    if (lanes >> l & 1) std::copy(all, all + 32, warp.lane_known.begin() + l * 32);
+  }
+}
+
+void BlockOrder::meet_all(uint32_t num_threads) {
+  last_full = clock++;
+  if (threads.empty()) return;
+  // Fences of every thread before the barrier cover all that the block did up to the earliest of them; what one thread
+  // knows of other blocks, all know now.
+  uint32_t earliest = threads.size() == num_threads ? UINT32_MAX : 0;
+  uint32_t all = 0;
+  KnowledgePtr known, fenced_known;
+  for (const auto& entry : threads) {
+    earliest = std::min(earliest, entry.second.fenced);
+    all = std::max(all, entry.second.fenced_all);
+    known = joined(known, entry.second.known);
+    fenced_known = joined(fenced_known, entry.second.fenced_known);
+  }
+  all = std::max(all, earliest);
+  for (uint32_t t = 0; t < num_threads && (known != nullptr || all > 0); ++t) {
+    ThreadOrder& thread = threads[static_cast<uint16_t>(t)];
+    thread.known = known;
+    thread.fenced_known = fenced_known;
+    thread.fenced_all = std::max(thread.fenced_all, all);
+  }
+}
+
+void BlockOrder::fence(uint16_t thread) {
+  ThreadOrder& mine = threads[thread];
+  mine.known = joined(mine.known, mine.pending);
+  mine.pending = nullptr;
+  mine.fenced = clock;
+  mine.fenced_all = std::max(mine.fenced_all, last_full);
+  mine.fenced_known = mine.known;
+}
+
+KnowledgePtr BlockOrder::published(uint32_t block, uint16_t thread) {
+  const auto found = threads.find(thread);
+  if (found == threads.end()) return nullptr;
+  const ThreadOrder& mine = found->second;
+  if (mine.fenced == 0 && mine.fenced_all == 0) return nullptr;
+  auto knowledge = mine.fenced_known == nullptr ? std::make_shared<Knowledge>()
+                                                : std::make_shared<Knowledge>(*mine.fenced_known);
+  Knowledge::OfBlock& own = knowledge->blocks[block];
+  own.all = std::max(own.all, mine.fenced_all);
+  uint32_t& time = own.threads[thread];
+  time = std::max(time, mine.fenced);
+  return knowledge;
+}
+
+void BlockOrder::take(uint16_t thread, const KnowledgePtr& knowledge, bool is_acquire) {
+  if (knowledge == nullptr) return;
+  ThreadOrder& mine = threads[thread];
+  if (is_acquire) {
+    mine.known = joined(mine.known, knowledge);
+  } else {
+    mine.pending = joined(mine.pending, knowledge);
+  }
+}
+
+bool BlockOrder::covers(uint16_t thread, uint32_t block, uint16_t other, uint32_t time) const {
+  const auto found = threads.find(thread);
+  return found != threads.end() && found->second.known != nullptr && found->second.known->covers(block, other, time);
+}
+
+}  // namespace ptxvm
