@@ -24,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 # Idle threads of one test sleep, or they would take the cores that the other one needs.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tools/ptxvm -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1
 
@@ -111,6 +111,21 @@ cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every archite
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cuda --target fastmoe_route_cuda -- --quiet
 	@echo "build/cuda/fastmoe_route_cuda.so was compiled only: nothing of it was executed."
 	@echo "Its tests, which look at the file and need no GPU: make test ARGS=tests/test_cuda_build.py"
+
+VM_SEEDS ?= 1 2 3 4 5
+.PHONY: test-cuda-vm
+test-cuda-vm: build build/vm/.built  ## run the CUDA kernels in the PTX virtual machine: its tests, then the ops' tests on VM_SEEDS
+	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini $(ARGS) tools/ptxvm/tests
+	@$(PY) tools/ptxvm/run_op_tests.py --seeds $(VM_SEEDS) -- $(ARGS)
+
+VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+build/vm/.built: $(SOURCES) $(VM_SOURCES)
+	@command -v $${CUDACXX:-nvcc} >/dev/null || { \
+	  echo "make test-cuda-vm needs nvcc (CUDA 13) to compile the kernels, and none was found on PATH. Name one: make test-cuda-vm CUDACXX=/path/to/nvcc"; exit 1; }
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/vm -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DFASTMOE_ROUTE_PTXVM=ON -DPython_EXECUTABLE="$(abspath $(PY))"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/vm --target fastmoe_route_vm ptxvm_python -- --quiet
+	@touch $@
 
 .PHONY: clean
 clean:  ## remove what was built (.venv stays)

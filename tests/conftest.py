@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import vm_backend
 from torch import Tensor
 
 # Files about the package as a whole, and tests of torch's own machinery around an op: the same for
@@ -44,6 +46,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run only what depends on the kernels: no package files, no compile, export, opcheck",
     )
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "vm"),
+        default="cpu",
+        help="vm: the CUDA path in the PTX virtual machine, for the ops that have one",
+    )
+    parser.addoption("--vm-seed", type=int, default=1, help="of the schedules of the vm backend")
+    parser.addoption("--vm-shard", default="0/1", help="I/N: every N-th test of the vm, from I on")
+    parser.addoption("--vm-record", type=Path, help="file for what the vm launched, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     m_perturb, fill = -6, 0x7F
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(m_perturb, fill ^ 0xFF)
+    if config.getoption("--backend") == "vm":
+        vm_backend.load()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,10 +76,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "large" in item.keywords:
                 item.add_marker(skip)
-    if config.getoption("--kernels"):
-        chosen = [item for item in items if _tests_kernels(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    if config.getoption("--backend") == "vm":
+        _select(config, items, vm_backend.takes)
+        first, step = map(int, config.getoption("--vm-shard").split("/"))
+        items[:] = items[first::step]
+    elif config.getoption("--kernels"):
+        _select(config, items, _tests_kernels)
+
+
+def _select(
+    config: pytest.Config, items: list[pytest.Item], takes: Callable[[pytest.Item], bool]
+) -> None:
+    chosen = [item for item in items if takes(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not takes(item)])
+    items[:] = chosen
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    record = session.config.getoption("--vm-record")
+    if record is not None:
+        record.write_text(json.dumps(vm_backend.record()))
 
 
 def _tests_kernels(item: pytest.Item) -> bool:
@@ -76,10 +105,21 @@ def _tests_kernels(item: pytest.Item) -> bool:
     )
 
 
-@pytest.fixture(params=["cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The device type whose kernels a test runs on."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` is the device type of a test's tensors; those of the vm lie on the CPU."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["cpu"], ids=[metafunc.config.getoption("--backend")])
+
+
+@pytest.fixture(autouse=True)
+def no_reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the vm, a test fails on whatever the engine reported, also if the op's error was eaten."""
+    if request.config.getoption("--backend") != "vm":
+        yield
+        return
+    vm_backend.start(request.config.getoption("--vm-seed"))
+    yield
+    assert vm_backend.reports() == []
 
 
 @pytest.fixture

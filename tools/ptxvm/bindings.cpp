@@ -80,6 +80,9 @@ PYBIND11_MODULE(ptxvm, m) {
   m.def("counters", [] { return Engine::get().counters.as_map(); });
   m.def("clear_counters", [] { Engine::get().counters = {}; });
   m.def("launches", [] { return Engine::get().launches_of; });
+  m.def("instructions", [] { return Engine::get().instructions; });
+  m.def("known_kernels", [] { return Engine::get().known_kernels; });
+  m.def("readable", &ptxvm::readable);
   m.def("num_regions", [] { return Engine::get().memory.size(); });
   m.def(
       "add_memory",

@@ -34,7 +34,8 @@ std::string what(const Access& access) {
   } else if (access.space == Space::kShared) {
     where = "offset " + std::to_string(static_cast<int64_t>(access.address[lane] - kSharedStart));
     for (const Symbol& symbol : c.program->shared) {
-      if (access.address[lane] + access.size() > symbol.address && access.address[lane] < symbol.address + symbol.size + 64)
+      if (access.address[lane] + access.size() > symbol.address &&
+          access.address[lane] < symbol.address + symbol.size + 64)
         where += ", near " + readable(symbol.name) + " of " + std::to_string(symbol.size) + " bytes at " +
                  std::to_string(symbol.address - kSharedStart);
     }
@@ -227,7 +228,7 @@ void note_write(const Context& c, const Instr* instr, const Access& access, Cell
   cell.write_thread = me;
   cell.write_block = c.block->index;
   cell.read_time = 0;
-  cell.flags = kDefined | (is_strong(access) ? kWriteStrong : 0u);
+  cell.flags = kDefined | (is_strong(access) ? uint32_t{kWriteStrong} : 0u);
 }
 
 Shadow& shadow_of(const Context& c, const Access& access, Region& region) {
@@ -277,7 +278,7 @@ void write_cells(const Context& c, const Instr* instr, Access& access, Shadow& s
         cell->write_time = now;
         cell->write_thread = static_cast<uint16_t>(first_thread + l);
         cell->write_block = c.block->index;
-        cell->flags = kDefined | (is_strong(access) ? kWriteStrong : 0u);
+        cell->flags = kDefined | (is_strong(access) ? uint32_t{kWriteStrong} : 0u);
       } else {
         note_write(c, instr, access, *cell, l, now);
       }
@@ -449,7 +450,7 @@ void finish_async(const Context& c, uint64_t offset, uint32_t bytes, int lane, b
   for (int i = 0; i < count; ++i, ++cell) {
     cell->write_time = c.block->order.clock;
     cell->write_thread = thread_of(c, lane);
-    cell->flags = is_defined ? kDefined : 0u;
+    cell->flags = is_defined ? uint32_t{kDefined} : 0u;
   }
 }
 

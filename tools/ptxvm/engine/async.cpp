@@ -63,9 +63,17 @@ void copy(Context& c, const Instr& in, uint32_t mask) {
   if (c.warp->async == nullptr) c.warp->async = std::make_unique<AsyncState>();
   AsyncState& state = *c.warp->async;
   each_lane(mask, [&](int l) {
-    const uint32_t source_bytes = (whole >> l & 1) ? in.bytes : (some >> l & 1) ? static_cast<uint32_t>(lane_value(c, in.c, l)) : 0;
-    AsyncCopy made{target.address[l], from.address[l], in.bytes, source_bytes, state.committed[static_cast<size_t>(l)], c.pc,
-                   false, 0};
+    const uint32_t source_bytes = (whole >> l & 1)  ? in.bytes
+                                  : (some >> l & 1) ? static_cast<uint32_t>(lane_value(c, in.c, l))
+                                                    : 0;
+    AsyncCopy made{target.address[l],
+                   from.address[l],
+                   in.bytes,
+                   source_bytes,
+                   state.committed[static_cast<size_t>(l)],
+                   c.pc,
+                   false,
+                   0};
     for (uint32_t e = 0; e < target.count; ++e) made.undefined |= (undefined[e] >> l & 1u) << e;
     start_async(c, made.to, made.bytes, l);
     if (c.launch->copies_early) move_bytes(c, made);
@@ -85,8 +93,9 @@ void wait(Context& c, const Instr& in, uint32_t mask) {
   each_lane(mask, [&](int l) {
     auto& copies = state.copies[static_cast<size_t>(l)];
     const uint32_t committed = state.committed[static_cast<size_t>(l)];
-    const uint32_t limit = in.flag ? UINT32_MAX
-                                   : committed > static_cast<uint64_t>(in.imm) ? committed - static_cast<uint32_t>(in.imm) : 0;
+    const uint32_t limit = in.flag                                     ? UINT32_MAX
+                           : committed > static_cast<uint64_t>(in.imm) ? committed - static_cast<uint32_t>(in.imm)
+                                                                       : 0;
     size_t done = 0;
     for (; done < copies.size() && copies[done].group < limit; ++done) {
       AsyncCopy& one = copies[done];

@@ -22,7 +22,8 @@ uint64_t apply(const Instr& in, uint64_t old, uint64_t b, uint64_t e) {
         return as_bits(canonical(as_float(static_cast<uint32_t>(old)) + as_float(static_cast<uint32_t>(b))));
       if (kind == 'f') return as_bits(as_double(old) + as_double(b));
       if (kind == 'h') return to_half(from_half(static_cast<uint16_t>(old)) + from_half(static_cast<uint16_t>(b)));
-      if (kind == 'g') return to_bfloat(from_bfloat(static_cast<uint16_t>(old)) + from_bfloat(static_cast<uint16_t>(b)));
+      if (kind == 'g')
+        return to_bfloat(from_bfloat(static_cast<uint16_t>(old)) + from_bfloat(static_cast<uint16_t>(b)));
       return old + b;
     case kMin: return kind == 's' ? (as_signed(b) < as_signed(old) ? b : old) : (b < old ? b : old);
     case kMax: return kind == 's' ? (as_signed(b) > as_signed(old) ? b : old) : (b > old ? b : old);
@@ -74,11 +75,13 @@ bool decode_atomic(Decoder& d, Instr& in) {
   in.cls = Class::kAtomic;
   in.mode = static_cast<uint8_t>(found);
   in.bytes = static_cast<uint8_t>(t.bytes);
-  in.order = d.has("acq_rel") ? Order::kAcquireRelease
+  in.order = d.has("acq_rel")   ? Order::kAcquireRelease
              : d.has("acquire") ? Order::kAcquire
              : d.has("release") ? Order::kRelease
                                 : Order::kStrong;
-  in.space = d.has("global") ? Space::kGlobal : d.has("shared") || d.has("shared::cta") ? Space::kShared : Space::kGeneric;
+  in.space = d.has("global")                           ? Space::kGlobal
+             : d.has("shared") || d.has("shared::cta") ? Space::kShared
+                                                       : Space::kGeneric;
   in.flag = op == "atom";
   const size_t at = in.flag ? 1 : 0;
   if (in.flag) {

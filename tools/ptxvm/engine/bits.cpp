@@ -163,10 +163,22 @@ void insert_field(Context& c, const Instr& in, uint32_t mask) {
     }
     return r;
   });
-  set_undefined(c, in.d,
-                undefined_lanes(c, in.a) | undefined_lanes(c, in.b) | undefined_lanes(c, in.c) |
-                    undefined_lanes(c, in.list[0]),
-                mask);
+  set_undefined(
+      c, in.d,
+      undefined_lanes(c, in.a) | undefined_lanes(c, in.b) | undefined_lanes(c, in.c) | undefined_lanes(c, in.list[0]),
+      mask);
+}
+
+// bmsk: `b` ones from bit `a` on; flag: both wrap at 32, else they clamp.
+void bit_mask(Context& c, const Instr& in, uint32_t mask) {
+  const uint32_t* a = source<uint32_t>(c, in.a);
+  const uint32_t* b = source<uint32_t>(c, in.b);
+  for_lanes(destination<uint32_t>(c, in.d), mask, [&](int l) {
+    const uint32_t from = in.flag ? a[l] & 31 : (a[l] > 32 ? 32 : a[l]);
+    const uint32_t ones = in.flag ? b[l] & 31 : (b[l] > 32 ? 32 : b[l]);
+    return static_cast<uint32_t>(((uint64_t{1} << ones) - 1) << from);
+  });
+  set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b), mask);
 }
 
 enum Count { kPopulation, kLeadingZeros, kReverse, kFindSigned, kFindUnsigned };
@@ -199,7 +211,7 @@ void count_bits(Context& c, const Instr& in, uint32_t mask) {
 
 template <Logic kLogic>
 Exec logic_of(Type t) {
-  return t.kind == 'p'   ? predicate_logic<kLogic>
+  return t.kind == 'p'  ? predicate_logic<kLogic>
          : t.bytes == 2 ? logic<uint16_t, kLogic>
          : t.bytes == 4 ? logic<uint32_t, kLogic>
                         : logic<uint64_t, kLogic>;
@@ -280,6 +292,14 @@ bool decode_bits(Decoder& d, Instr& in) {
     }
     return true;
   }
+  if (op == "bmsk") {
+    in.d = d.destination(0);
+    in.a = d.source(1, word);
+    in.b = d.source(2, word);
+    in.flag = d.has("wrap");
+    in.run = bit_mask;
+    return true;
+  }
   if (op == "bfe" || op == "bfi") {
     const Type t = d.type();
     in.d = d.destination(0);
@@ -303,8 +323,10 @@ bool decode_bits(Decoder& d, Instr& in) {
     if (op == "popc") in.run = is_word ? count_bits<uint32_t, kPopulation> : count_bits<uint64_t, kPopulation>;
     if (op == "clz") in.run = is_word ? count_bits<uint32_t, kLeadingZeros> : count_bits<uint64_t, kLeadingZeros>;
     if (op == "brev") in.run = is_word ? count_bits<uint32_t, kReverse> : count_bits<uint64_t, kReverse>;
-    if (op == "bfind" && t.kind == 's') in.run = is_word ? count_bits<uint32_t, kFindSigned> : count_bits<uint64_t, kFindSigned>;
-    if (op == "bfind" && t.kind != 's') in.run = is_word ? count_bits<uint32_t, kFindUnsigned> : count_bits<uint64_t, kFindUnsigned>;
+    if (op == "bfind" && t.kind == 's')
+      in.run = is_word ? count_bits<uint32_t, kFindSigned> : count_bits<uint64_t, kFindSigned>;
+    if (op == "bfind" && t.kind != 's')
+      in.run = is_word ? count_bits<uint32_t, kFindUnsigned> : count_bits<uint64_t, kFindUnsigned>;
     return true;
   }
   return false;

@@ -1,5 +1,7 @@
 // What the lanes of a warp do together: shuffles, votes, matches, reductions, barriers of a warp. The scheduler calls
 // these with exactly the lanes that the member mask names.
+#include <cstring>
+
 #include "engine/decoder.h"
 #include "engine/machine.h"
 
@@ -16,16 +18,44 @@ void shuffle(Context& c, const Instr& in, uint32_t mask) {
   uint32_t missing = (undefined_lanes(c, in.b) | undefined_lanes(c, in.list[0])) & mask;
   uint32_t in_range = 0;
   uint32_t result[kLanes];
+  if (in.mode == kButterfly && mask == kAllLanes && in.flag && missing == 0) {  // the same distance in all lanes
+    const int distance = static_cast<int>(b[0] & 31);
+    for (int l = 0; l < kLanes; ++l) result[l] = a[l ^ distance];
+    uint32_t moved = undefined;
+    if (undefined != 0) {
+      moved = 0;
+      for (int l = 0; l < kLanes; ++l) moved |= (undefined >> (l ^ distance) & 1u) << l;
+    }
+    std::memcpy(destination<uint32_t>(c, in.d), result, sizeof result);
+    set_undefined(c, in.d, moved, mask);
+    if (in.list.size() > 1) {
+      set_predicate(c, in.list[1], kAllLanes, mask);
+      set_undefined(c, in.list[1], 0, mask);
+    }
+    return;
+  }
   each_lane(mask, [&](int l) {
     const int lane_bits = static_cast<int>(b[l] & 31), segment = static_cast<int>(clamp[l] >> 8 & 31);
     const int last = (l & segment) | (static_cast<int>(clamp[l] & 31) & ~segment);
     int from = 0;
     bool ok = false;
     switch (in.mode) {
-      case kUp: from = l - lane_bits; ok = from >= last; break;
-      case kDown: from = l + lane_bits; ok = from <= last; break;
-      case kButterfly: from = l ^ lane_bits; ok = from <= last; break;
-      default: from = (l & segment) | (lane_bits & ~segment); ok = from <= last; break;
+      case kUp:
+        from = l - lane_bits;
+        ok = from >= last;
+        break;
+      case kDown:
+        from = l + lane_bits;
+        ok = from <= last;
+        break;
+      case kButterfly:
+        from = l ^ lane_bits;
+        ok = from <= last;
+        break;
+      default:
+        from = (l & segment) | (lane_bits & ~segment);
+        ok = from <= last;
+        break;
     }
     if (!ok) from = l;
     if (ok) in_range |= 1u << l;
@@ -99,7 +129,9 @@ void reduce(Context& c, const Instr& in, uint32_t mask) {
   set_undefined(c, in.d, undefined ? kAllLanes : 0, mask);
 }
 
-void sync_warp(Context& c, const Instr&, uint32_t mask) { c.block->order.meet_lanes(c.warp->order, mask, c.warp->live); }
+void sync_warp(Context& c, const Instr&, uint32_t mask) {
+  c.block->order.meet_lanes(c.warp->order, mask, c.warp->live);
+}
 
 void active_mask(Context& c, const Instr& in, uint32_t mask) {
   uint32_t* d = destination<uint32_t>(c, in.d);
@@ -125,6 +157,8 @@ bool decode_shuffle(Decoder& d, Instr& in) {
   in.list.push_back(d.source(3, word));
   if (results.size() > 1) in.list.push_back(d.predicate(results[1]));
   in.c = d.source(4, word);
+  // Distance and clamp are immediates, and the clamp keeps to the whole warp.
+  in.flag = (in.b.offset & kConstant) != 0 && d.text(3) == "31";
   in.run = shuffle;
   return true;
 }

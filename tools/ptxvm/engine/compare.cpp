@@ -114,9 +114,8 @@ void compare_pair(Context& c, const Instr& in, uint32_t mask) {
     set_undefined(c, in.list[0], undefined, mask);
   } else {
     const uint32_t yes = in.mode2 == 0 ? 0xffffu : in.flag ? 0x3f80u : 0x3c00u;
-    for_lanes(destination<uint32_t>(c, in.d), mask, [&](int l) {
-      return ((part[0] >> l) & 1u ? yes : 0u) | ((part[1] >> l) & 1u ? yes << 16 : 0u);
-    });
+    for_lanes(destination<uint32_t>(c, in.d), mask,
+              [&](int l) { return ((part[0] >> l) & 1u ? yes : 0u) | ((part[1] >> l) & 1u ? yes << 16 : 0u); });
   }
   set_undefined(c, in.d, undefined, mask);
 }
@@ -126,10 +125,11 @@ Exec pick(int relation) {
 #define PTXVM_RELATION(r) \
   case r: return kIsSetp ? set_predicates<T, Load, r> : set_values<T, Load, r>;
   switch (relation) {
-    PTXVM_RELATION(kEq) PTXVM_RELATION(kNe) PTXVM_RELATION(kLt) PTXVM_RELATION(kLe) PTXVM_RELATION(kGt)
-    PTXVM_RELATION(kGe) PTXVM_RELATION(kEqu) PTXVM_RELATION(kNeu) PTXVM_RELATION(kLtu) PTXVM_RELATION(kLeu)
-    PTXVM_RELATION(kGtu) PTXVM_RELATION(kGeu) PTXVM_RELATION(kNum) PTXVM_RELATION(kNan)
-    default: return nullptr;
+    PTXVM_RELATION(kEq)
+    PTXVM_RELATION(kNe)
+    PTXVM_RELATION(kLt) PTXVM_RELATION(kLe) PTXVM_RELATION(kGt) PTXVM_RELATION(kGe) PTXVM_RELATION(kEqu)
+        PTXVM_RELATION(kNeu) PTXVM_RELATION(kLtu) PTXVM_RELATION(kLeu) PTXVM_RELATION(kGtu) PTXVM_RELATION(kGeu)
+            PTXVM_RELATION(kNum) PTXVM_RELATION(kNan) default : return nullptr;
   }
 #undef PTXVM_RELATION
 }
@@ -151,18 +151,26 @@ Exec pick_pair(int relation) {
 template <bool kIsSetp>
 Exec pick_type(Type t, int relation) {
   const bool is_signed = t.kind == 's';
-  if (t.kind == 'f') return t.bytes == 8 ? pick<double, Plain<double>, kIsSetp>(relation) : pick<float, Plain<float>, kIsSetp>(relation);
+  if (t.kind == 'f')
+    return t.bytes == 8 ? pick<double, Plain<double>, kIsSetp>(relation) : pick<float, Plain<float>, kIsSetp>(relation);
   if (t.kind == 'h') return pick<uint16_t, HalfValue, kIsSetp>(relation);
   if (t.kind == 'g') return pick<uint16_t, BFloatValue, kIsSetp>(relation);
   switch (t.bytes) {
-    case 2: return is_signed ? pick<int16_t, Plain<int16_t>, kIsSetp>(relation) : pick<uint16_t, Plain<uint16_t>, kIsSetp>(relation);
-    case 4: return is_signed ? pick<int32_t, Plain<int32_t>, kIsSetp>(relation) : pick<uint32_t, Plain<uint32_t>, kIsSetp>(relation);
-    default: return is_signed ? pick<int64_t, Plain<int64_t>, kIsSetp>(relation) : pick<uint64_t, Plain<uint64_t>, kIsSetp>(relation);
+    case 2:
+      return is_signed ? pick<int16_t, Plain<int16_t>, kIsSetp>(relation)
+                       : pick<uint16_t, Plain<uint16_t>, kIsSetp>(relation);
+    case 4:
+      return is_signed ? pick<int32_t, Plain<int32_t>, kIsSetp>(relation)
+                       : pick<uint32_t, Plain<uint32_t>, kIsSetp>(relation);
+    default:
+      return is_signed ? pick<int64_t, Plain<int64_t>, kIsSetp>(relation)
+                       : pick<uint64_t, Plain<uint64_t>, kIsSetp>(relation);
   }
 }
 
 int relation_named(std::string_view name) {
-  static const char* const kNames[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+  static const char* const kNames[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                       "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
   for (int i = 0; i < 14; ++i) {
     if (name == kNames[i]) return i;
   }

@@ -6,7 +6,9 @@ namespace ptxvm {
 namespace {
 
 void nothing(Context&, const Instr&, uint32_t) {}
-void trap(Context& c, const Instr&, uint32_t mask) { fault(c, "trap", "the kernel stopped itself", __builtin_ctz(mask)); }
+void trap(Context& c, const Instr&, uint32_t mask) {
+  fault(c, "trap", "the kernel stopped itself", __builtin_ctz(mask));
+}
 void failed_assert(Context& c, const Instr&, uint32_t mask) {
   fault(c, "assert", "a device-side assert failed", __builtin_ctz(mask));
 }

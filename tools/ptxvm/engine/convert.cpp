@@ -21,15 +21,17 @@ void integer_to_integer(Context& c, const Instr& in, uint32_t mask) {
   if ((in.mode2 & kSaturate) != 0) {
     each_lane(mask, [&](int l) {
       const uint64_t raw = static_cast<uint64_t>(a[l]) << from;
-      const __int128 value = from_signed ? static_cast<__int128>(static_cast<int64_t>(raw) >> from)
-                                         : static_cast<__int128>(raw >> from);
+      const __int128 value =
+          from_signed ? static_cast<__int128>(static_cast<int64_t>(raw) >> from) : static_cast<__int128>(raw >> from);
       const __int128 top = (static_cast<__int128>(1) << (8 * in.bytes - (to_signed ? 1 : 0))) - 1;
       const __int128 bottom = to_signed ? -top - 1 : 0;
       d[l] = static_cast<D>(value > top ? top : value < bottom ? bottom : value);
     });
   } else {
     const auto convert = [&](auto extend_source, auto extend_target) {
-      for_lanes(d, mask, [&](int l) { return static_cast<D>(extend_target(extend_source(static_cast<uint64_t>(a[l]) << from) << to)); });
+      for_lanes(d, mask, [&](int l) {
+        return static_cast<D>(extend_target(extend_source(static_cast<uint64_t>(a[l]) << from) << to));
+      });
     };
     const auto sign_from = [&](uint64_t x) { return static_cast<uint64_t>(static_cast<int64_t>(x) >> from); };
     const auto zero_from = [&](uint64_t x) { return x >> from; };
@@ -45,8 +47,9 @@ void integer_to_integer(Context& c, const Instr& in, uint32_t mask) {
 
 template <class S>
 Exec integer_from(int d_bytes) {
-  return d_bytes == 2 ? integer_to_integer<uint16_t, S> : d_bytes == 4 ? integer_to_integer<uint32_t, S>
-                                                                        : integer_to_integer<uint64_t, S>;
+  return d_bytes == 2   ? integer_to_integer<uint16_t, S>
+         : d_bytes == 4 ? integer_to_integer<uint32_t, S>
+                        : integer_to_integer<uint64_t, S>;
 }
 
 double rounded(double x, int mode) {
@@ -84,7 +87,10 @@ void real_to_integer(Context& c, const Instr& in, uint32_t mask) {
     if (to_signed) {
       const double limit = std::ldexp(1.0, bits - 1);
       const int64_t top = static_cast<int64_t>((uint64_t{1} << (bits - 1)) - 1);
-      const int64_t v = x != x ? (bits == 64 ? INT64_MIN : 0) : x >= limit ? top : x < -limit ? -top - 1 : static_cast<int64_t>(x);
+      const int64_t v = x != x       ? (bits == 64 ? INT64_MIN : 0)
+                        : x >= limit ? top
+                        : x < -limit ? -top - 1
+                                     : static_cast<int64_t>(x);
       value = static_cast<uint64_t>(v);
     } else {
       const double limit = std::ldexp(1.0, bits);
@@ -99,8 +105,13 @@ void real_to_integer(Context& c, const Instr& in, uint32_t mask) {
 void store_real(const Context& c, const Instr& in, char kind, int lane, double value, float single) {
   switch (kind) {
     case 'd': destination<double>(c, in.d)[lane] = value; break;
-    case 'h': destination<uint16_t>(c, in.d)[lane] = in.mode == kZero ? to_half_rz(static_cast<float>(value)) : to_half(value); break;
-    case 'g': destination<uint16_t>(c, in.d)[lane] = in.mode == kZero ? to_bfloat_rz(static_cast<float>(value)) : to_bfloat(value); break;
+    case 'h':
+      destination<uint16_t>(c, in.d)[lane] = in.mode == kZero ? to_half_rz(static_cast<float>(value)) : to_half(value);
+      break;
+    case 'g':
+      destination<uint16_t>(c, in.d)[lane] =
+          in.mode == kZero ? to_bfloat_rz(static_cast<float>(value)) : to_bfloat(value);
+      break;
     default: destination<float>(c, in.d)[lane] = single;
   }
 }
@@ -210,11 +221,14 @@ bool decode_convert(Decoder& d, Instr& in) {
   if (d.parts[0] != "cvt") return false;
   const Type from = d.type(), to = d.type(1);
   in.cls = is_real(from) || is_real(to) ? Class::kFloat : Class::kInteger;
-  in.mode = d.has("rz") || d.has("rzi") ? kZero : d.has("rm") || d.has("rmi") ? kDown : d.has("rp") || d.has("rpi") ? kUp : kNearest;
+  in.mode = d.has("rz") || d.has("rzi")   ? kZero
+            : d.has("rm") || d.has("rmi") ? kDown
+            : d.has("rp") || d.has("rpi") ? kUp
+                                          : kNearest;
   const bool to_integer = d.has("rni") || d.has("rzi") || d.has("rmi") || d.has("rpi");
-  in.mode2 = static_cast<uint8_t>((d.has("sat") ? kSaturate : 0) | (d.has("ftz") ? kFlush : 0) | (d.has("relu") ? kRelu : 0) |
-                                  (to_integer ? kToInteger : 0) | (to.kind == 's' ? kSigned : 0) |
-                                  (from.kind == 's' ? kFromSigned : 0));
+  in.mode2 = static_cast<uint8_t>((d.has("sat") ? kSaturate : 0) | (d.has("ftz") ? kFlush : 0) |
+                                  (d.has("relu") ? kRelu : 0) | (to_integer ? kToInteger : 0) |
+                                  (to.kind == 's' ? kSigned : 0) | (from.kind == 's' ? kFromSigned : 0));
   in.imm = real_kind(from) | static_cast<int64_t>(real_kind(to)) << 8;
   in.bytes = static_cast<uint8_t>(to.bytes);
   in.count = static_cast<uint8_t>(from.bytes);
@@ -251,7 +265,7 @@ bool decode_convert(Decoder& d, Instr& in) {
     const bool is_word = from.kind == 's' && from.bytes == 4 && to.kind == 'f' && to.bytes == 4 && in.mode == kNearest;
     in.run = is_word ? signed_word_to_float : integer_to_real;
   } else {
-    in.run = in.a.bytes == 2 ? integer_from<uint16_t>(in.d.bytes)
+    in.run = in.a.bytes == 2   ? integer_from<uint16_t>(in.d.bytes)
              : in.a.bytes == 4 ? integer_from<uint32_t>(in.d.bytes)
                                : integer_from<uint64_t>(in.d.bytes);
   }

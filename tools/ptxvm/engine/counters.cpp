@@ -7,9 +7,10 @@ namespace {
 
 constexpr uint64_t kSectorBytes = 32;
 constexpr int kBanks = 32;
-constexpr const char* kClassNames[] = {
-    "integer", "float", "double", "half", "special", "move", "control", "load_global", "store_global", "load_shared",
-    "store_shared", "other_memory", "atomic", "async_copy", "barrier", "collective", "matrix", "load_matrix"};
+constexpr const char* kClassNames[] = {"integer",      "float",        "double",      "half",         "special",
+                                       "move",         "control",      "load_global", "store_global", "load_shared",
+                                       "store_shared", "other_memory", "atomic",      "async_copy",   "barrier",
+                                       "collective",   "matrix",       "load_matrix"};
 static_assert(sizeof kClassNames / sizeof *kClassNames == static_cast<size_t>(Class::kCount), "a name per class");
 
 }  // namespace

@@ -17,18 +17,36 @@ struct SpecialName {
   int bytes;
 };
 constexpr SpecialName kSpecials[] = {
-    {"%tid.x", Special::kTidX, 4},       {"%tid.y", Special::kTidY, 4},       {"%tid.z", Special::kTidZ, 4},
-    {"%ntid.x", Special::kNtidX, 4},     {"%ntid.y", Special::kNtidY, 4},     {"%ntid.z", Special::kNtidZ, 4},
-    {"%ctaid.x", Special::kCtaX, 4},     {"%ctaid.y", Special::kCtaY, 4},     {"%ctaid.z", Special::kCtaZ, 4},
-    {"%nctaid.x", Special::kNctaX, 4},   {"%nctaid.y", Special::kNctaY, 4},   {"%nctaid.z", Special::kNctaZ, 4},
-    {"%laneid", Special::kLaneId, 4},    {"%warpid", Special::kWarpId, 4},    {"%nwarpid", Special::kNwarpId, 4},
-    {"%lanemask_eq", Special::kLaneEq, 4}, {"%lanemask_lt", Special::kLaneLt, 4}, {"%lanemask_le", Special::kLaneLe, 4},
-    {"%lanemask_gt", Special::kLaneGt, 4}, {"%lanemask_ge", Special::kLaneGe, 4}, {"%smid", Special::kSmId, 4},
-    {"%nsmid", Special::kNsmId, 4},      {"%gridid", Special::kGridId, 8},
-    {"%dynamic_smem_size", Special::kDynamicShared, 4}, {"%total_smem_size", Special::kTotalShared, 4},
+    {"%tid.x", Special::kTidX, 4},
+    {"%tid.y", Special::kTidY, 4},
+    {"%tid.z", Special::kTidZ, 4},
+    {"%ntid.x", Special::kNtidX, 4},
+    {"%ntid.y", Special::kNtidY, 4},
+    {"%ntid.z", Special::kNtidZ, 4},
+    {"%ctaid.x", Special::kCtaX, 4},
+    {"%ctaid.y", Special::kCtaY, 4},
+    {"%ctaid.z", Special::kCtaZ, 4},
+    {"%nctaid.x", Special::kNctaX, 4},
+    {"%nctaid.y", Special::kNctaY, 4},
+    {"%nctaid.z", Special::kNctaZ, 4},
+    {"%laneid", Special::kLaneId, 4},
+    {"%warpid", Special::kWarpId, 4},
+    {"%nwarpid", Special::kNwarpId, 4},
+    {"%lanemask_eq", Special::kLaneEq, 4},
+    {"%lanemask_lt", Special::kLaneLt, 4},
+    {"%lanemask_le", Special::kLaneLe, 4},
+    {"%lanemask_gt", Special::kLaneGt, 4},
+    {"%lanemask_ge", Special::kLaneGe, 4},
+    {"%smid", Special::kSmId, 4},
+    {"%nsmid", Special::kNsmId, 4},
+    {"%gridid", Special::kGridId, 8},
+    {"%dynamic_smem_size", Special::kDynamicShared, 4},
+    {"%total_smem_size", Special::kTotalShared, 4},
     {"dynamic shared memory", Special::kDynamicStart, 8},
     {"dynamic shared memory, 32 bits", Special::kDynamicStart, 4},
-    {"%clock", Special::kClock, 4},      {"%clock64", Special::kClock64, 8},  {"%globaltimer", Special::kGlobalTimer, 8},
+    {"%clock", Special::kClock, 4},
+    {"%clock64", Special::kClock64, 8},
+    {"%globaltimer", Special::kGlobalTimer, 8},
 };
 
 uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * to; }
@@ -231,8 +249,9 @@ void Decoder::declare_registers(std::string_view text) {
   if (bytes < 0 || bytes == 16) fail("registers of this type");
   for (std::string_view name : split(text.substr(space), ',')) {
     const size_t open = name.find('<');
-    const uint32_t count =
-        open == std::string_view::npos ? 0 : static_cast<uint32_t>(std::atoi(std::string(name.substr(open + 1)).c_str()));
+    const uint32_t count = open == std::string_view::npos
+                               ? 0
+                               : static_cast<uint32_t>(std::atoi(std::string(name.substr(open + 1)).c_str()));
     const uint32_t number = count == 0 ? 1 : count;
     // Bytes are held in registers of 16 bits.
     const uint8_t width = static_cast<uint8_t>(bytes == 1 ? 2 : bytes);

@@ -70,8 +70,37 @@ void multiply_add(Context& c, const Instr& in, uint32_t mask) {
   set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b) | undefined_lanes(c, in.c), mask);
 }
 
-// The same in another rounding mode. The values pass through volatile variables: the compiler must not move the
-// arithmetic out of the mode.
+// The same in another rounding mode. float32: the exact result as a double, then rounded in the direction.
+template <Op kOp>
+void binary_directed(Context& c, const Instr& in, uint32_t mask) {
+  const float* a = source<float>(c, in.a);
+  const float* b = source<float>(c, in.b);
+  const Rounding mode = static_cast<Rounding>(in.mode);
+  const bool saturate = in.flag;
+  for_lanes(destination<float>(c, in.d), mask, [&](int l) {
+    const double x = a[l], y = b[l];
+    const double exact = kOp == kMul ? x * y : add_to_odd(x, kOp == kSub ? -y : y);
+    if (exact == 0 && mode == kDown && kOp != kMul && x != 0) return -0.0f;  // what cancels is -0 downward
+    return out_value<float, false>(directed(exact, mode), saturate);
+  });
+  set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b), mask);
+}
+void multiply_add_directed(Context& c, const Instr& in, uint32_t mask) {
+  const float* a = source<float>(c, in.a);
+  const float* b = source<float>(c, in.b);
+  const float* e = source<float>(c, in.c);
+  const Rounding mode = static_cast<Rounding>(in.mode);
+  const bool flush = in.mode2 != 0, saturate = in.flag;
+  for_lanes(destination<float>(c, in.d), mask, [&](int l) {
+    const auto value = [&](float x) { return static_cast<double>(flush ? flushed(x) : x); };
+    const double exact = add_to_odd(value(a[l]) * value(b[l]), value(e[l]));
+    const float r = exact == 0 && mode == kDown && value(e[l]) != 0 ? -0.0f : directed(exact, mode);
+    return flush ? out_value<float, true>(r, saturate) : out_value<float, false>(r, saturate);
+  });
+  set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b) | undefined_lanes(c, in.c), mask);
+}
+
+// In hardware's own mode. The values pass through volatile variables: the compiler must not move the arithmetic.
 template <class T, Op kOp>
 void binary_rounded(Context& c, const Instr& in, uint32_t mask) {
   const T* a = source<T>(c, in.a);
@@ -85,27 +114,21 @@ void binary_rounded(Context& c, const Instr& in, uint32_t mask) {
   });
   set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b), mask);
 }
-template <class T>
-__attribute__((noinline)) void fma_lanes(T* d, const T* a, const T* b, const T* e) {
-  for (int l = 0; l < kLanes; ++l) d[l] = std::fma(a[l], b[l], e[l]);
-}
-template <class T>
 void multiply_add_rounded(Context& c, const Instr& in, uint32_t mask) {
-  alignas(64) T result[kLanes];
-  {
-    const RoundingMode mode(static_cast<Rounding>(in.mode));
-    fma_lanes(result, source<T>(c, in.a), source<T>(c, in.b), source<T>(c, in.c));
-  }
-  const bool flush = in.mode2 != 0, saturate = in.flag;
-  for_lanes(destination<T>(c, in.d), mask, [&](int l) {
-    return flush ? out_value<T, true>(result[l], saturate) : out_value<T, false>(result[l], saturate);
+  const double* a = source<double>(c, in.a);
+  const double* b = source<double>(c, in.b);
+  const double* e = source<double>(c, in.c);
+  double* d = destination<double>(c, in.d);
+  const RoundingMode mode(static_cast<Rounding>(in.mode));
+  each_lane(mask, [&](int l) {
+    volatile double x = a[l], y = b[l], z = e[l];
+    volatile double r = std::fma(x, y, z);
+    d[l] = r;
   });
   set_undefined(c, in.d, undefined_lanes(c, in.a) | undefined_lanes(c, in.b) | undefined_lanes(c, in.c), mask);
 }
 
 enum Fn { kAbs, kNeg, kRcp, kSqrt, kRsqrt, kEx2, kLg2, kSin, kCos, kTanh };
-
-inline float exp2_of(float x) { return static_cast<float>(std::exp2(static_cast<double>(x))); }
 
 template <class T, Fn kFn>
 inline T evaluate(T x) {
@@ -116,7 +139,7 @@ inline T evaluate(T x) {
     case kRcp: return static_cast<T>(T{1} / x);
     case kSqrt: return std::sqrt(x);
     case kRsqrt: return static_cast<T>(1.0 / std::sqrt(wide));
-    case kEx2: return static_cast<T>(std::exp2(wide));
+    case kEx2: return static_cast<T>(exp2_of(wide));
     case kLg2: return static_cast<T>(std::log2(wide));
     case kSin: return static_cast<T>(std::sin(wide));
     case kCos: return static_cast<T>(std::cos(wide));
@@ -167,7 +190,8 @@ Exec binary_of(Type t, bool flush) {
 }
 template <Op kOp>
 Exec rounded_of(Type t) {
-  return t.bytes == 8 ? binary_rounded<double, kOp> : binary_rounded<float, kOp>;
+  if (t.bytes == 8) return binary_rounded<double, kOp>;
+  return kOp == kDiv ? binary_rounded<float, kOp> : binary_directed<kOp>;
 }
 template <Fn kFn>
 Exec unary_of(Type t, bool flush) {
@@ -211,7 +235,8 @@ bool decode_unary(Decoder& d, Instr& in, Type t, bool flush) {
 
 bool decode_float(Decoder& d, Instr& in) {
   const std::string_view op = d.parts[0];
-  static const char* const kUnary[] = {"abs", "neg", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "testp"};
+  static const char* const kUnary[] = {"abs", "neg", "rcp", "sqrt", "rsqrt", "ex2",
+                                       "lg2", "sin", "cos", "tanh", "testp"};
   static const char* const kOther[] = {"add", "sub", "mul", "div", "min", "max", "fma", "mad", "copysign"};
   bool is_unary = false, is_other = false;
   for (const char* name : kUnary) is_unary = is_unary || op == name;
@@ -232,7 +257,7 @@ bool decode_float(Decoder& d, Instr& in) {
   if (op == "fma" || op == "mad") {
     in.c = d.source(3, t);
     if (rounding != kNearest) {
-      in.run = t.bytes == 8 ? multiply_add_rounded<double> : multiply_add_rounded<float>;
+      in.run = t.bytes == 8 ? multiply_add_rounded : multiply_add_directed;
     } else if (t.bytes == 8) {
       in.run = multiply_add<double, false>;
     } else {

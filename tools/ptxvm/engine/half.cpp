@@ -104,7 +104,8 @@ bool decode_half(Decoder& d, Instr& in) {
   if (!is_mine) return false;
   const Type t = d.type();
   if (t.kind != 'h' && t.kind != 'g') return false;
-  if (d.has("sat") || d.has("oob") || d.has("xorsign") || (d.has("ftz") && d.parts[0] != "ex2")) d.fail("not implemented");
+  if (d.has("sat") || d.has("oob") || d.has("xorsign") || (d.has("ftz") && d.parts[0] != "ex2"))
+    d.fail("not implemented");
   in.cls = Class::kHalf;
   in.d = d.destination(0);
   in.a = d.source(1, t);

@@ -238,8 +238,8 @@ bool decode_carry(Decoder& d, Instr& in, Type t) {
 
 bool decode_integer(Decoder& d, Instr& in) {
   const std::string_view op = d.parts[0];
-  static const char* const kOps[] = {"add", "sub", "mul", "mad", "div", "rem", "min", "max", "abs", "neg",
-                                     "sad", "addc", "subc", "madc", "mul24", "mad24"};
+  static const char* const kOps[] = {"add", "sub", "mul", "mad",  "div",  "rem",  "min",   "max",
+                                     "abs", "neg", "sad", "addc", "subc", "madc", "mul24", "mad24"};
   bool is_mine = false;
   for (const char* name : kOps) is_mine = is_mine || op == name;
   if (!is_mine) return false;
@@ -266,8 +266,8 @@ bool decode_integer(Decoder& d, Instr& in) {
     } else if (t.kind == 's') {
       in.run = t.bytes == 2 ? ternary<int32_t, int16_t, MadWide<int16_t>> : ternary<int64_t, int32_t, MadWide<int32_t>>;
     } else {
-      in.run =
-          t.bytes == 2 ? ternary<uint32_t, uint16_t, MadWide<uint16_t>> : ternary<uint64_t, uint32_t, MadWide<uint32_t>>;
+      in.run = t.bytes == 2 ? ternary<uint32_t, uint16_t, MadWide<uint16_t>>
+                            : ternary<uint64_t, uint32_t, MadWide<uint32_t>>;
     }
     return true;
   }

@@ -42,8 +42,8 @@ std::string describe_thread(const Context& c, int thread) {
 }
 
 void fault(const Context& c, const char* kind, const std::string& what, int lane) {
-  std::string text = std::string(kind) + ": " + what + "; " + readable(c.program->name) + ", block " +
-                     std::to_string(c.block->index);
+  std::string text =
+      std::string(kind) + ": " + what + "; " + readable(c.program->name) + ", block " + std::to_string(c.block->index);
   if (lane >= 0) {
     text += ", " + describe_thread(c, c.warp->index * kLanes + lane);
   } else {
@@ -55,6 +55,7 @@ void fault(const Context& c, const char* kind, const std::string& what, int lane
 
 std::string run_launch(Engine& engine, Module& module, const Program& program, Dim3 grid, Dim3 block,
                        std::vector<uint8_t> params, uint32_t dynamic_shared) {
+  module.add_memory(engine.memory);
   Launch launch;
   launch.engine = &engine;
   launch.module = &module;
@@ -82,7 +83,7 @@ std::string run_launch(Engine& engine, Module& module, const Program& program, D
     engine.reports.push_back(report);
   }
   engine.counters.add(launch.counters);
-  engine.counters.lane_instructions += 0;
+  engine.instructions += launch.instructions;
   ++engine.launches_of[program.name];
   return report;
 }

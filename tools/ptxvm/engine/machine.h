@@ -43,14 +43,40 @@ struct AsyncState {
   std::array<uint32_t, kLanes> committed{};  // groups
 };
 
+// Memory that outlives blocks and launches: fresh memory costs page faults.
+struct Buffer {
+  std::unique_ptr<uint8_t[]> memory;
+  size_t bytes = 0;
+};
+class BufferPool {
+ public:
+  Buffer take(size_t bytes) {
+    for (size_t i = free_.size(); i-- > 0;) {
+      if (free_[i].bytes < bytes) continue;
+      Buffer found = std::move(free_[i]);
+      free_.erase(free_.begin() + static_cast<long>(i));
+      return found;
+    }
+    if (!free_.empty()) free_.erase(free_.begin());  // all are too small: let the oldest go
+    return {std::unique_ptr<uint8_t[]>(new uint8_t[bytes]), bytes};
+  }
+  void give(Buffer buffer) {
+    if (buffer.memory != nullptr) free_.push_back(std::move(buffer));
+  }
+
+ private:
+  std::vector<Buffer> free_;
+};
+
 struct Warp {
   enum State : uint8_t { kReady, kAtBarrier, kDone };
   int index = 0;
   State state = kReady;
-  uint32_t live = 0;  // lanes that have not exited
+  uint32_t all = 0;   // lanes that exist
+  uint32_t live = 0;  // those that have not exited
   std::vector<Fragment> fragments;
   uint8_t* registers = nullptr;
-  std::vector<uint8_t> storage;
+  Buffer storage;
   std::vector<uint32_t> undefined;
   std::vector<uint32_t> predicates;
   std::vector<uint8_t> local;          // local_bytes a lane
@@ -77,10 +103,10 @@ struct Block {
   uint32_t index = 0;  // linear
   uint32_t x = 0, y = 0, z = 0;
   std::vector<std::unique_ptr<Warp>> warps;
-  int num_live = 0;     // warps not done
+  int num_live = 0;  // warps not done
   int num_exited_threads = 0;
   uint32_t num_threads = 0;
-  std::vector<uint8_t> shared_storage;
+  Buffer shared_storage;
   uint8_t* shared = nullptr;  // address of offset 0
   Shadow shared_shadow;
   std::array<Barrier, 16> barriers;
@@ -102,11 +128,14 @@ struct Options {
 // Everything that is left of launches once they are over.
 struct Engine {
   GlobalMemory memory;
+  BufferPool buffers;
   Options options;
   Counters counters;
   std::vector<std::string> reports;
   uint64_t num_launches = 0;
+  uint64_t instructions = 0;                              // of warps, in all launches
   std::unordered_map<std::string, uint64_t> launches_of;  // by kernel
+  std::vector<std::string> known_kernels;                 // of fat binaries
   static Engine& get();
 };
 
@@ -161,8 +190,8 @@ std::string run_launch(Engine& engine, Module& module, const Program& program, D
 
 template <class T>
 inline const T* source(const Context& c, Operand o) {
-  return reinterpret_cast<const T*>((o.offset & kConstant ? c.constants + (o.offset & ~kConstant)
-                                                          : c.registers + o.offset));
+  return reinterpret_cast<const T*>(
+      (o.offset & kConstant ? c.constants + (o.offset & ~kConstant) : c.registers + o.offset));
 }
 template <class T>
 inline T* destination(const Context& c, Operand o) {

@@ -34,7 +34,9 @@ float half_element(const Instr& in, uint32_t packed, int high) {
 float tf32_element(uint32_t bits) { return as_float(bits & 0xffffe000u); }
 
 // list: d, a, b, c in order; imm: k; mode: type of A and B; flag: C and D are float16.
-int num_a(const Instr& in) { return in.mode == kDouble ? 1 : in.mode == kTf32 ? (in.imm == 8 ? 4 : 2) : (in.imm == 16 ? 4 : 2); }
+int num_a(const Instr& in) {
+  return in.mode == kDouble ? 1 : in.mode == kTf32 ? (in.imm == 8 ? 4 : 2) : (in.imm == 16 ? 4 : 2);
+}
 int num_b(const Instr& in) { return in.mode == kDouble ? 1 : num_a(in) / 2; }
 int num_c(const Instr& in) { return in.flag || in.mode == kDouble ? 2 : 4; }
 int rows_of(const Instr& in) { return in.mode == kDouble ? 8 : kM; }
@@ -198,7 +200,8 @@ bool decode_mma(Decoder& d, Instr& in) {
     const std::vector<std::string_view> members = d.members(i);
     if (static_cast<int>(members.size()) != wanted[i]) d.fail("not as many registers as the shape needs");
     for (std::string_view member : members)
-      in.list.push_back(i == 0 ? d.destination(member) : d.source(member, in.mode == kDouble ? a_type : Type{'b', 4, false}));
+      in.list.push_back(i == 0 ? d.destination(member)
+                               : d.source(member, in.mode == kDouble ? a_type : Type{'b', 4, false}));
   }
   return true;
 }

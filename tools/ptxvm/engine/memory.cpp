@@ -21,7 +21,8 @@ Region* GlobalMemory::exact(const void* base, uint64_t bytes) {
   return nullptr;
 }
 
-Region* GlobalMemory::add(const void* base, uint64_t bytes, bool is_writable, bool is_defined, const std::string& what) {
+Region* GlobalMemory::add(const void* base, uint64_t bytes, bool is_writable, bool is_defined,
+                          const std::string& what) {
   if (Region* known = exact(base, bytes)) {
     ++known->users;
     if (is_writable && !known->is_writable) {

@@ -39,6 +39,20 @@ CopyIn copy_in_of(int bytes, int register_bytes) {
   }
 }
 
+template <int kBytes>
+void copy_out(const Context& c, const Operand& value, const Access& access, uint32_t element) {
+  // The low bytes of a register of any width.
+  const uint8_t* from = source<uint8_t>(c, value);
+  const uint32_t step = value.bytes;
+  each_lane(access.mask, [&](int l) {
+    std::memcpy(access.at[l] + element * kBytes, from + static_cast<uint32_t>(l) * step, kBytes);
+  });
+}
+using CopyOut = void (*)(const Context&, const Operand&, const Access&, uint32_t);
+CopyOut copy_out_of(int bytes) {
+  return bytes == 1 ? copy_out<1> : bytes == 2 ? copy_out<2> : bytes == 4 ? copy_out<4> : copy_out<8>;
+}
+
 void check_not_written(const Context& c, const Access& access) {
   GlobalMemory& memory = c.launch->engine->memory;
   each_lane(access.mask, [&](int l) {
@@ -49,8 +63,8 @@ void check_not_written(const Context& c, const Access& access) {
     const Cell* cell = region->shadow.at(access.address[l], access.size(), &count);
     for (int i = 0; i < count; ++i) {
       if (cell[i].write_time != 0)
-        fault(c, "read-only load", "ld.global.nc reads memory that this launch writes, at " +
-              memory.describe(access.address[l]), l);
+        fault(c, "read-only load",
+              "ld.global.nc reads memory that this launch writes, at " + memory.describe(access.address[l]), l);
     }
   });
 }
@@ -84,20 +98,18 @@ void store(Context& c, const Instr& in, uint32_t mask) {
     uint32_t any = 0;
     for (uint32_t e = 0; e < in.count; ++e) any |= undefined[e] = undefined_lanes(c, in.list[e]) & part.mask;
     if (any != 0 && part.space == Space::kGlobal)
-      fault(c, "undefined value", "an undefined value is stored to global memory at " +
-            c.launch->engine->memory.describe(part.address[__builtin_ctz(any)]), __builtin_ctz(any));
+      fault(c, "undefined value",
+            "an undefined value is stored to global memory at " +
+                c.launch->engine->memory.describe(part.address[__builtin_ctz(any)]),
+            __builtin_ctz(any));
     track_write(c, in, part);
     if (part.space == Space::kParam || part.space == Space::kConst) fault(c, "bad store", "a store to this space");
-    for (uint32_t e = 0; e < in.count; ++e) {
-      each_lane(part.mask, [&](int l) {
-        const uint64_t value = lane_value(c, in.list[e], l);
-        std::memcpy(part.at[l] + e * in.bytes, &value, in.bytes);
-      });
-    }
+    for (uint32_t e = 0; e < in.count; ++e) copy_out_of(in.bytes)(c, in.list[e], part, e);
     if (part.space == Space::kLocal) {
       each_lane(part.mask, [&](int l) {
         uint8_t* defined = c.warp->local_defined.data() + (part.at[l] - c.warp->local.data());
-        for (uint32_t e = 0; e < in.count; ++e) std::memset(defined + e * in.bytes, (undefined[e] >> l & 1) ? 0 : 1, in.bytes);
+        for (uint32_t e = 0; e < in.count; ++e)
+          std::memset(defined + e * in.bytes, (undefined[e] >> l & 1) ? 0 : 1, in.bytes);
       });
     } else if (any != 0) {  // shared memory takes over that a value is undefined
       for (uint32_t e = 0; e < in.count; ++e) {

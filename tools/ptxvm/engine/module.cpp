@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "engine/decoder.h"
+#include "engine/memory.h"
 #include "engine/text.h"
 
 namespace ptxvm {
@@ -135,7 +136,8 @@ Module::Module(std::string text) : text_(std::move(text)) {
           size_t name = head.find(".entry") + 6;
           while (std::isspace(static_cast<unsigned char>(head[name]))) ++name;
           size_t stop = name;
-          while (stop < head.size() && head[stop] != '(' && !std::isspace(static_cast<unsigned char>(head[stop]))) ++stop;
+          while (stop < head.size() && head[stop] != '(' && !std::isspace(static_cast<unsigned char>(head[stop])))
+            ++stop;
           spans_[std::string(head.substr(name, stop - name))] = {at, close + 1};
         }
         end = close + 1;
@@ -218,13 +220,27 @@ const std::string& Module::file(uint32_t index) const {
   return found == files_.end() ? kUnknown : found->second;
 }
 
+void Module::add_memory(GlobalMemory& memory) {
+  if (memory_ != nullptr) return;
+  memory_ = &memory;
+  for (const auto& entry : variables_) {
+    const Variable& variable = *entry.second;
+    memory.add(variable.address, variable.size, variable.space == Space::kGlobal, true, "variable " + variable.name);
+  }
+}
+
+Module::~Module() {
+  if (memory_ == nullptr) return;
+  for (const auto& entry : variables_) memory_->remove(entry.second->address, entry.second->size);
+}
+
 const Program* Module::kernel(const std::string& name) {
   auto& program = programs_[name];
   if (program == nullptr) {
     const auto span = spans_.find(name);
     if (span == spans_.end()) return nullptr;
-    program = decode_kernel(*this, name,
-                            std::string_view(text_).substr(span->second.first, span->second.second - span->second.first));
+    program = decode_kernel(
+        *this, name, std::string_view(text_).substr(span->second.first, span->second.second - span->second.first));
   }
   return program.get();
 }
@@ -235,7 +251,8 @@ std::string readable(const std::string& mangled) {
   std::string name = status == 0 ? text : mangled;
   std::free(text);
   for (const char* noise : {"(anonymous namespace)::", "fastmoe_route::cuda::", "fastmoe_route::"}) {
-    for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, std::strlen(noise));
+    for (size_t at = name.find(noise); at != std::string::npos; at = name.find(noise))
+      name.erase(at, std::strlen(noise));
   }
   // Without the parameters, which start at the last top-level parenthesis.
   int depth = 0;

@@ -10,11 +10,12 @@
 
 namespace ptxvm {
 
+class GlobalMemory;
+
 struct Variable {
   std::string name;
   Space space;
   uint64_t size = 0;
-  std::vector<uint8_t> memory;  // of this size, aligned inside `storage`
   std::unique_ptr<uint8_t[]> storage;
   uint8_t* address = nullptr;
 };
@@ -29,6 +30,9 @@ class Module {
   const Variable* variable(const std::string& name) const;
   std::vector<std::string> kernel_names() const;
   const std::string& file(uint32_t index) const;
+  // Makes the module's variables memory of the device, once; the destructor takes them away.
+  void add_memory(GlobalMemory& memory);
+  ~Module();
 
  private:
   friend class Decoder;
@@ -40,6 +44,7 @@ class Module {
   std::unordered_map<std::string, std::unique_ptr<Variable>> variables_;
   std::unordered_map<std::string, bool> dynamic_shared_;  // extern .shared arrays of the module
   std::unordered_map<uint32_t, std::string> files_;
+  GlobalMemory* memory_ = nullptr;
 };
 
 struct DecodeError {

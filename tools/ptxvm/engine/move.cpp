@@ -32,11 +32,13 @@ void pack(Context& c, const Instr& in, uint32_t mask) {
   if (in.list.size() == 2 && in.d.bytes == 4) {
     const uint16_t* low = source<uint16_t>(c, in.list[0]);
     const uint16_t* high = source<uint16_t>(c, in.list[1]);
-    for_lanes(destination<uint32_t>(c, in.d), mask, [&](int l) { return low[l] | static_cast<uint32_t>(high[l]) << 16; });
+    for_lanes(destination<uint32_t>(c, in.d), mask,
+              [&](int l) { return low[l] | static_cast<uint32_t>(high[l]) << 16; });
   } else if (in.list.size() == 2 && in.d.bytes == 8) {
     const uint32_t* low = source<uint32_t>(c, in.list[0]);
     const uint32_t* high = source<uint32_t>(c, in.list[1]);
-    for_lanes(destination<uint64_t>(c, in.d), mask, [&](int l) { return low[l] | static_cast<uint64_t>(high[l]) << 32; });
+    for_lanes(destination<uint64_t>(c, in.d), mask,
+              [&](int l) { return low[l] | static_cast<uint64_t>(high[l]) << 32; });
   } else {
     const int bits = 8 * in.d.bytes / static_cast<int>(in.list.size());
     each_lane(mask, [&](int l) {
@@ -175,7 +177,9 @@ bool decode_move(Decoder& d, Instr& in) {
     in.b = d.source(2, t);
     in.c = d.source(3, by);
     in.flag = by.kind == 'f';
-    in.run = t.bytes == 2 ? select_by_sign<uint16_t> : t.bytes == 4 ? select_by_sign<uint32_t> : select_by_sign<uint64_t>;
+    in.run = t.bytes == 2   ? select_by_sign<uint16_t>
+             : t.bytes == 4 ? select_by_sign<uint32_t>
+                            : select_by_sign<uint64_t>;
     return true;
   }
   if (op == "cvta") {

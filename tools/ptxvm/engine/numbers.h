@@ -66,7 +66,9 @@ inline uint16_t to_half(float value) {
   return bits;
 }
 // Toward zero, to infinity kept: for cvt.rz.
-inline uint16_t to_bfloat_rz(float value) { return value != value ? kNaN16 : static_cast<uint16_t>(as_bits(value) >> 16); }
+inline uint16_t to_bfloat_rz(float value) {
+  return value != value ? kNaN16 : static_cast<uint16_t>(as_bits(value) >> 16);
+}
 inline uint16_t to_half_rz(float value) {
   if (value != value) return kNaN16;
   uint16_t bits = to_half(value);
@@ -107,6 +109,42 @@ inline uint16_t to_half(double value) {
   uint16_t bits;
   std::memcpy(&bits, &half, 2);
   return bits;
+}
+
+// A double that has its last bit set where it stands for more, as a float rounded in a direction.
+inline float directed(double exact, Rounding mode) {
+  const float nearest = static_cast<float>(exact);
+  const double back = static_cast<double>(nearest);
+  const bool is_negative = std::signbit(exact);
+  const bool down = mode == kDown || (mode == kZero && !is_negative),
+             up = mode == kUp || (mode == kZero && is_negative);
+  uint32_t bits = as_bits(nearest);
+  if (down && back > exact) bits = nearest > 0 ? bits - 1 : nearest < 0 ? bits + 1 : 0x80000001u;
+  if (up && back < exact) bits = nearest < 0 ? bits - 1 : nearest > 0 ? bits + 1 : 1u;
+  return as_float(bits);
+}
+
+// 2^x for a float's range, correct to about 2^-50: |x - n| <= 1/2, then the series of e^(y ln 2).
+inline double exp2_of(double x) {
+  const double bounded = x > 400.0 ? 400.0 : x < -400.0 ? -400.0 : x;
+  const double n = std::nearbyint(bounded);
+  const double y = (bounded - n) * 0.693147180559945309417;
+  double p = 1.0 / 479001600.0;
+  p = p * y + 1.0 / 39916800.0;
+  p = p * y + 1.0 / 3628800.0;
+  p = p * y + 1.0 / 362880.0;
+  p = p * y + 1.0 / 40320.0;
+  p = p * y + 1.0 / 5040.0;
+  p = p * y + 1.0 / 720.0;
+  p = p * y + 1.0 / 120.0;
+  p = p * y + 1.0 / 24.0;
+  p = p * y + 1.0 / 6.0;
+  p = p * y + 0.5;
+  p = p * y + 1.0;
+  p = p * y + 1.0;
+  const int64_t exponent = static_cast<int64_t>(n);  // of a NaN: anything
+  const double scaled = p * as_double(static_cast<uint64_t>(exponent + 1023) << 52);
+  return x == x ? scaled : x;
 }
 
 struct RoundingMode {

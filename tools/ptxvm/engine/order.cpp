@@ -88,8 +88,8 @@ KnowledgePtr BlockOrder::published(uint32_t block, uint16_t thread) {
   if (found == threads.end()) return nullptr;
   const ThreadOrder& mine = found->second;
   if (mine.fenced == 0 && mine.fenced_all == 0) return nullptr;
-  auto knowledge = mine.fenced_known == nullptr ? std::make_shared<Knowledge>()
-                                                : std::make_shared<Knowledge>(*mine.fenced_known);
+  auto knowledge =
+      mine.fenced_known == nullptr ? std::make_shared<Knowledge>() : std::make_shared<Knowledge>(*mine.fenced_known);
   Knowledge::OfBlock& own = knowledge->blocks[block];
   own.all = std::max(own.all, mine.fenced_all);
   uint32_t& time = own.threads[thread];

@@ -34,8 +34,25 @@ enum class Kind : uint8_t { kPlain, kBranch, kBranchTable, kExit, kBarrier, kCol
 
 // What the counters tell apart.
 enum class Class : uint8_t {
-  kInteger, kFloat, kDouble, kHalf, kSpecial, kMove, kControl, kLoadGlobal, kStoreGlobal, kLoadShared, kStoreShared,
-  kOtherMemory, kAtomic, kAsyncCopy, kBarrier, kCollective, kMatrix, kLoadMatrix, kCount
+  kInteger,
+  kFloat,
+  kDouble,
+  kHalf,
+  kSpecial,
+  kMove,
+  kControl,
+  kLoadGlobal,
+  kStoreGlobal,
+  kLoadShared,
+  kStoreShared,
+  kOtherMemory,
+  kAtomic,
+  kAsyncCopy,
+  kBarrier,
+  kCollective,
+  kMatrix,
+  kLoadMatrix,
+  kCount
 };
 
 enum class Order : uint8_t { kWeak, kStrong, kAcquire, kRelease, kAcquireRelease };
@@ -69,8 +86,34 @@ struct Loc {
 };
 
 enum class Special : uint8_t {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaX, kCtaY, kCtaZ, kNctaX, kNctaY, kNctaZ, kLaneId, kWarpId, kNwarpId,
-  kLaneEq, kLaneLt, kLaneLe, kLaneGt, kLaneGe, kSmId, kNsmId, kGridId, kDynamicShared, kTotalShared, kClock, kClock64, kDynamicStart,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaX,
+  kCtaY,
+  kCtaZ,
+  kNctaX,
+  kNctaY,
+  kNctaZ,
+  kLaneId,
+  kWarpId,
+  kNwarpId,
+  kLaneEq,
+  kLaneLt,
+  kLaneLe,
+  kLaneGt,
+  kLaneGe,
+  kSmId,
+  kNsmId,
+  kGridId,
+  kDynamicShared,
+  kTotalShared,
+  kClock,
+  kClock64,
+  kDynamicStart,
   kGlobalTimer
 };
 struct SpecialRegister {

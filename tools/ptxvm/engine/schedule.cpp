@@ -7,17 +7,16 @@ namespace ptxvm {
 namespace {
 
 constexpr int kMostResident = 4;
-constexpr size_t kWindow = 8;                          // blocks that may change places
-constexpr uint64_t kSpinning = 200'000;                // instructions without progress before another block is let in
-constexpr uint64_t kLivelock = 60'000'000;             // and before the launch is given up
-constexpr int kShortRun = 12, kLongRun = 400;          // instructions of a warp in a row
-constexpr int kFragmentRun = 200;                      // of some lanes of a warp, where others wait
+constexpr size_t kWindow = 8;                  // blocks that may change places
+constexpr uint64_t kSpinning = 200'000;        // instructions without progress before another block is let in
+constexpr uint64_t kLivelock = 60'000'000;     // and before the launch is given up
+constexpr int kShortRun = 12, kLongRun = 400;  // instructions of a warp in a row
+constexpr int kFragmentRun = 200;              // of some lanes of a warp, where others wait
 constexpr size_t kAlignment = 128;
 
-template <class T>
-uint8_t* aligned(std::vector<T>& storage, size_t bytes) {
-  if (storage.size() < bytes + kAlignment) storage.resize(bytes + kAlignment);
-  const uintptr_t raw = reinterpret_cast<uintptr_t>(storage.data());
+uint8_t* aligned(BufferPool& pool, Buffer& storage, size_t bytes) {
+  if (storage.bytes < bytes + kAlignment) storage = pool.take(bytes + kAlignment);
+  const uintptr_t raw = reinterpret_cast<uintptr_t>(storage.memory.get());
   return reinterpret_cast<uint8_t*>((raw + kAlignment - 1) / kAlignment * kAlignment);
 }
 
@@ -65,6 +64,16 @@ Scheduler::Scheduler(Launch& launch) : launch_(launch), program_(*launch.program
   launch.copies_early = launch.random() % 2 == 0;
 }
 
+Scheduler::~Scheduler() {
+  BufferPool& pool = launch_.engine->buffers;
+  for (auto* blocks : {&resident_, &spare_}) {
+    for (auto& block : *blocks) {
+      pool.give(std::move(block->shared_storage));
+      for (auto& warp : block->warps) pool.give(std::move(warp->storage));
+    }
+  }
+}
+
 std::unique_ptr<Block> Scheduler::new_block(uint32_t index) {
   std::unique_ptr<Block> block;
   if (!spare_.empty()) {
@@ -91,7 +100,7 @@ void Scheduler::start_block(Block& block, uint32_t index) {
   block.spun = 0;
   for (Barrier& barrier : block.barriers) barrier = Barrier{};
   const size_t bytes = kSharedStart + program_.static_shared + launch_.dynamic_shared;
-  block.shared = aligned(block.shared_storage, bytes);
+  block.shared = aligned(launch_.engine->buffers, block.shared_storage, bytes);
   block.shared_shadow.reset(0, bytes, false);
   for (size_t w = 0; w < block.warps.size(); ++w) start_warp(block, static_cast<int>(w));
 }
@@ -102,8 +111,9 @@ void Scheduler::start_warp(Block& block, int index) {
   warp.index = index;
   warp.state = Warp::kReady;
   warp.live = left >= kLanes ? kAllLanes : lanes_below(static_cast<int>(left));
+  warp.all = warp.live;
   warp.fragments.assign(1, {0, warp.live, false});
-  warp.registers = aligned(warp.storage, program_.file_bytes);
+  warp.registers = aligned(launch_.engine->buffers, warp.storage, program_.file_bytes);
   warp.undefined.assign(program_.num_slots, kAllLanes);
   warp.undefined[0] = 0;
   warp.predicates.assign(program_.num_predicates + 1, static_cast<uint32_t>(launch_.random()));
@@ -113,7 +123,8 @@ void Scheduler::start_warp(Block& block, int index) {
   warp.async.reset();
   Context c{warp.registers, nullptr, warp.undefined.data(), nullptr, &warp, &block, &launch_, &program_, 0};
   for (const SpecialRegister& special : program_.specials) {
-    for (int lane = 0; lane < kLanes; ++lane) set_lane(c, special.at, lane, special_value(block, warp, special.what, lane));
+    for (int lane = 0; lane < kLanes; ++lane)
+      set_lane(c, special.at, lane, special_value(block, warp, special.what, lane));
     warp.undefined[special.at.slot] = 0;
   }
 }
@@ -131,7 +142,8 @@ bool Scheduler::admit() {
 void Scheduler::run() {
   std::vector<int> ready;
   while (true) {
-    while (resident_.size() < static_cast<size_t>(most_resident_ + extra_resident_) && admit()) {}
+    while (resident_.size() < static_cast<size_t>(most_resident_ + extra_resident_) && admit()) {
+    }
     if (resident_.empty()) return;
     // A block, starting at a random one, that has a warp ready; a random such warp.
     const size_t first = launch_.random() % resident_.size();
@@ -165,8 +177,8 @@ void Scheduler::run() {
 
 // Blocks that only wait for blocks not started yet: let in another, until there is none.
 void Scheduler::watch_progress() {
-  const bool all_spin = std::all_of(resident_.begin(), resident_.end(),
-                                    [](const auto& block) { return block->spun > kSpinning; });
+  const bool all_spin =
+      std::all_of(resident_.begin(), resident_.end(), [](const auto& block) { return block->spun > kSpinning; });
   if (all_spin && next_block_ + order_.size() > 0 && (next_block_ < launch_.grid.count() || !order_.empty())) {
     ++extra_resident_;
     for (auto& block : resident_) block->spun = 0;
@@ -333,10 +345,13 @@ bool Scheduler::collective(Context& c, Warp& warp, int current, const Instr& ins
     if ((group & ~named) != 0) {
       char text[16];
       std::snprintf(text, sizeof text, "%08x", named);
-      fault(c, "collective", program_.texts[pc] + " is executed by a lane that its member mask " + text +
-            " does not name", __builtin_ctz(group & ~named));
+      fault(c, "collective",
+            program_.texts[pc] + " is executed by a lane that its member mask " + text + " does not name",
+            __builtin_ctz(group & ~named));
     }
-    if (group != (named & warp.live)) continue;
+    if (const uint32_t gone = named & warp.all & ~warp.live)
+      fault(c, "collective", program_.texts[pc] + " names a lane that has exited or may have", __builtin_ctz(gone));
+    if (group != (named & warp.all)) continue;
     instr.run(c, instr, group);
     done |= group;
   }
@@ -365,16 +380,17 @@ bool Scheduler::barrier(Context& c, Warp& warp, int current, const Instr& instr,
   const uint32_t expected = instr.mode2 != 0 ? static_cast<uint32_t>(lane_value(c, instr.b, lane)) : whole;
   if (id >= block.barriers.size()) fault(c, "barrier", "barrier " + std::to_string(id) + " does not exist", lane);
   if (expected == 0 || expected % kLanes != 0 || expected > whole)
-    fault(c, "barrier", "a barrier for " + std::to_string(expected) + " threads in a block of " +
-          std::to_string(block.num_threads), lane);
+    fault(c, "barrier",
+          "a barrier for " + std::to_string(expected) + " threads in a block of " + std::to_string(block.num_threads),
+          lane);
   if (block.num_exited_threads > 0 && expected == whole)
     fault(c, "divergent barrier", "a barrier of the whole block after threads of it have exited", lane);
   Barrier& barrier = block.barriers[id];
   if (barrier.arrived > 0 && barrier.expected != expected)
     fault(c, "barrier", "warps disagree about how many threads meet at barrier " + std::to_string(id), lane);
   if (barrier.arrived > 0 && id == 0 && barrier.pc != pc && expected == whole)
-    fault(c, "divergent barrier", "warps of the block meet at different barriers, the other at " +
-          source_line(launch_, barrier.pc), lane);
+    fault(c, "divergent barrier",
+          "warps of the block meet at different barriers, the other at " + source_line(launch_, barrier.pc), lane);
   barrier.expected = expected;
   barrier.pc = pc;
   barrier.arrived += kLanes;
@@ -447,8 +463,15 @@ void Scheduler::complete(Context& c, uint32_t id) {
 }
 
 void Scheduler::run_warp(Block& block, Warp& warp, int budget) {
-  Context c{warp.registers, program_.constants.data(), warp.undefined.data(), warp.predicates.data(),
-            &warp,          &block,                    &launch_,              &program_,               0};
+  Context c{warp.registers,
+            program_.constants.data(),
+            warp.undefined.data(),
+            warp.predicates.data(),
+            &warp,
+            &block,
+            &launch_,
+            &program_,
+            0};
   const Instr* const code = program_.code.data();
   int current = choose(c, warp);
   const bool counts = launch_.engine->options.counts;
@@ -509,9 +532,10 @@ void Scheduler::run_warp(Block& block, Warp& warp, int budget) {
     }
     if (warp.fragments.size() == 1 && goes_on) continue;
     current = settle(c, warp, current);
-    const bool is_lowest = current >= 0 && std::none_of(warp.fragments.begin(), warp.fragments.end(), [&](const Fragment& other) {
-      return !other.is_parked && other.pc < warp.fragments[static_cast<size_t>(current)].pc;
-    });
+    const bool is_lowest =
+        current >= 0 && std::none_of(warp.fragments.begin(), warp.fragments.end(), [&](const Fragment& other) {
+          return !other.is_parked && other.pc < warp.fragments[static_cast<size_t>(current)].pc;
+        });
     if (current >= 0 && !warp.fragments[static_cast<size_t>(current)].is_parked && is_lowest && --run > 0) continue;
     run = kFragmentRun;
     current = choose(c, warp);

@@ -11,6 +11,7 @@ namespace ptxvm {
 class Scheduler {
  public:
   explicit Scheduler(Launch& launch);
+  ~Scheduler();
   void run();
 
  private:

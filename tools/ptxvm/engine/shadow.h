@@ -12,12 +12,12 @@ namespace ptxvm {
 
 enum CellFlag : uint8_t {
   kDefined = 1,
-  kWriteStrong = 2,   // the last write was atomic, volatile or ordered
-  kReadStrong = 4,    // every read since was
-  kManyLanes = 8,     // lanes besides the last one, of the same warp, read it
-  kManyWarps = 16,    // warps besides the last one, of the same block, read it
+  kWriteStrong = 2,  // the last write was atomic, volatile or ordered
+  kReadStrong = 4,   // every read since was
+  kManyLanes = 8,    // lanes besides the last one, of the same warp, read it
+  kManyWarps = 16,   // warps besides the last one, of the same block, read it
   kManyBlocks = 32,
-  kInFlight = 64,     // target of an asynchronous copy that its thread has not waited for
+  kInFlight = 64,  // target of an asynchronous copy that its thread has not waited for
 };
 
 struct Cell {

@@ -52,7 +52,8 @@ bool parse_integer(std::string_view text, int64_t& value) {
     is_negative = true;
     number.erase(0, 1);
   }
-  if (!number.empty() && (number.back() == 'U' || number.back() == 'u') && number.rfind("0f", 0) != 0) number.pop_back();
+  if (!number.empty() && (number.back() == 'U' || number.back() == 'u') && number.rfind("0f", 0) != 0)
+    number.pop_back();
   if (number.empty() || !std::isdigit(static_cast<unsigned char>(number[0]))) return false;
   int base = 10;
   const char* digits = number.c_str();

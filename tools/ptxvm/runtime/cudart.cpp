@@ -38,7 +38,9 @@ void __cudaRegisterFunction(void** module, const char* host, char*, const char* 
 void __cudaRegisterVar(void** module, char* host, char*, const char* name, int, size_t, int, int) {
   if (module != nullptr) Runtime::get().add_variable(host, reinterpret_cast<ptxvm::Module*>(module), name);
 }
-void __cudaRegisterManagedVar(void**, void**, char*, const char*, int, size_t, int, int) { unknown("managed variables"); }
+void __cudaRegisterManagedVar(void**, void**, char*, const char*, int, size_t, int, int) {
+  unknown("managed variables");
+}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
   configurations.push_back({grid, block, shared, stream});
   return 0;
@@ -56,7 +58,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = reinterpret_cast<cudaKernel_t>(Runtime::get().kernel(host));
   return *kernel == nullptr ? Runtime::get().fail(cudaErrorInvalidDeviceFunction, "no such kernel") : cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t) {
   return Runtime::get().launch(*reinterpret_cast<Kernel*>(kernel), grid, block, arguments, shared);
 }
 cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
@@ -74,7 +77,8 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** arguments) {
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension || config->attrs[i].id == cudaLaunchAttributeCooperative)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension ||
+        config->attrs[i].id == cudaLaunchAttributeCooperative)
       return unknown("clusters or cooperative launches");
   }
   return cudaLaunchKernel(host, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
@@ -87,7 +91,8 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
   Kernel* kernel = Runtime::get().kernel(host);
   if (kernel == nullptr) kernel = reinterpret_cast<Kernel*>(const_cast<void*>(host));
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > 163 << 10) return Runtime::get().fail(cudaErrorInvalidValue, "more shared memory than a block can have");
+    if (value > 163 << 10)
+      return Runtime::get().fail(cudaErrorInvalidValue, "more shared memory than a block can have");
     kernel->max_dynamic_shared = value > 48 << 10 ? value : 48 << 10;
   }
   return cudaSuccess;
@@ -108,13 +113,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
   attributes->maxDynamicSharedSizeBytes = kernel->max_dynamic_shared;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads, size_t shared,
-                                                                   unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads,
+                                                                   size_t shared, unsigned) {
   Kernel* kernel = Runtime::get().kernel(host);
   const ptxvm::Program* program = kernel == nullptr ? nullptr : Runtime::get().program(*kernel);
   if (program == nullptr) return Runtime::get().fail(cudaErrorInvalidDeviceFunction, "no such kernel");
   const size_t bytes = shared + program->static_shared + 1024;
-  const size_t by_threads = 2048 / static_cast<size_t>(threads < 32 ? 32 : threads), by_shared = (size_t{164} << 10) / bytes;
+  const size_t by_threads = 2048 / static_cast<size_t>(threads < 32 ? 32 : threads),
+               by_shared = (size_t{164} << 10) / bytes;
   *blocks = static_cast<int>(by_threads < by_shared ? by_threads : by_shared);
   return cudaSuccess;
 }
@@ -183,7 +189,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->l2CacheSize = 40 << 20;
   return cudaSuccess;
 }
-cudaError_t cudaGetDriverEntryPoint(const char* name, void** entry, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** entry, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
   *entry = nullptr;
   if (result != nullptr) *result = cudaDriverEntryPointSymbolNotFound;
   return unknown(name);

@@ -45,7 +45,8 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
   const auto found = allocations().find(memory);
-  if (found == allocations().end()) return Runtime::get().fail(cudaErrorInvalidValue, "cudaFree of what was not allocated");
+  if (found == allocations().end())
+    return Runtime::get().fail(cudaErrorInvalidValue, "cudaFree of what was not allocated");
   Engine::get().memory.remove(memory, found->second);
   allocations().erase(found);
   std::free(memory);
@@ -68,7 +69,8 @@ cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned flags) {
 }
 cudaError_t cudaHostUnregister(void* memory) {
   const auto found = allocations().find(memory);
-  if (found == allocations().end()) return Runtime::get().fail(cudaErrorHostMemoryNotRegistered, "memory that is not registered");
+  if (found == allocations().end())
+    return Runtime::get().fail(cudaErrorHostMemoryNotRegistered, "memory that is not registered");
   Engine::get().memory.remove(memory, found->second);
   allocations().erase(found);
   return cudaSuccess;
@@ -84,12 +86,15 @@ cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   const uint64_t at = reinterpret_cast<uintptr_t>(memory);
   Region* region = Engine::get().memory.find(at, at + bytes, true);
   if (region == nullptr)
-    return Runtime::get().fail(cudaErrorInvalidValue, "cudaMemset outside of device memory: " + Engine::get().memory.describe(at));
+    return Runtime::get().fail(cudaErrorInvalidValue,
+                               "cudaMemset outside of device memory: " + Engine::get().memory.describe(at));
   std::memset(memory, value, bytes);
   Engine::get().memory.define(memory, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) { return cudaMemset(memory, value, bytes); }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  return cudaMemset(memory, value, bytes);
+}
 
 cudaError_t cudaGetSymbolAddress(void** memory, const void* symbol) {
   const ptxvm::Variable* variable = Runtime::get().variable(symbol);
@@ -102,8 +107,8 @@ cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t byte
   const cudaError_t error = cudaGetSymbolAddress(&to, symbol);
   return error != cudaSuccess ? error : copy(static_cast<char*>(to) + offset, from, bytes);
 }
-cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind,
-                                    cudaStream_t) {
+cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset,
+                                    cudaMemcpyKind kind, cudaStream_t) {
   return cudaMemcpyToSymbol(symbol, from, bytes, offset, kind);
 }
 cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind) {
@@ -149,7 +154,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   *milliseconds = std::chrono::duration<float, std::milli>(*reinterpret_cast<Clock::time_point*>(end) -
-                                                           *reinterpret_cast<Clock::time_point*>(begin)).count();
+                                                           *reinterpret_cast<Clock::time_point*>(begin))
+                      .count();
   return cudaSuccess;
 }
 

@@ -73,14 +73,13 @@ void Runtime::add_kernel(const void* host, Module* module, const char* name) {
   kernel->module = module;
   kernel->name = name;
   kernels_[host] = std::move(kernel);
+  Engine::get().known_kernels.push_back(name);
 }
 
 void Runtime::add_variable(const void* host, Module* module, const char* name) {
   const Variable* variable = module->variable(name);
   if (variable == nullptr) return;
   variables_[host] = variable;
-  Engine::get().memory.add(variable->address, variable->size, variable->space == Space::kGlobal, true,
-                           std::string("variable ") + name);
 }
 
 Kernel* Runtime::kernel(const void* host) {
@@ -114,10 +113,10 @@ cudaError_t Runtime::launch(Kernel& kernel, dim3 grid, dim3 block, void** argume
     return fail(cudaErrorInvalidConfiguration, "a grid or block of this size: " + name);
   if (b.count() > 1024 || b.count() > program->max_threads || b.z > 64)
     return fail(cudaErrorInvalidConfiguration, "a block of " + std::to_string(b.count()) + " threads, of at most " +
-                std::to_string(program->max_threads) + ": " + name);
+                                                   std::to_string(program->max_threads) + ": " + name);
   if (shared > static_cast<size_t>(kernel.max_dynamic_shared) || shared + program->static_shared > kMostShared)
     return fail(cudaErrorInvalidValue, std::to_string(shared) + " bytes of dynamic shared memory, of at most " +
-                std::to_string(kernel.max_dynamic_shared) + ": " + name);
+                                           std::to_string(kernel.max_dynamic_shared) + ": " + name);
   std::vector<uint8_t> params(program->param_bytes);
   for (size_t i = 0; i < program->params.size(); ++i) {
     std::memcpy(params.data() + program->params[i].offset, arguments[i], program->params[i].size);
@@ -142,7 +141,9 @@ cudaError_t Runtime::take_error() {
 }
 
 const char* Runtime::text_of(cudaError_t error) const {
-  return error == cudaSuccess ? "no error" : last_text_.empty() ? "an error of the PTX virtual machine" : last_text_.c_str();
+  return error == cudaSuccess ? "no error"
+         : last_text_.empty() ? "an error of the PTX virtual machine"
+                              : last_text_.c_str();
 }
 
 }  // namespace ptxvm

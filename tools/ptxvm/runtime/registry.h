@@ -46,7 +46,4 @@ class Runtime {
   std::string last_text_;
 };
 
-// Adds a module's variables to global memory.
-void add_module_memory(Engine& engine, const Module& module, const std::string& name);
-
 }  // namespace ptxvm

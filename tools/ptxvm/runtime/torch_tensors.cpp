@@ -45,7 +45,8 @@ int64_t element_bytes(AtenTensorHandle tensor) {
   if (dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_int64()) return 8;
   if (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_int32()) return 4;
   if (dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16()) return 2;
-  if (dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_bool() || dtype == aoti_torch_dtype_int8()) return 1;
+  if (dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_bool() || dtype == aoti_torch_dtype_int8())
+    return 1;
   throw std::runtime_error("ptxvm: a tensor of an unknown dtype");
 }
 
@@ -125,8 +126,8 @@ AOTITorchError __wrap_aoti_torch_new_tensor_handle(AtenTensorHandle tensor, Aten
       const uint64_t begin = reinterpret_cast<uintptr_t>(extent.base);
       const uint64_t first = region->shadow.first_undefined(begin, extent.bytes);
       if (first == begin + extent.bytes) continue;
-      const std::string report = "unwritten result: byte " + std::to_string(first - begin) + " of " + region->what + " of " +
-                                 std::to_string(extent.bytes) + " bytes is returned and was never written";
+      const std::string report = "unwritten result: byte " + std::to_string(first - begin) + " of " + region->what +
+                                 " of " + std::to_string(extent.bytes) + " bytes is returned and was never written";
       Engine::get().reports.push_back(report);
       throw std::runtime_error(report);
     }

@@ -1,0 +1,86 @@
+"""The backend `vm`: the CUDA path of the ops, run by the PTX virtual machine on CPU tensors.
+
+`make test-cuda-vm` builds what is loaded here. The library takes the place of the CPU kernels of
+every op that has CUDA kernels, so a process runs the tests of one backend only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# What belongs to torch and Python around an op, and is the same for every kernel.
+NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example", "threads")
+
+
+def folder() -> Path:
+    """Where the library and the engine were built."""
+    return Path(os.environ.get("FASTMOE_ROUTE_VM_DIR", ROOT / "build" / "vm"))
+
+
+@cache
+def engine() -> ModuleType:
+    """The engine's Python module."""
+    if not (folder() / "ptxvm.so").exists():
+        raise pytest.UsageError(f"no {folder() / 'ptxvm.so'}: run make test-cuda-vm, it builds it")
+    sys.path.insert(0, str(folder()))
+    import ptxvm
+
+    return ptxvm
+
+
+def load() -> None:
+    """Puts the CUDA path in the place of the CPU kernels."""
+    import fastmoe_route  # noqa: F401  the schemas, and the kernels of ops without a CUDA path
+
+    engine()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Oo]verrid.*")
+        torch.ops.load_library(str(folder() / "fastmoe_route_vm.so"))
+
+
+@cache
+def stems() -> frozenset[str]:
+    """The ops that have a CUDA path: the host files of CUDA_SOURCES."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    (sources,) = re.findall(r"set\(CUDA_SOURCES\s(.*?)\)", text, re.S)
+    return frozenset(re.findall(r"csrc/ops/(\w+)\.cpp", sources))
+
+
+def takes(item: pytest.Item) -> bool:
+    """Whether a test is one of the ops' tests that the vm runs."""
+    name = item.name.lower()
+    return (
+        item.path.stem.removeprefix("test_") in stems()
+        and "cpu_only" not in item.keywords
+        and "large" not in item.keywords
+        and not any(word in name for word in NOT_KERNELS)
+    )
+
+
+def start(seed: int) -> None:
+    """Before a test: its schedules follow from the seed and its own launches only."""
+    engine().clear_reports()
+    engine().set_options(seed=seed, num_sms=1 + seed % 4)
+
+
+def reports() -> list[str]:
+    """What the engine found wrong since `start`."""
+    return engine().reports()
+
+
+def record() -> dict[str, object]:
+    """What was launched since the library was loaded, of what it holds."""
+    vm = engine()
+    launches = {vm.readable(name): count for name, count in vm.launches().items()}
+    known = [vm.readable(name) for name in vm.known_kernels()]
+    return {"launches": launches, "known": known, "instructions": vm.instructions()}
