@@ -122,6 +122,7 @@ VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMa
 build/vm/.built: $(SOURCES) $(VM_SOURCES)
 	@command -v $${CUDACXX:-nvcc} >/dev/null || { \
 	  echo "make test-cuda-vm needs nvcc (CUDA 13) to compile the kernels, and none was found on PATH. Name one: make test-cuda-vm CUDACXX=/path/to/nvcc"; exit 1; }
+	@$(PIP) install --no-deps nvidia-cutlass==4.2.0.0
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/vm -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
 	  -DFASTMOE_ROUTE_PTXVM=ON -DPython_EXECUTABLE="$(abspath $(PY))"
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/vm --target fastmoe_route_vm ptxvm_python -- --quiet

@@ -68,8 +68,9 @@ def main() -> int:
     executed = {name: launched.get(name, 0) for name in sorted(known)}
     (ROOT / "build" / "vm" / "executed.json").write_text(json.dumps(executed, indent=1) + "\n")
     print(
-        f"{len(known) - len(silent)} of {len(known)} kernels executed, {sum(launched.values())} launches,"
-        f" {instructions / 1e9:.2f} G warp instructions, {time.monotonic() - start:.0f} s,"
+        f"{len(known) - len(silent)} of {len(known)} kernels executed,"
+        f" {sum(launched.values())} launches, {instructions / 1e9:.2f} G warp instructions,"
+        f" {time.monotonic() - start:.0f} s,"
         f" seeds {' '.join(map(str, options.seeds))}"
     )
     for name in silent:

@@ -1,4 +1,6 @@
 // setp and set: comparisons of every type, with a second predicate joined in.
+#include <utility>
+
 #include "engine/decoder.h"
 #include "engine/machine.h"
 #include "engine/numbers.h"
@@ -120,18 +122,15 @@ void compare_pair(Context& c, const Instr& in, uint32_t mask) {
   set_undefined(c, in.d, undefined, mask);
 }
 
+template <class T, class Load, bool kIsSetp, int... kRelations>
+Exec pick_from(int relation, std::integer_sequence<int, kRelations...>) {
+  static const Exec kTable[] = {(kIsSetp ? set_predicates<T, Load, static_cast<Relation>(kRelations)>
+                                         : set_values<T, Load, static_cast<Relation>(kRelations)>)...};
+  return kTable[relation];
+}
 template <class T, class Load, bool kIsSetp>
 Exec pick(int relation) {
-#define PTXVM_RELATION(r) \
-  case r: return kIsSetp ? set_predicates<T, Load, r> : set_values<T, Load, r>;
-  switch (relation) {
-    PTXVM_RELATION(kEq)
-    PTXVM_RELATION(kNe)
-    PTXVM_RELATION(kLt) PTXVM_RELATION(kLe) PTXVM_RELATION(kGt) PTXVM_RELATION(kGe) PTXVM_RELATION(kEqu)
-        PTXVM_RELATION(kNeu) PTXVM_RELATION(kLtu) PTXVM_RELATION(kLeu) PTXVM_RELATION(kGtu) PTXVM_RELATION(kGeu)
-            PTXVM_RELATION(kNum) PTXVM_RELATION(kNan) default : return nullptr;
-  }
-#undef PTXVM_RELATION
+  return pick_from<T, Load, kIsSetp>(relation, std::make_integer_sequence<int, kNan + 1>());
 }
 
 Exec pick_pair(int relation) {

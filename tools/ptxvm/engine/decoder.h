@@ -1,5 +1,5 @@
-// Decoding of one kernel: registers, labels, operands. Each instruction class decodes its own opcodes with the functions
-// here and picks the function that runs them.
+// Decoding of one kernel: registers, labels, operands. Each instruction class decodes its own opcodes with the
+// functions here and picks the function that runs them.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,4 @@
-// The entry points of libcudart.so.13 that host code compiled by nvcc calls: registration, launches, errors, the device.
+// The entry points of libcudart.so.13 that host code compiled by nvcc calls: registration, launches, errors, device.
 // There is one device, of compute capability 8.0; launches run to their end before they return.
 #include "runtime/registry.h"
 

@@ -1,5 +1,6 @@
 // Kernels without a bug that look like the planted ones: the engine must run them without a report and with the result
-// that test_planted.py works out. Every kernel takes: in [n] and table [n] read-only, out [n] and scratch [n] undefined.
+// that test_planted.py works out. Every kernel takes: in [n] and table [n] read-only, out [n] and scratch [n]
+// undefined.
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -402,7 +403,8 @@ KERNEL matrix_product(const int* in, const int*, int* out, int*, int) {
                : "=r"(fb[0]), "=r"(fb[1])
                : "r"(shared_address(&b[t % 8][t / 8 % 2 * 8])));
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
   for (int i = 0; i < 4; ++i) out[(t / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = static_cast<int>(c[i]);

@@ -1,4 +1,4 @@
-"""What the engine's own tests share: PTX compiled from CUDA, buffers with exact bounds, launches."""
+"""What the engine's own tests share: PTX from CUDA, buffers with exact bounds, launches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def engine() -> ModuleType:
 
 @cache
 def compiled(name: str) -> Any:
-    """A CUDA file of this folder as a module of the engine; compiled when it is newer than its PTX."""
+    """A CUDA file of this folder as a module; compiled when it is newer than its PTX."""
     source, ptx = HERE / name, FOLDER / Path(name).with_suffix(".ptx")
     if not ptx.exists() or ptx.stat().st_mtime < source.stat().st_mtime:
         nvcc = os.environ.get("CUDACXX", "nvcc")

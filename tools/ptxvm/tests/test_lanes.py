@@ -1,4 +1,4 @@
-"""What lanes do together, against the PTX ISA: fragments element by element, shuffles, votes, atomics, copies."""
+"""What lanes do together, against the PTX ISA: fragments, shuffles, votes, atomics, copies."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def test_mma_layout(shape: str, kind: str, sum_kind: str) -> None:
         at += count
     results = [f"{r}{30 + i}" for i in range(fragments[2].shape[1])]
     types = f"{sum_kind}.{kind}.{kind}.{sum_kind}"
-    text += f"mma.sync.aligned.{shape}.row.col.{types} {{{', '.join(results)}}}, {names[0]}, {names[1]}, {names[2]};"
+    sums = "{" + ", ".join(results) + "}"
+    text += f"mma.sync.aligned.{shape}.row.col.{types} {sums}, {names[0]}, {names[1]}, {names[2]};"
     text += f"mad.wide.u32 %a3, %t, {8 * len(results)}, %rd3;"
     text += "".join(f"st.global.b{width} [%a3+{8 * i}], {x};" for i, x in enumerate(results))
     out = np.zeros((32, len(results)), dtype=np.uint64)
@@ -137,14 +138,15 @@ def test_mma_rounds_once() -> None:
     b[:] = small | small << 16
     c = np.full((32, 4), encode(1.0, F32), dtype=np.uint64)
     out = np.zeros((32, 4), np.uint64)
-    text = "mad.wide.u32 %a0, %t, 32, %rd0; mad.wide.u32 %a1, %t, 16, %rd1; mad.wide.u32 %a2, %t, 32, %rd2;"
-    text += "mad.wide.u32 %a3, %t, 32, %rd3;"
+    text = "mad.wide.u32 %a0, %t, 32, %rd0; mad.wide.u32 %a1, %t, 16, %rd1;"
+    text += "mad.wide.u32 %a2, %t, 32, %rd2; mad.wide.u32 %a3, %t, 32, %rd3;"
     text += "".join(
         f"ld.global.b32 %r{i}, [%a0+{8 * i}]; ld.global.b32 %r{6 + i}, [%a2+{8 * i}];"
         for i in range(4)
     )
     text += "".join(f"ld.global.b32 %r{4 + i}, [%a1+{8 * i}];" for i in range(2))
-    text += "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r10,%r11,%r12,%r13}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6,%r7,%r8,%r9};"
+    text += "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r10,%r11,%r12,%r13},"
+    text += "{%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6,%r7,%r8,%r9};"
     text += "".join(f"st.global.b32 [%a3+{8 * i}], %r{10 + i};" for i in range(4))
     run(text, [a, b, c], out)
     assert set(out.reshape(-1).tolist()) == {encode(1.0 + 16 * 2.0**-24, F32)}
@@ -246,7 +248,8 @@ def test_votes() -> None:
           vote.sync.ballot.b32 %r1, %p0, -1; vote.sync.all.pred %p1, %p0, -1;
           vote.sync.any.pred %p2, %p0, -1; vote.sync.uni.pred %p3, %p0, -1;
           vote.sync.any.pred %p4, !%p0, -1;
-          selp.b32 %r2, 1, 0, %p1; @%p2 add.u32 %r2, %r2, 2; @%p3 add.u32 %r2, %r2, 4; @%p4 add.u32 %r2, %r2, 8;
+          selp.b32 %r2, 1, 0, %p1; @%p2 add.u32 %r2, %r2, 2;
+          @%p3 add.u32 %r2, %r2, 4; @%p4 add.u32 %r2, %r2, 8;
           mov.b64 %d0, {%r1, %r2}; st.global.b64 [%a1], %d0;"""
         run(text, [holds.astype(np.uint64)], out)
         ballot = sum(1 << i for i in range(32) if holds[i])
@@ -265,8 +268,9 @@ def test_match_and_reductions() -> None:
     words = values.astype(np.int64).astype(np.uint64) & np.uint64(0xFFFFFFFF)
     out = np.zeros(32, np.uint64)
     run(
-        "ld.global.b32 %r0, [%a0]; match.any.sync.b32 %r1, %r0, -1; match.all.sync.b32 %r2|%p0, %r0, -1;"
-        "selp.b32 %r3, 5, 0, %p0; or.b32 %r3, %r3, %r2; mov.b64 %d0, {%r1, %r3}; st.global.b64 [%a1], %d0;",
+        "ld.global.b32 %r0, [%a0]; match.any.sync.b32 %r1, %r0, -1;"
+        "match.all.sync.b32 %r2|%p0, %r0, -1; selp.b32 %r3, 5, 0, %p0; or.b32 %r3, %r3, %r2;"
+        "mov.b64 %d0, {%r1, %r3}; st.global.b64 [%a1], %d0;",
         [words],
         out,
     )
@@ -283,14 +287,16 @@ def test_match_and_reductions() -> None:
         ("xor", "b32", lambda x: np.bitwise_xor.reduce(words)),
     ):
         run(
-            f"ld.global.b32 %r0, [%a0]; redux.sync.{op}.{kind} %r1, %r0, -1; st.global.b32 [%a1], %r1;",
+            f"ld.global.b32 %r0, [%a0]; redux.sync.{op}.{kind} %r1, %r0, -1;"
+            "st.global.b32 [%a1], %r1;",
             [words],
             out,
         )
         assert set(out.tolist()) == {int(function(values)) & 0xFFFFFFFF}, (op, kind)
     # Two halves with masks of their own meet at one instruction.
     run(
-        "ld.global.b32 %r0, [%a0]; setp.lt.u32 %p0, %t, 16; selp.b32 %r3, 0x0000ffff, 0xffff0000, %p0;"
+        "ld.global.b32 %r0, [%a0]; setp.lt.u32 %p0, %t, 16;"
+        "selp.b32 %r3, 0x0000ffff, 0xffff0000, %p0;"
         "redux.sync.add.s32 %r1, %r0, %r3; st.global.b32 [%a1], %r1;",
         [words],
         out,
@@ -322,11 +328,10 @@ def test_atomics(space: str, op: str, bits: int, start: int, function: object) -
     values = np.random.default_rng(5).integers(1, 60, 32, dtype=np.uint64)
     r = "%r" if bits == 32 else "%d"
     target = "[%rd1]" if space == "global" else "[cell]"
-    first = (
-        ""
-        if space == "global"
-        else f".shared .align 8 .b8 cell[8]; setp.eq.u32 %p0, %t, 0; @%p0 st.shared.b{bits} [cell], {start}; bar.warp.sync -1;"
-    )
+    first = ""
+    if space == "shared":
+        first = ".shared .align 8 .b8 cell[8]; setp.eq.u32 %p0, %t, 0;"
+        first += f"@%p0 st.shared.b{bits} [cell], {start}; bar.warp.sync -1;"
     result = Buffer(np.full(33, start, np.uint64))
     source = Buffer(values, writable=False)
     text = f"""{first} ld.global.b{bits} {r}0, [%a0]; atom.{space}.{op} {r}1, {target}, {r}0;
@@ -347,7 +352,8 @@ def test_atomics(space: str, op: str, bits: int, start: int, function: object) -
 
 def test_compare_and_swap_and_float_addition() -> None:
     result = Buffer(np.array([7] + [0] * 32, dtype=np.uint64))
-    text = "add.u32 %r0, %t, 7; add.u32 %r1, %r0, 1; atom.global.cas.b32 %r2, [%rd0], %r0, %r1; st.global.b32 [%a0+8], %r2;"
+    text = "add.u32 %r0, %t, 7; add.u32 %r1, %r0, 1;"
+    text += "atom.global.cas.b32 %r2, [%rd0], %r0, %r1; st.global.b32 [%a0+8], %r2;"
     assert run_text(text, [result]) == ""
     assert result.values.tolist() == [39, *range(7, 39)]
     result.free()
@@ -357,7 +363,7 @@ def test_compare_and_swap_and_float_addition() -> None:
     result.free()
 
 
-# ---- asynchronous copies and counters --------------------------------------------------------------
+# ---- asynchronous copies and counters ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
@@ -371,7 +377,8 @@ def test_async_copy(size: int, seed: int) -> None:
       .shared .align 16 .b8 buffer[{32 * size}];
       mov.u32 %r0, buffer; mad.lo.u32 %r0, %t, {size}, %r0; mad.wide.u32 %a0, %t, {size}, %rd0;
       ld.global.b32 %r1, [%a1];
-      cp.async.ca.shared.global [%r0], [%a0], {size}, %r1; cp.async.commit_group; cp.async.wait_group 0;
+      cp.async.ca.shared.global [%r0], [%a0], {size}, %r1;
+      cp.async.commit_group; cp.async.wait_group 0;
       mad.wide.u32 %a2, %t, {size}, %rd2;
     """
     text += "".join(
@@ -426,7 +433,8 @@ def test_bank_conflicts_are_counted(stride: int, bytes_: int, conflicts: int) ->
         bytes_
     ]
     size = 32 * max(stride, bytes_) + 16
-    text = f".shared .align 16 .b8 buffer[{size}]; mov.u32 %r0, buffer; mov.u64 %d0, 1; mad.lo.u32 %r1, %t, {stride}, %r0;"
+    text = f".shared .align 16 .b8 buffer[{size}]; mov.u32 %r0, buffer; mov.u64 %d0, 1;"
+    text += f"mad.lo.u32 %r1, %t, {stride}, %r0;"
     guard = "setp.eq.u32 %p0, %t, 0; @%p0 " if stride == 0 else ""
     assert run_text(f"{text} {guard}st.shared.{kind};", []) == ""
     counters = engine().counters()
@@ -439,7 +447,8 @@ def test_matrix_products_are_counted() -> None:
     engine().set_options(seed=1, counts=True)
     engine().clear_counters()
     zero = "".join(f"mov.u32 %r{i}, 0;" for i in range(10))
-    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r6,%r7,%r8,%r9}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6,%r7,%r8,%r9};"
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r6,%r7,%r8,%r9},"
+    product += "{%r0,%r1,%r2,%r3}, {%r4,%r5}, {%r6,%r7,%r8,%r9};"
     assert run_text(zero + 3 * product, []) == ""
     counters = engine().counters()
     engine().set_options(counts=False)
