@@ -447,6 +447,7 @@ def test_unpermute_arguments(backend: str, arguments: tuple, kind: type, message
         fr.unpermute(*arguments)
 
 
+@pytest.mark.cpu_only
 def test_plans_made_by_hand_are_checked(backend: str) -> None:
     """A wrong map is an error, never a read or a write outside, nor a row left unwritten."""
     for stray in (-2, 5, 6, 2**31 - 1, -(2**31)):

@@ -450,6 +450,7 @@ def test_arguments(backend: str, options: dict, kind: type, message: str) -> Non
         fr.plan_dispatch(**({"experts": EXPERTS, "num_experts": 3} | options))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("stray", [-2, 8, 9, 2**31 - 1, -(2**31), 2**32, 2**32 + 3, -(2**63)])
 @pytest.mark.parametrize("num_tokens", [3, TILE_SLOTS])
@@ -468,6 +469,7 @@ def test_stray_experts(backend: str, dtype: torch.dtype, stray: int, num_tokens:
             fr.plan_dispatch(experts, 8, allow_unrouted=True)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("stray", [-1, 2, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("capacity", [None, 1])
 def test_stray_scopes(backend: str, stray: int, capacity: int | None) -> None:
@@ -483,6 +485,7 @@ def test_stray_scopes(backend: str, stray: int, capacity: int | None) -> None:
         )
 
 
+@pytest.mark.cpu_only
 def test_too_many_slots_for_max_rows(backend: str) -> None:
     message = "plan_dispatch: max_rows must be at least the 4 slots in use, got 3"
     with pytest.raises(RuntimeError, match=message):

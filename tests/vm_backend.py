@@ -19,12 +19,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What belongs to torch and Python around an op, and is the same for every kernel.
-NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example", "threads")
+NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
+# What the kernels of the processor have besides.
+OF_THE_CPU = ("threads", "instruction_set", "levels")
 
 
 def folder() -> Path:
     """Where the library and the engine were built."""
-    return Path(os.environ.get("FASTMOE_ROUTE_VM_DIR", ROOT / "build" / "vm"))
+    return Path(os.environ.get("PTXVM_DIR", ROOT / "build" / "vm"))
 
 
 @cache
@@ -60,10 +62,10 @@ def takes(item: pytest.Item) -> bool:
     """Whether a test is one of the ops' tests that the vm runs."""
     name = item.name.lower()
     return (
-        item.path.stem.removeprefix("test_") in stems()
+        item.path.stem.removeprefix("test_") in {*stems(), "device_rules"}
         and "cpu_only" not in item.keywords
         and "large" not in item.keywords
-        and not any(word in name for word in NOT_KERNELS)
+        and not any(word in name for word in (*NOT_KERNELS, *OF_THE_CPU))
     )
 
 

@@ -82,6 +82,14 @@ PYBIND11_MODULE(ptxvm, m) {
   m.def("launches", [] { return Engine::get().launches_of; });
   m.def("instructions", [] { return Engine::get().instructions; });
   m.def("known_kernels", [] { return Engine::get().known_kernels; });
+  m.def("synchronisation", [] {
+    std::vector<std::pair<std::string, std::string>> sites;
+    for (ptxvm::Module* module : Engine::get().modules) module->synchronisation(sites);
+    return sites;
+  });
+  m.def("leave_out", [](const std::string& line) {
+    for (ptxvm::Module* module : Engine::get().modules) module->leave_out(line);
+  });
   m.def("readable", &ptxvm::readable);
   m.def("num_regions", [] { return Engine::get().memory.size(); });
   m.def(

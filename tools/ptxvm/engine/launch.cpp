@@ -11,15 +11,14 @@ Engine& Engine::get() {
   return *engine;
 }
 
-std::string source_line(const Launch& launch, uint32_t pc) {
-  const Program& program = *launch.program;
+std::string source_line(const Module& module, const Program& program, uint32_t pc) {
   if (pc >= program.code.size()) return "?";
   std::string text;
   uint32_t at = program.code[pc].loc;
   for (int depth = 0; depth < 6; ++depth) {
     const Loc& loc = program.locs[at];
     if (loc.line == 0) break;
-    std::string file = launch.module->file(loc.file);
+    std::string file = module.file(loc.file);
     const size_t root = file.find("csrc/");
     if (root != std::string::npos) {
       file.erase(0, root);

@@ -136,6 +136,7 @@ struct Engine {
   uint64_t instructions = 0;                              // of warps, in all launches
   std::unordered_map<std::string, uint64_t> launches_of;  // by kernel
   std::vector<std::string> known_kernels;                 // of fat binaries
+  std::vector<Module*> modules;                           // of fat binaries
   static Engine& get();
 };
 
@@ -179,7 +180,10 @@ struct Fault {
 };
 // Ends the launch with a report that names kernel, block, thread and source line. lane -1: the whole warp.
 [[noreturn]] void fault(const Context& c, const char* kind, const std::string& what, int lane = -1);
-std::string source_line(const Launch& launch, uint32_t pc);
+std::string source_line(const Module& module, const Program& program, uint32_t pc);
+inline std::string source_line(const Launch& launch, uint32_t pc) {
+  return source_line(*launch.module, *launch.program, pc);
+}
 std::string describe_thread(const Context& c, int thread);
 
 // Runs a launch to its end; returns an empty text, or the report of what went wrong.

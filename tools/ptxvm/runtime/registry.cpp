@@ -60,6 +60,7 @@ Module* Runtime::load_fat_binary(const void* wrapper) {
         Engine::get().reports.push_back(error.text);
         return nullptr;
       }
+      Engine::get().modules.push_back(modules_.back().get());
       return modules_.back().get();
     }
     at += entry.header_bytes + entry.bytes;

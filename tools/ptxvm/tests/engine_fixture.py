@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
-FOLDER = Path(os.environ.get("FASTMOE_ROUTE_VM_DIR", ROOT / "build" / "vm"))
+FOLDER = Path(os.environ.get("PTXVM_DIR", ROOT / "build" / "vm"))
 SEEDS = (1, 2, 3, 4, 5)
 
 
