@@ -27,7 +27,7 @@ Region* GlobalMemory::add(const void* base, uint64_t bytes, bool is_writable, bo
     ++known->users;
     if (is_writable && !known->is_writable) {
       known->is_writable = true;
-      known->shadow.reset(known->base, known->bytes, true);
+      if (known->shadow.is_empty()) known->shadow.reset(known->base, known->bytes, true);
     }
     return known;
   }
