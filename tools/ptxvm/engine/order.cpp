@@ -55,20 +55,22 @@ void BlockOrder::meet_all(uint32_t num_threads) {
   last_full = clock++;
   if (threads.empty()) return;
   // Fences of every thread before the barrier cover all that the block did up to the earliest of them; what one thread
-  // knows of other blocks, all know now.
+  // knows of other blocks, all know now, and what it has read and not fenced yet, all may fence.
   uint32_t earliest = threads.size() == num_threads ? UINT32_MAX : 0;
   uint32_t all = 0;
-  KnowledgePtr known, fenced_known;
+  KnowledgePtr known, pending, fenced_known;
   for (const auto& entry : threads) {
     earliest = std::min(earliest, entry.second.fenced);
     all = std::max(all, entry.second.fenced_all);
     known = joined(known, entry.second.known);
+    pending = joined(pending, entry.second.pending);
     fenced_known = joined(fenced_known, entry.second.fenced_known);
   }
   all = std::max(all, earliest);
-  for (uint32_t t = 0; t < num_threads && (known != nullptr || all > 0); ++t) {
+  for (uint32_t t = 0; t < num_threads && (known != nullptr || pending != nullptr || all > 0); ++t) {
     ThreadOrder& thread = threads[static_cast<uint16_t>(t)];
     thread.known = known;
+    thread.pending = pending;
     thread.fenced_known = fenced_known;
     thread.fenced_all = std::max(thread.fenced_all, all);
   }
