@@ -5,10 +5,10 @@
 // knows of each other. Shuffles and votes order nothing, as the CUDA guide says.
 //
 // Across blocks. A fence followed by a strong write (atomic, volatile, relaxed) to a location publishes what the fence
-// covers; a strong read of that location followed by a fence takes it over; a barrier of the block passes on both what was read
-// and what was taken over, so that the fence may stand in another thread behind the barrier. A
-// fence covers what its own thread did before, what a barrier of the block ordered before it, and, after a barrier,
-// what every thread of the block had fenced before that barrier.
+// covers; a strong read of that location followed by a fence takes it over. A barrier of the block passes on both what
+// was read and what was taken over: the fence may stand behind the barrier, in another thread. A fence covers what its
+// own thread did before, what a barrier of the block ordered before it, and, after a barrier, what every thread of the
+// block had fenced before that barrier.
 #pragma once
 
 #include <cstdint>
