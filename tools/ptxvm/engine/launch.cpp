@@ -64,8 +64,8 @@ std::string run_launch(Engine& engine, Module& module, const Program& program, D
   launch.params = std::move(params);
   launch.params.resize(program.param_bytes);
   launch.dynamic_shared = dynamic_shared;
-  launch.id = ++engine.num_launches;
-  launch.random.seed(engine.options.seed * 0x9e3779b97f4a7c15ull + launch.id);
+  launch.id = ++engine.last_launch;
+  launch.random.seed(engine.options.seed * 0x9e3779b97f4a7c15ull + ++engine.num_launches);
   launch.site.assign(program.code.size(), nullptr);
   for (const Symbol& symbol : program.shared) {
     launch.shared_ranges.push_back({symbol.address, symbol.address + symbol.size});
