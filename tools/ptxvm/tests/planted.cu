@@ -266,6 +266,10 @@ KERNEL block_reads_another(const int* in, const int*, int* out, int* scratch, in
 }
 
 __device__ int tickets[8];
+// A reported launch leaves its ticket as it is. (No KERNEL: it has no bug.)
+extern "C" __global__ void clear_tickets() {
+  if (threadIdx.x < 8) tickets[threadIdx.x] = 0;
+}
 
 template <bool kWriterFence, bool kReaderFence, bool kBarrier>
 __device__ void last_block_sums(const int* in, int* out, int* scratch, int* ticket) {

@@ -106,6 +106,8 @@ def test_there_are_enough_planted_bugs() -> None:
 @pytest.mark.parametrize("kernel", sorted(marks()))
 def test_planted_bug_is_reported_at_its_line(kernel: str, seed: int) -> None:
     engine().set_options(seed=seed, most_instructions=2_000_000)
+    if kernel.startswith("last_block"):
+        assert launch(compiled("planted.cu"), "clear_tickets", []) == ""
     grid, block = SHAPES.get(kernel, (1, 128))
     report, _ = run(kernel, "planted.cu", grid, block, SHARED.get(kernel, 0))
     assert report, "nothing was reported"
