@@ -132,8 +132,8 @@ struct Engine {
   Options options;
   Counters counters;
   std::vector<std::string> reports;
-  uint64_t num_launches = 0;  // since the seed was set
-  uint64_t last_launch = 0;   // of all there ever were: never used twice
+  uint64_t num_launches = 0;                              // since the seed was set
+  uint64_t last_launch = 0;                               // of all there ever were: never used twice
   uint64_t instructions = 0;                              // of warps, in all launches
   std::unordered_map<std::string, uint64_t> launches_of;  // by kernel
   std::vector<std::string> known_kernels;                 // of fat binaries
