@@ -1,0 +1,579 @@
+"""Published variants of softmax and of the losses around it, in plain torch.
+
+The exact softmax and its two fast algorithms are `fastmoe_route.softmax`: `method="two_pass"`
+(arXiv:2001.04438) and `method="online"` (arXiv:1805.02867); fused with top-k it is
+`fastmoe_route.softmax_topk`. Here are the functions that change what is computed, and the
+normaliser as a value that can be merged across blocks and machines. A logit of -inf is masked, in
+every function. All work along the last dimension unless they take `dim`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoe_route._arguments import (
+    check_choice,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
+from fastmoe_route.methods import register
+from fastmoe_route.softmax import softmax, softmax_topk
+
+SURROGATES = ("tanh", "relu", "atan", "exp")
+_FUSED_K = 64
+
+
+# ---- the exact softmax -------------------------------------------------------------------------
+
+
+@register("two_pass_softmax", row="X1", source="arXiv:2001.04438", verified="code")
+def two_pass_softmax(x: Tensor) -> Tensor:
+    """Softmax without a pass for the maximum: sums of mantissas and exponents (XNNPACK).
+
+    `softmax(x, method="two_pass")` by the name of the survey. The exponent is kept as a float and
+    never put into a number, so no input of finite size overflows; -inf, which makes the bare
+    algorithm NaN, gives 0 here.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        The shape of `x`, rows (last dimension) sum to 1; differentiable.
+    """
+    return softmax(x, method="two_pass")
+
+
+# ---- the normaliser as a value -----------------------------------------------------------------
+
+
+@register("online_normalizer", row="X2", source="arXiv:1805.02867", verified="code")
+def normalizer(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair `(m, d)`, `m = max(x)` and `d = sum of exp(x - m)`, of each row (arXiv:1805.02867).
+
+    `softmax(x) = exp(x - m) / d`. A row that is empty or all -inf gives `(-inf, 0)`, the neutral
+    element of `merge_normalizers`.
+
+    Args:
+        x: `[..., N]`, floating point.
+
+    Returns:
+        `m` and `d`, both `[...]`.
+    """
+    check_tensor("normalizer", "x", x)
+    if x.shape[-1] == 0:
+        return x.new_full(x.shape[:-1], -torch.inf), x.new_zeros(x.shape[:-1])
+    m = x.amax(-1)
+    return m, (x - _finite(m)[..., None]).exp().sum(-1)
+
+
+def merge_normalizers(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The normaliser of two parts of a row, from those of the parts: associative, commutative.
+
+    `m = max(m1, m2)`, `d = d1 exp(m1 - m) + d2 exp(m2 - m)`. Two neutral elements merge to the
+    neutral element, where the bare formula gives NaN.
+
+    Args:
+        one: `(m, d)` of one part, any shape.
+        other: `(m, d)` of the other.
+
+    Returns:
+        `(m, d)` of both.
+    """
+    (m1, d1), (m2, d2) = one, other
+    m = torch.maximum(m1, m2)
+    at = _finite(m)
+    return m, d1 * (m1 - at).exp() + d2 * (m2 - at).exp()
+
+
+def _finite(m: Tensor) -> Tensor:
+    """A maximum of -inf replaced by 0, so that it can be subtracted."""
+    return m.masked_fill(m == -torch.inf, 0.0)
+
+
+# ---- other distributions -----------------------------------------------------------------------
+
+
+def _top_columns(x: Tensor, k: int) -> Tensor:
+    """The columns of the `k` largest entries of each row, ties to the lower column."""
+    with torch.no_grad():
+        if k <= _FUSED_K:
+            return softmax_topk(x, k)[1]
+        return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@register("sparse_softmax", row="X3", source="arXiv:2112.12433", verified="mem")
+def sparse_softmax(x: Tensor, k: int = 10) -> Tensor:
+    """Softmax over the `k` largest logits of each row, exactly 0 elsewhere (arXiv:2112.12433).
+
+    From memory: unverified. Ties go to the lower column.
+
+    Args:
+        x: `[..., N]`.
+        k: how many, 1 to N; N is the plain softmax, 1 is one-hot.
+
+    Returns:
+        The shape of `x`; differentiable, with gradient 0 outside the `k`.
+
+    Raises:
+        ValueError: `k` is out of range.
+
+    >>> sparse_softmax(torch.tensor([0.0, 1.0, 1.0]), 2)
+    tensor([0.0000, 0.5000, 0.5000])
+    """
+    check_tensor("sparse_softmax", "x", x)
+    check_int("sparse_softmax", "k", k, 1, x.shape[-1])
+    columns = _top_columns(x, k)
+    return torch.zeros_like(x).scatter(-1, columns, x.gather(-1, columns).softmax(-1))
+
+
+@register("sparse_softmax_loss", row="X3", source="arXiv:2112.12433", verified="mem")
+def sparse_softmax_loss(
+    x: Tensor, target: Tensor, k: int = 10, *, include_target: bool = False
+) -> Tensor:
+    """`log(sum over the top k of exp(x)) - x_target`, mean over rows (arXiv:2112.12433).
+
+    As it is commonly written, the target does not join the top `k`, so the loss is negative for a
+    row whose target lies far outside. From memory: unverified.
+
+    Args:
+        x: `[N, C]`.
+        target: integers `[N]`.
+        k: how many logits the sum takes.
+        include_target: let the target take the place of the smallest of the `k` where it is not
+            among them; the loss is then never negative.
+
+    Returns:
+        A scalar, differentiable; the gradient is 0 outside the sum and the target.
+    """
+    check_tensor("sparse_softmax_loss", "x", x, 2)
+    check_shape("sparse_softmax_loss", "target", target, x.shape[:1])
+    check_int("sparse_softmax_loss", "k", k, 1, x.shape[1])
+    columns, own = _top_columns(x, k), target.long()[:, None]
+    if include_target:
+        missing = (columns != own).all(1)
+        columns = torch.cat(
+            [columns[:, :-1], torch.where(missing[:, None], own, columns[:, -1:])], 1
+        )
+    return (x.gather(1, columns).logsumexp(1) - x.gather(1, own)[:, 0]).mean()
+
+
+@register("adaptive_temperature_softmax", row="X4", source="arXiv:2410.01104", verified="2nd")
+def adaptive_temperature_softmax(x: Tensor) -> Tensor:
+    """Softmax sharpened where its entropy is high, to keep attention sharp on long inputs.
+
+    `beta = 1` where `H = -sum p log(p + 1e-9)` is at most 0.5, else
+    `max(-0.037 H^4 + 0.481 H^3 - 2.3 H^2 + 4.917 H - 1.791, 1)`; the result is
+    `softmax(beta x)` (arXiv:2410.01104, as ports quote it; a port that reverses the coefficients
+    gets negative temperatures). Meant for attention heads of a trained model at inference.
+
+    Args:
+        x: `[..., N]`.
+
+    Returns:
+        The shape of `x`, differentiable (through `beta` too).
+    """
+    check_tensor("adaptive_temperature_softmax", "x", x)
+    p = x.softmax(-1)
+    spread = -(p * (p + 1e-9).log()).sum(-1, keepdim=True)
+    beta = torch.full_like(spread, -0.037)
+    for coefficient in (0.481, -2.3, 4.917, -1.791):
+        beta = beta * spread + coefficient
+    beta = torch.where(spread > 0.5, beta.clamp(min=1.0), torch.ones_like(beta))
+    return softmax(beta * x)
+
+
+@register("softpick", row="X5", source="arXiv:2504.20966", verified="code")
+def softpick(x: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """`relu(e^x - 1) / (sum |e^x - 1| + eps)`: no sink, exact zeros, rows sum to at most 1.
+
+    Computed with `m = max(x, 0)` taken out, and `eps` scaled by `e^-m` with it, so that large and
+    very negative rows neither overflow nor change (arXiv:2504.20966; the released code adds the
+    bare `eps`, and counts masked entries in the denominator, which this does not).
+
+    Args:
+        x: `[..., N]`; -inf is masked.
+        mask: bool, True where an entry counts; broadcasts to `x`.
+        eps: keeps rows of zeros at 0.
+
+    Returns:
+        The shape of `x`, differentiable. Rows without a positive entry are exactly 0.
+    """
+    check_tensor("softpick", "x", x)
+    allowed = x > -torch.inf if mask is None else mask & (x > -torch.inf)
+    safe = x.masked_fill(~allowed & ~x.isnan(), 0.0)  # gives the exact value 0 below
+    m = safe.detach().amax(-1, keepdim=True).clamp(min=0.0) if x.shape[-1] else 0.0
+    floor = torch.exp(-torch.as_tensor(m, dtype=x.dtype, device=x.device))
+    small = floor * safe.clamp(max=1.0).expm1()
+    value = torch.where(safe < 1.0, small, (safe - m).exp() - floor)
+    return value.relu() / (value.abs().sum(-1, keepdim=True) + eps * floor)
+
+
+@register("unified_max_softmax", row="X6", source="arXiv:2311.01282", verified="2nd")
+def unified_max_softmax(
+    x: Tensor, phi: float, low: float = -60.0, high: float = 60.0
+) -> tuple[Tensor, Tensor]:
+    """Softmax with one constant in place of each row's maximum, so partial sums need no rescaling.
+
+    Rows with an entry whose `x - phi` is not inside `(low, high)` take their own maximum instead
+    (FlashDecoding++, arXiv:2311.01282; `phi` and the range come from a model's statistics).
+
+    Args:
+        x: `[..., N]`; -inf is masked and does not count for the range.
+        phi: the constant.
+        low: lower end of the range.
+        high: upper end; exp(high) times N must be finite.
+
+    Returns:
+        The probabilities, differentiable, and bool `[...]`, True for rows that fell back.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+    check_tensor("unified_max_softmax", "x", x)
+    if not low < high:
+        fail(ValueError, "unified_max_softmax", "low", f"be below high, {high}", low)
+    offset = x.detach() - phi
+    outside = ~((offset > low) & (offset < high)) & (x.detach() != -torch.inf)
+    is_redone = outside.any(-1)
+    center = torch.where(is_redone, x.detach().amax(-1), phi)[..., None]
+    e = (x - center).exp()
+    return e / e.sum(-1, keepdim=True), is_redone
+
+
+@register("stablemax", row="X10", source="arXiv:2501.04697", verified="code")
+def stablemax(x: Tensor, dim: int = -1) -> Tensor:
+    """`s(x) / sum s(x)` with `s(x) = x + 1` above 0 and `1 / (1 - x)` below (arXiv:2501.04697).
+
+    No exponential: probabilities do not collapse to 0 and 1, which the paper ties to grokking.
+
+    Args:
+        x: any shape; -inf gives 0.
+        dim: the dimension that sums to 1.
+
+    Returns:
+        The shape of `x`, differentiable once everywhere (`s` is continuous with its derivative).
+    """
+    check_tensor("stablemax", "x", x)
+    s = _stable_scale(x)
+    s = s / s.detach().amax(dim, keepdim=True)  # so that the sum of huge values is finite
+    return s / s.sum(dim, keepdim=True)
+
+
+def _stable_scale(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
+
+
+@register("stablemax_cross_entropy", row="X10", source="arXiv:2501.04697", verified="code")
+def stablemax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """`-log stablemax(logits)[target]`, mean over rows, computed in float64 as the authors do.
+
+    Args:
+        logits: `[N, C]`.
+        target: integers `[N]`.
+
+    Returns:
+        A scalar in the dtype of `logits`, differentiable (arXiv:2501.04697).
+    """
+    check_tensor("stablemax_cross_entropy", "logits", logits, 2)
+    check_shape("stablemax_cross_entropy", "target", target, logits.shape[:1])
+    p = stablemax(logits.double(), 1).gather(1, target.long()[:, None])
+    return -p.log().mean().to(logits.dtype)
+
+
+@register("noisy_sparse_softmax", row="X13", source="arXiv:2306.06855", verified="mem")
+def noisy_sparse_softmax(
+    x: Tensor, temperature: float, *, noise: Tensor | None = None, k: int | None = None
+) -> Tensor:
+    """`softmax((x + noise) / temperature)` over the `k` largest noisy entries.
+
+    Architecture search with a small, decaying temperature (arXiv:2306.06855, abstract only:
+    unverified). `temperature_schedule` decays it.
+
+    Args:
+        x: `[..., N]` architecture weights.
+        temperature: above 0; towards 0 the result is one-hot.
+        noise: added before, or None.
+        k: entries kept; None for all.
+
+    Returns:
+        The shape of `x`, differentiable, exactly 0 outside the `k`.
+    """
+    check_tensor("noisy_sparse_softmax", "x", x)
+    if not temperature > 0:
+        fail(ValueError, "noisy_sparse_softmax", "temperature", "be above 0", temperature)
+    z = (x if noise is None else x + noise) / temperature
+    return softmax(z) if k is None else sparse_softmax(z, k)
+
+
+def temperature_schedule(step: int, num_steps: int, start: float, end: float) -> float:
+    """Exponential decay from `start` at step 0 to `end` at `num_steps`, constant from there.
+
+    Args:
+        step: 0 or more.
+        num_steps: at least 1.
+        start: above 0.
+        end: above 0.
+
+    Returns:
+        `start * (end / start)^(step / num_steps)`.
+
+    >>> temperature_schedule(5, 10, 4.0, 1.0)
+    2.0
+    """
+    check_int("temperature_schedule", "step", step, 0)
+    check_int("temperature_schedule", "num_steps", num_steps, 1)
+    for name, value in (("start", start), ("end", end)):
+        if not value > 0:
+            fail(ValueError, "temperature_schedule", name, "be above 0", value)
+    return float(start * (end / start) ** min(step / num_steps, 1.0))
+
+
+# ---- low precision, early exit, entropy --------------------------------------------------------
+
+
+def quantize_probabilities(p: Tensor, bits: int = 8, bias: Tensor | float = 0.0) -> Tensor:
+    """`round(p (2^bits - 1)) / (2^bits - 1) + bias`: what an unsigned integer softmax puts out.
+
+    Args:
+        p: probabilities, any shape.
+        bits: 1 to 23.
+        bias: from `quantization_bias`; in hardware it goes into the zero point.
+
+    Returns:
+        The shape of `p`; gradient 0.
+    """
+    check_tensor("quantize_probabilities", "p", p)
+    check_int("quantize_probabilities", "bits", bits, 1, 23)
+    levels = 2**bits - 1
+    quantized: Tensor = (p * levels).round() / levels + bias
+    return quantized
+
+
+@register("quantization_bias", row="X7", source="arXiv:2309.01729", verified="mem")
+def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = None) -> Tensor:
+    """`E[p - q(p)]`: what a low-precision softmax loses on average (arXiv:2309.01729).
+
+    In long rows most probabilities round to 0, so the bias is positive and rows of the quantised
+    softmax sum to less than 1; adding it back restores the sum on the calibration data. (Abstract
+    and memory: unverified.)
+
+    Args:
+        p: softmax outputs of calibration data.
+        bits: of the quantiser.
+        dims: dimensions to average over: None for one bias per tensor; leave out the head or the
+            time step for one each.
+
+    Returns:
+        The bias, with `dims` kept as size 1.
+    """
+    error = p - quantize_probabilities(p, bits)
+    return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
+
+
+@register("early_exit", row="X12", source="the paper on cascades of softmax confidences", verified="mem")
+def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
+    """The first stage of a cascade that is sure enough: `max softmax(logits) >= threshold`.
+
+    Args:
+        stage_logits: `[N, C]` per stage, earliest first.
+        thresholds: one per stage but the last, which takes what is left. 0 leaves at the first
+            stage, above 1 never. They come from the accepted loss of accuracy on held-out data.
+
+    Returns:
+        int64 `[N]`, the stage each row leaves at. (Abstract only: unverified.)
+
+    Raises:
+        ValueError: the lists do not fit together.
+    """
+    if not stage_logits or len(thresholds) != len(stage_logits) - 1:
+        rule = f"have {max(len(stage_logits) - 1, 0)} entries, one less than stages"
+        fail(ValueError, "early_exit", "thresholds", rule, len(thresholds))
+    sure = [
+        logits.softmax(-1).amax(-1) >= threshold
+        for logits, threshold in zip(stage_logits, thresholds, strict=False)
+    ]
+    sure.append(
+        torch.ones(stage_logits[-1].shape[:-1], dtype=torch.bool, device=stage_logits[-1].device)
+    )
+    return torch.stack(sure).to(torch.uint8).argmax(0)
+
+
+@register("entropy_tolerance", row="X14", source="arXiv:2410.13060", verified="mem")
+def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
+    """Keeps the entropy of attention heads near learned levels (AERO, arXiv:2410.13060).
+
+    With `H` the mean entropy of a head's rows over `log N` and `d = H - threshold`, the sum over
+    heads of `d^2` where `|d| > tolerance`, else 0. (Abstract only: unverified.)
+
+    Args:
+        p: `[heads, ..., N]` attention probabilities.
+        threshold: `[heads]`, learnable, in units of the largest entropy.
+        tolerance: the deviation that costs nothing.
+
+    Returns:
+        A scalar, differentiable in `p` and `threshold`.
+    """
+    check_tensor("entropy_tolerance", "p", p)
+    check_shape("entropy_tolerance", "threshold", threshold, p.shape[:1])
+    h = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+    h = h.reshape(p.shape[0], -1).mean(1)
+    off = h / math.log(max(p.shape[-1], 2)) - threshold
+    return torch.where(off.abs() > tolerance, off.square(), torch.zeros_like(off)).sum()
+
+
+# ---- ranking losses ----------------------------------------------------------------------------
+
+
+@register("pairwise_softmax_loss", row="X8", source="arXiv:2411.00163", verified="code")
+def pairwise_softmax_loss(
+    positive: Tensor, negative: Tensor, tau: float = 0.1, surrogate: str = "tanh"
+) -> Tensor:
+    """PSL: `log(sum over j of s(d_j)^(1 / tau))` over users' `d_j = negative_j - positive`.
+
+    The mean over users. `s(d)` is `tanh(d) + 1`, `relu(d + 1)`, `atan(d) + 1` or `exp(d)`, the
+    last giving the softmax loss. For differences in [-1, 1] the first two lie between the step
+    function and exp, so they bound the ranking measure more tightly (arXiv:2411.00163).
+
+    Args:
+        positive: `[U]` scores of the users' items; the paper halves cosines, so that differences
+            stay in [-1, 1].
+        negative: `[U, N]` scores of sampled other items.
+        tau: the temperature.
+        surrogate: `tanh`, `relu`, `atan` or `exp`.
+
+    Returns:
+        A scalar, differentiable.
+    """
+    check_tensor("pairwise_softmax_loss", "negative", negative, 2)
+    check_shape("pairwise_softmax_loss", "positive", positive, negative.shape[:1])
+    code = check_choice("pairwise_softmax_loss", "surrogate", surrogate, SURROGATES)
+    if not tau > 0:
+        fail(ValueError, "pairwise_softmax_loss", "tau", "be above 0", tau)
+    d = negative - positive[:, None]
+    if code < 3:
+        s = (d.tanh() + 1, (d + 1).relu(), d.atan() + 1)[code]
+        d = s.clamp(min=torch.finfo(s.dtype).tiny).log()
+    return (d / tau).logsumexp(1).mean()
+
+
+@register("topk_softmax_loss", row="X9", source="arXiv:2508.05673", verified="code")
+def topk_softmax_loss(
+    positive: Tensor,
+    negative: Tensor,
+    quantile: Tensor,
+    *,
+    tau: float = 0.1,
+    tau_weight: float = 1.0,
+) -> Tensor:
+    """SL@K: the softmax loss of items that are near the top `K`, for recommendation at `K`.
+
+    The mean over users of `sigmoid((positive - quantile) / tau_weight)` times
+    `log(sum over j of exp((negative_j - positive) / tau))` (arXiv:2508.05673).
+
+    Args:
+        positive: `[U]`.
+        negative: `[U, N]`.
+        quantile: `[U]`, each user's `K`-th largest score, a constant that the paper refreshes
+            every 20 epochs with `K = 20`; -inf gives the plain softmax loss.
+        tau: temperature of the loss.
+        tau_weight: temperature of the weight.
+
+    Returns:
+        A scalar, differentiable in the scores.
+    """
+    check_tensor("topk_softmax_loss", "negative", negative, 2)
+    check_shape("topk_softmax_loss", "positive", positive, negative.shape[:1])
+    check_shape("topk_softmax_loss", "quantile", quantile, positive.shape)
+    weight = ((positive - quantile.detach()) / tau_weight).sigmoid()
+    return (weight * ((negative - positive[:, None]) / tau).logsumexp(1)).mean()
+
+
+# ---- sharded and sampled classes ---------------------------------------------------------------
+
+
+@register("sample_classes", row="X11", source="arXiv:2203.15565", verified="code")
+def sample_classes(
+    labels: Tensor, num_classes: int, rate: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Partial FC: the classes of the batch, and random others up to `rate * num_classes`.
+
+    Args:
+        labels: integers `[N]`; entries outside `[0, num_classes)` belong to other ranks.
+        num_classes: `C` of this rank.
+        rate: in (0, 1]; 1 takes every class. The paper uses 0.1 (arXiv:2203.15565).
+        generator: draws the others.
+
+    Returns:
+        int64 ids, ascending, without repetition; always with every class of the batch.
+    """
+    check_int("sample_classes", "num_classes", num_classes, 1)
+    if not 0 < rate <= 1:
+        fail(ValueError, "sample_classes", "rate", "be in (0, 1]", rate)
+    mine = labels[(labels >= 0) & (labels < num_classes)].long()
+    rank = torch.rand(num_classes, generator=generator).to(labels.device)
+    rank[mine] = 2.0  # before every other class
+    wanted = max(int(rate * num_classes), int((rank == 2.0).sum()), 1)
+    return rank.topk(wanted).indices.sort().values
+
+
+@register("sharded_cross_entropy", row="X11", source="arXiv:2203.15565", verified="code")
+def sharded_cross_entropy(
+    logits: Tensor, labels: Tensor, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Cross entropy over classes that are spread over the ranks of a group.
+
+    Three all-reduces of one number per row: maximum, sum of exponentials, logit of the label.
+
+    Args:
+        logits: `[N, C]`, this rank's classes (or the sampled ones).
+        labels: integers `[N]`, the column of the label, or -1 where another rank has it.
+        group: the ranks that share the classes; None for this rank alone.
+
+    Returns:
+        The mean over rows, the same on every rank; differentiable in this rank's logits
+        (arXiv:2203.15565).
+    """
+    check_tensor("sharded_cross_entropy", "logits", logits, 2)
+    check_shape("sharded_cross_entropy", "labels", labels, logits.shape[:1])
+    if group is None and logits.shape[1] == 0:
+        fail(ValueError, "sharded_cross_entropy", "logits", "have a class", describe(logits))
+    loss: Tensor = _ShardedCrossEntropy.apply(logits, labels.long(), group)
+    return loss
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        has_label = labels >= 0
+        own = F.one_hot(labels.clamp(min=0), logits.shape[1]) * has_label[:, None]
+        m, d = normalizer(logits)
+        if group is not None:
+            most = m.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group)
+            d = d * (m - most).exp()
+            dist.all_reduce(d, group=group)
+            m = most
+        picked = (logits.masked_fill(own == 0, 0.0)).sum(1)
+        if group is not None:
+            dist.all_reduce(picked, group=group)
+        p = (logits - m[:, None]).exp() / d[:, None]
+        ctx.save_for_backward((p - own) / max(logits.shape[0], 1))
+        return (m + d.log() - picked).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (per_row,) = ctx.saved_tensors
+        return grad * per_row, None, None
