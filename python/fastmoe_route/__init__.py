@@ -61,7 +61,17 @@ __all__ = [
 ]
 
 # Imported at first use, so that importing the package stays quick.
-_SUBMODULES = ("distributed", "integrations", "losses", "methods", "nn", "reference", "routers")
+_SUBMODULES = (
+    "adapters",
+    "distributed",
+    "integrations",
+    "losses",
+    "methods",
+    "nn",
+    "reference",
+    "routers",
+    "softmax_variants",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -339,6 +339,29 @@ def temperature_schedule(step: int, num_steps: int, start: float, end: float) ->
     return float(start * (end / start) ** min(step / num_steps, 1.0))
 
 
+@register("polytope_step", row="L7", source="PolyStep", verified="code")
+def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
+    """`softmax(-losses / epsilon)`: how a gradient-free step weighs the vertices it tried.
+
+    The step moves to the weighted mean of the vertices of a polytope around the parameters;
+    `epsilon` falls along a cosine, towards the best vertex alone.
+
+    Args:
+        losses: `[..., V]`, the loss at each vertex.
+        epsilon: above 0; 0 gives the vertex of least loss, ties to the lower one.
+
+    Returns:
+        `[..., V]`, rows sum to 1.
+    """
+    check_tensor("polytope_weights", "losses", losses)
+    if not epsilon >= 0:
+        fail(ValueError, "polytope_weights", "epsilon", "be at least 0", epsilon)
+    if epsilon == 0:
+        best = torch.zeros_like(losses)
+        return best.scatter(-1, _top_columns(-losses, 1), 1.0)
+    return softmax(-losses / epsilon)
+
+
 # ---- low precision, early exit, entropy --------------------------------------------------------
 
 
@@ -381,7 +404,7 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
 
 
-@register("early_exit", row="X12", source="the paper on cascades of softmax confidences", verified="mem")
+@register("early_exit", row="X12", source="softmax-confidence cascades", verified="mem")
 def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
     """The first stage of a cascade that is sure enough: `max softmax(logits) >= threshold`.
 

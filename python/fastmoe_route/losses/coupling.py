@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import check_shape, check_tensor, describe, fail
+from fastmoe_route.methods import register
 
 
+@register("expert_router_coupling", row="R33", source="arXiv:2512.23447", verified="2nd")
 def expert_router_coupling(
     router: Tensor,
     w_up: Tensor,

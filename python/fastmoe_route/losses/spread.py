@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmoe_route._arguments import check_int, check_tensor, describe, fail
 from fastmoe_route.losses._beta import beta_cdf
 from fastmoe_route.losses._statistics import probabilities, statistic, surprise
+from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 
 
@@ -107,6 +108,7 @@ def entropy_target(source: Routing | Tensor, num_experts: float) -> Tensor:
     return (entropy_now - entropy_now.new_tensor(num_experts).log()).square()
 
 
+@register("prior_shaping", row="R32", source="arXiv:2510.01185", verified="mem")
 def prior_shaping(source: Routing | Tensor, concentration: float | Tensor = 0.75) -> Tensor:
     """Dirichlet-prior shaping: the scores of each expert should be distributed as a Beta.
 
@@ -137,6 +139,7 @@ def prior_shaping(source: Routing | Tensor, concentration: float | Tensor = 0.75
     return (ranks[:, None] - value).square().sum() / max(p.numel(), 1)
 
 
+@register("activation_locality", row="R35", source="arXiv:2507.08771", verified="code")
 def activation_locality(activations: Tensor, sharpness: float = 100.0) -> Tensor:
     """BlockFFN's locality loss: neighbouring tokens should activate the same experts.
 
@@ -159,6 +162,7 @@ def activation_locality(activations: Tensor, sharpness: float = 100.0) -> Tensor
     return torch.nn.functional.binary_cross_entropy_with_logits(after, before.sigmoid())
 
 
+@register("chunk_sparsity", row="R35", source="arXiv:2507.08771", verified="code")
 def chunk_sparsity(activations: Tensor, chunk: int = 64, eps: float = 1e-5) -> Tensor:
     """BlockFFN's chunk loss: few experts should be active over any `chunk` neighbouring tokens.
 

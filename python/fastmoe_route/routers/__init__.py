@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmoe_route._arguments import fail
 from fastmoe_route.methods import Method, find, methods
+from fastmoe_route.routers.adjacent import Cigt, Drmc, Magnet
 from fastmoe_route.routers.assignment import (
     Base,
     ExpertChoice,
@@ -22,6 +23,21 @@ from fastmoe_route.routers.assignment import (
 )
 from fastmoe_route.routers.balance import Bip, DeepSeekV3, KMeans, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
+from fastmoe_route.routers.competition import (
+    CompeteSMoEv1,
+    CompeteSMoEv2,
+    LoRAMixer,
+    MixtureOfRouters,
+    S2MoE,
+)
+from fastmoe_route.routers.dynamic import (
+    AdaMoE,
+    DaMoE,
+    DynamicTopP,
+    DynaMoE,
+    DynMoLE,
+    expert_schedule,
+)
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile
 from fastmoe_route.routers.stochastic import Hash, RlR, Thor
@@ -47,38 +63,76 @@ from fastmoe_route.routers.token_choice import (
 
 __all__ = [
     "M6T",
+    "R2T2",
+    "Accord",
+    "AdaMoE",
+    "AdaptDHM",
     "Base",
+    "BinaryGate",
     "Bip",
     "BlockFFN",
+    "Cigt",
     "Common",
+    "CompeteSMoEv1",
+    "CompeteSMoEv2",
+    "CondConv",
     "Context",
+    "DaMoE",
     "DeepSeekV3",
+    "DrLLM",
+    "Drmc",
+    "DuoLLM",
+    "DynMoLE",
+    "DynaMoE",
+    "DynamicTokenRouting",
+    "DynamicTopP",
     "ExpertChoice",
     "Experts",
     "Finedeep",
+    "Flextron",
+    "Ftp",
+    "Glider",
+    "GraphOfTokens",
+    "Grin",
     "Hash",
     "HyperRouter",
     "KMeans",
+    "LoRAMixer",
     "LocMoE",
     "LossFree",
+    "Magnet",
     "MaskMoE",
     "Method",
+    "Mhr",
+    "MiLoRA",
+    "MindSkip",
+    "MixtureOfRouters",
+    "MultilingualSteer",
     "OpenMoE",
     "PMoE",
+    "Phatgoose",
+    "ProMoE",
     "RMoE",
+    "ReMix",
+    "ReadMe",
     "Rectify",
+    "Rewiring",
+    "Ride",
     "RlR",
     "Routed",
     "Router",
+    "S2MoE",
     "SBase",
     "SMoEDropout",
     "Sam",
+    "SiRA",
     "Smear",
     "Smile",
     "SoftMoE",
     "SparseOt",
     "Ssr",
     "StableMoE",
+    "SupernetMixture",
     "Switch",
     "Thor",
     "TopkSoftmax",
@@ -86,10 +140,16 @@ __all__ = [
     "UniPool",
     "UoE",
     "VMoE",
+    "VQMoE",
     "XMoE",
     "YuanAttention",
     "build",
+    "expert_schedule",
     "methods",
+    "rerouted",
+    "rewire",
+    "slice_experts",
+    "task_experts",
 ]
 
 

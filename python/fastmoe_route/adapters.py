@@ -1,0 +1,324 @@
+"""LoRA experts: a segmented product of low-rank pairs, and the adapters of the survey around it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastmoe_route._arguments import check_int, check_shape, check_tensor, describe, fail
+from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
+from fastmoe_route.grouped_mm import grouped_mm
+from fastmoe_route.methods import register
+from fastmoe_route.results import DispatchPlan, Routing
+
+
+def lora_grouped_mm(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    routing: Routing | tuple[Tensor, Tensor],
+    *,
+    scaling: float = 1.0,
+    plan: DispatchPlan | None = None,
+) -> Tensor:
+    """The low-rank experts of every token: `y_t = sum over j of s w_tj x_t A_e B_e`, `e = e_tj`.
+
+    Rows are grouped by expert once; two grouped products of rank `r` follow, and the weighted sum
+    in float32. Slots of -1, and those that a plan drops, add nothing. Deterministic and
+    batch-invariant like its parts.
+
+    Args:
+        x: float `[T, H]`.
+        lora_a: `[E, H, r]` in the dtype of `x`; a parameter `[E, r, H]` is passed transposed.
+        lora_b: `[E, r, D]`, likewise.
+        routing: a `Routing` or a pair of experts `[T, K]` and weights `[T, K]`.
+        scaling: `s`, such as `alpha / r`.
+        plan: where the slots go; None makes one without capacity.
+
+    Returns:
+        `[T, D]` in the dtype of `x`, to add to the frozen layer's output. Differentiable in `x`,
+        `lora_a`, `lora_b` and the weights; experts without a row get zero gradients.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> a, b = torch.ones(2, 2, 1), torch.tensor([[[1.0]], [[10.0]]])  # rank 1, two experts
+        >>> pair = (torch.tensor([[0, 1], [1, -1]]), torch.ones(2, 2))
+        >>> lora_grouped_mm(x, a, b, pair)
+        tensor([[33.],
+                [70.]])
+    """
+    check_tensor("lora_grouped_mm", "x", x, 2)
+    check_tensor("lora_grouped_mm", "lora_a", lora_a, 3)
+    check_tensor("lora_grouped_mm", "lora_b", lora_b, 3)
+    check_shape("lora_grouped_mm", "lora_a", lora_a, (-1, x.shape[1], -1))
+    check_shape("lora_grouped_mm", "lora_b", lora_b, (lora_a.shape[0], lora_a.shape[2], -1))
+    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
+        rule = "be a Routing or a pair (experts, weights)"
+        fail(TypeError, "lora_grouped_mm", "routing", rule, describe(routing))
+    experts, weights = routing[0], routing[1]
+    if plan is None:
+        plan = plan_dispatch(experts, lora_a.shape[0])
+    inner = grouped_mm(permute(x, plan), lora_a, plan.offsets)
+    outer = grouped_mm(inner, lora_b, plan.offsets)
+    return unpermute(outer, plan, weights * scaling if scaling != 1.0 else weights)
+
+
+class LoraExperts(NamedTuple):
+    """`E` low-rank experts, called like `routers.Experts`: what a router of LoRA modules mixes.
+
+    Attributes:
+        lora_a: `[E, H, r]`.
+        lora_b: `[E, r, D]`.
+        scaling: factor on every output.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float = 1.0
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing: Routing | tuple[Tensor, Tensor],
+        plan: DispatchPlan | None = None,
+    ) -> Tensor:
+        """The weighted sum of every token's experts, `[T, H] -> [T, D]`."""
+        return lora_grouped_mm(
+            x, self.lora_a, self.lora_b, routing, scaling=self.scaling, plan=plan
+        )
+
+    def each(self, x: Tensor) -> Tensor:
+        """What every expert makes of every token, `[T, H] -> [T, E, D]`."""
+        inner = torch.einsum("th,ehr->ter", x, self.lora_a)
+        return torch.einsum("ter,erd->ted", inner, self.lora_b) * self.scaling
+
+    def merged(self, weights: Tensor) -> LoraExperts:
+        """`S` experts that are exact weighted sums, `weights [S, E]`, of rank `E r`.
+
+        The factors are concatenated, so that the merged expert is the sum of the weighted experts
+        and not the product of averaged factors.
+        """
+        check_shape("LoraExperts.merged", "weights", weights, (-1, self.lora_a.shape[0]))
+        num, hidden, width = weights.shape[0], self.lora_a.shape[1], self.lora_b.shape[2]
+        scaled = self.lora_a * weights.to(self.lora_a.dtype)[:, :, None, None]
+        a = scaled.permute(0, 2, 1, 3).reshape(num, hidden, -1)
+        b = self.lora_b.reshape(1, -1, width).expand(num, -1, -1)
+        return LoraExperts(a, b, self.scaling)
+
+    def merged_blockwise(self, weights: Tensor) -> LoraExperts:
+        """`S` experts of rank `r` whose factors are averaged in blocks, `weights [S, heads, E]`.
+
+        Head `h` mixes the `h`-th block of the input features of `A` and of the output features of
+        `B` (MHR, arXiv:2211.03831).
+        """
+        num, heads, experts = weights.shape
+        rank = self.lora_a.shape[2]
+        for name, size in (("H", self.lora_a.shape[1]), ("D", self.lora_b.shape[2])):
+            if size % heads:
+                fail(ValueError, "merged_blockwise", name, f"be a multiple of {heads} heads", size)
+        w = weights.to(self.lora_a.dtype)
+        a = self.lora_a.view(experts, heads, -1, rank)
+        b = self.lora_b.view(experts, rank, heads, -1)
+        return LoraExperts(
+            torch.einsum("she,ehir->shir", w, a).reshape(num, -1, rank),
+            torch.einsum("she,erho->srho", w, b).reshape(num, rank, -1),
+            self.scaling,
+        )
+
+
+@register("mixture_of_shards", row="R68", source="arXiv:2410.00938", verified="mem")
+class MixtureOfShards(nn.Module):
+    """MoS: the low-rank pairs of many modules, glued from shards of two common pools.
+
+    Every row of `A` (and of `B`) of every module is the concatenation of `num_shards` shards, named
+    by a fixed random index; the last `num_private` rows of every module use shards that nobody else
+    does. Gradients add up in the pools. From memory: unverified.
+
+    Args:
+        hidden_size: `H` of all modules, a multiple of `num_shards`.
+        out_size: `D` of all modules, likewise.
+        num_modules: modules (layers, or experts) that share the pools.
+        rank: rows per module.
+        num_shards: shards per row.
+        pool_size: public shards in each pool.
+        num_private: private rows per module.
+        generator: draws the indices.
+    """
+
+    index_a: Tensor
+    index_b: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        out_size: int,
+        num_modules: int,
+        rank: int = 8,
+        *,
+        num_shards: int = 4,
+        pool_size: int = 64,
+        num_private: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("mixture_of_shards", "num_private", num_private, 0, rank)
+        for name, size in (("hidden_size", hidden_size), ("out_size", out_size)):
+            if size % num_shards:
+                rule = f"be a multiple of num_shards {num_shards}"
+                fail(ValueError, "mixture_of_shards", name, rule, size)
+        private = num_modules * num_private * num_shards
+        self.rank, self.num_shards = rank, num_shards
+        for name, size, scale in (("a", hidden_size, hidden_size**-0.5), ("b", out_size, 0.0)):
+            shards = torch.randn(pool_size + private, size // num_shards, generator=generator)
+            self.register_parameter(f"pool_{name}", nn.Parameter(shards * scale))
+            public = torch.randint(
+                pool_size,
+                (num_modules, (rank - num_private), num_shards),
+                generator=generator,
+            )
+            own = torch.arange(private).view(num_modules, num_private, num_shards) + pool_size
+            self.register_buffer(f"index_{name}", torch.cat([public, own], 1))
+
+    def experts(self, scaling: float = 1.0) -> LoraExperts:
+        """The modules as they are now, differentiable in the pools."""
+        pool_a, pool_b = self.get_parameter("pool_a"), self.get_parameter("pool_b")
+        a, b = pool_a[self.index_a].flatten(2), pool_b[self.index_b].flatten(2)
+        return LoraExperts(a.transpose(1, 2), b, scaling)
+
+
+@register("queryable_lora", row="R69", source="Queryable LoRA", verified="mem")
+class QueryableLora(nn.Module):
+    """Queryable LoRA: an operator inside the bottleneck, looked up by attention.
+
+    With `u = x A` `[T, r]` and a running summary `m` of the blocks before, the query
+    `q = W [u, m]` attends over shared atoms: `alpha = softmax(q K^T / sqrt(r) + prior)`, and
+    `y = s * (sum over j of alpha_j u M_j) B`. One atom, the identity, and no prior is plain LoRA.
+    From the abstract: unverified.
+
+    Args:
+        hidden_size: `H`.
+        out_size: `D`.
+        rank: `r`.
+        num_atoms: shared `r x r` operators.
+        scaling: `s`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        out_size: int,
+        rank: int = 8,
+        *,
+        num_atoms: int = 4,
+        scaling: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_int("queryable_lora", "rank", rank, 1)
+        check_int("queryable_lora", "num_atoms", num_atoms, 1)
+        self.rank, self.scaling = rank, scaling
+        self.lora_a = nn.Parameter(torch.randn(hidden_size, rank) * hidden_size**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(rank, out_size))
+        self.query = nn.Parameter(torch.randn(2 * rank, rank) * rank**-0.5)
+        self.keys = nn.Parameter(torch.randn(num_atoms, rank))
+        self.atoms = nn.Parameter(torch.eye(rank).repeat(num_atoms, 1, 1))
+
+    def forward(
+        self, x: Tensor, summary: Tensor | None = None, prior: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The low-rank output and the next block's summary.
+
+        Args:
+            x: `[T, H]`.
+            summary: `[T, r]` of the block before, or None at the first.
+            prior: `[num_atoms]` or `[T, num_atoms]`, from the instruction.
+
+        Returns:
+            `[T, D]`, and `[T, r]`: the mean of the summary and this block's state.
+        """
+        u = x @ self.lora_a
+        summary = torch.zeros_like(u) if summary is None else summary
+        logits = torch.cat([u, summary], 1) @ self.query @ self.keys.T * self.rank**-0.5
+        alpha = (logits if prior is None else logits + prior).softmax(1)
+        mixed = torch.einsum("tj,tr,jrq->tq", alpha, u, self.atoms)
+        return mixed @ self.lora_b * self.scaling, (summary + u) / 2
+
+
+@register("same_projection", row="R70", source="SAME", verified="2nd")
+def project_update(update: Tensor, kept: Tensor) -> Tensor:
+    """SAME: an update of a router without its part in directions that old tasks need.
+
+    `update - U (U^T update)` with `U` an orthonormal basis of `kept`; apply it to the gradient or
+    the step of a router weight `[H, E]`. `kept_directions` finds `U`.
+
+    Args:
+        update: `[H, E]`.
+        kept: `[H, r]`, columns that span the kept subspace, any length.
+
+    Returns:
+        `[H, E]` with `U^T result = 0`.
+    """
+    check_tensor("project_update", "update", update, 2)
+    check_shape("project_update", "kept", kept, (update.shape[0], -1))
+    basis = torch.linalg.qr(kept).Q
+    rest: Tensor = update - basis @ (basis.T @ update)
+    return rest
+
+
+def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
+    """The leading singular directions of old inputs that hold a share of their energy (SAME).
+
+    Args:
+        inputs: `[N, H]` hidden states of an old task.
+        energy: share of the squared singular values to keep, in (0, 1].
+
+    Returns:
+        `[H, r]`, orthonormal columns.
+    """
+    if not 0 < energy <= 1:
+        fail(ValueError, "kept_directions", "energy", "be in (0, 1]", energy)
+    _, s, v = torch.linalg.svd(inputs, full_matrices=False)
+    share = s.square().cumsum(0) / s.square().sum()
+    rank = int((share < energy).sum()) + 1
+    directions: Tensor = v[: min(rank, s.shape[0])].T
+    return directions
+
+
+def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3) -> Tensor:
+    """SAME's step of an expert: `(C + damping I)^-1 grad`, small where old inputs were strong.
+
+    Args:
+        grad: `[H, D]`, gradient of an expert's weight.
+        covariance: `[H, H]` of the inputs the expert has seen.
+        damping: keeps unseen directions finite.
+
+    Returns:
+        `[H, D]`.
+    """
+    check_shape("precondition_update", "covariance", covariance, (grad.shape[0], grad.shape[0]))
+    eye = torch.eye(grad.shape[0], dtype=grad.dtype, device=grad.device)
+    step: Tensor = torch.linalg.solve(covariance + damping * eye, grad)
+    return step
+
+
+def freeze_experts(weight: Tensor, frozen: Tensor) -> RemovableHandle:
+    """Zeroes the gradient of some experts of a weight `[E, ...]` whenever it is computed (SAME).
+
+    Args:
+        weight: a leaf that requires a gradient, one slice per expert.
+        frozen: bool `[E]`, True where the gradient becomes 0: experts that are little used.
+
+    Returns:
+        A handle whose `remove` thaws them.
+    """
+    check_shape("freeze_experts", "frozen", frozen, weight.shape[:1])
+    shape = (-1, *[1] * (weight.dim() - 1))
+    handle: RemovableHandle = weight.register_hook(
+        lambda grad: grad.masked_fill(frozen.view(shape), 0.0)
+    )
+    return handle

@@ -1,0 +1,257 @@
+"""Routers that look at what experts answer, or route a token twice."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmoe_route import losses
+from fastmoe_route.gate import gate
+from fastmoe_route.methods import register
+from fastmoe_route.results import Routing
+from fastmoe_route.routers.base import Common, Context, Routed
+from fastmoe_route.routers.experts import Experts
+from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.random import normal
+from fastmoe_route.routers.scores import Linear, wide
+
+
+class Competition(LinearRouter):
+    """Base of the two CompeteSMoE routers; a subclass says how loud an answer is.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: probability that a training call is a competition; 1 always, 0 never.
+        match_coef: coefficient of the loss `match`.
+        diversity_coef: coefficient of the loss `diversity`.
+        entropy_coef: coefficient of the loss `usage`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        rate: float = 0.05,
+        match_coef: float = 1.0,
+        diversity_coef: float = 0.01,
+        entropy_coef: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        if not 0 <= rate <= 1:
+            self.fail("rate", "be in [0, 1]", rate)
+        self.rate = rate
+        self.coefs = (match_coef, diversity_coef, entropy_coef)
+
+    def response(self, outputs: Tensor) -> Tensor:
+        """How strongly every expert answers, `[T, E, H] -> [T, E]`, positive."""
+        raise NotImplementedError
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        z = self.score(x)
+        if not self.training or self.rate == 0 or float(torch.rand(())) >= self.rate:
+            return self.routed(gate(z, self.top_k, normalize=True, stats=self.stats), context)
+        if context.experts is None:
+            self.fail("experts", "be given in a competition", None)
+        assert context.experts is not None
+        outputs = wide(context.experts.each(x))
+        loudness = self.response(outputs)
+        routing = gate(loudness, self.top_k, score="identity", normalize=True)
+        p = z.softmax(1)
+        ids = routing.experts.long()[:, :, None].expand(-1, -1, outputs.shape[2])
+        match, diversity, entropy = self.coefs
+        found = {
+            "match": match * losses.response_matching(p, loudness.softmax(1)),
+            "diversity": diversity * losses.diversity(outputs.gather(1, ids)),
+            "usage": -entropy * losses.usage_entropy(p),
+        }
+        if self.stats:
+            routing = routing._replace(score_sum=p.sum(0), logsumexp=z.logsumexp(1))
+        return self.routed(routing, context, losses=found, extra={"response": loudness})
+
+
+@register("compete_smoe_v2", row="R51", source="arXiv:2505.13380", verified="code")
+class CompeteSMoEv2(Competition):
+    """CompeteSMoE v2: in some steps all experts run, and the loudest win.
+
+    Loudness `a_e = mean over features of softplus(E_e(x))`; the `top_k` loudest, weighed by
+    `a / sum of chosen a`. The router learns to foresee it: losses `match`
+    (`mean (softmax(z) - softmax(a))^2`, `a` constant), `diversity` (cosine between the winners'
+    outputs) and `usage` (negative entropy of the mean `softmax(z)`). All other steps and evaluation
+    are `topk_softmax`. A competition needs `experts` and costs `E / K` times the work.
+
+    The paper's schedule of competitions is a rate here, with torch's generator.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        options: those of `Competition`: `rate`, `match_coef`, `diversity_coef`, `entropy_coef`.
+    """
+
+    def response(self, outputs: Tensor) -> Tensor:
+        """`mean softplus`."""
+        return F.softplus(outputs).mean(2)
+
+
+@register("compete_smoe_v1", row="R52", source="arXiv:2402.02526", verified="mem")
+class CompeteSMoEv1(Competition):
+    """CompeteSMoE v1: as `compete_smoe_v2`, but the loudness is that of the output's norm.
+
+    `a_e = softplus(|E_e(x)|)`: an expert whose output is scaled up wins more often. From the
+    abstract and memory: unverified.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        options: those of `Competition`: `rate`, `match_coef`, `diversity_coef`, `entropy_coef`.
+    """
+
+    def response(self, outputs: Tensor) -> Tensor:
+        """`softplus` of the norm."""
+        return F.softplus(outputs.norm(dim=2))
+
+
+@register("s2moe", row="R54", source="arXiv:2503.23007", verified="mem")
+class S2MoE(LinearRouter):
+    """S2MoE: in training the token and a noisy copy are both routed, and their outputs fused.
+
+    `x~ = x * N(1, sigma) + N(0, sigma)`; `y = g * moe(x) + (1 - g) * moe(x~)` with
+    `g = sigmoid(w . x)`. Loss `uncertainty`: InfoNCE between the two outputs of each token, against
+    those of the other tokens, when `experts` are given. `sigma = 0` and evaluation are
+    `topk_softmax`. From memory: unverified.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        sigma: standard deviation of both noises.
+        uncertainty_coef: coefficient of the loss.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        sigma: float = 0.1,
+        uncertainty_coef: float = 0.01,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.sigma, self.uncertainty_coef = sigma, uncertainty_coef
+        self.fuse = Linear(hidden_size, 1, bias=True)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        routing = gate(self.score(x), self.top_k, normalize=True, stats=self.stats)
+        if not self.training:
+            return self.routed(routing, context)
+        scale, shift = (normal(context, x, x.shape[1], s).to(x.dtype) for s in (0, 1))
+        noisy = x * (1 + self.sigma * scale) + self.sigma * shift
+        other = gate(self.score(noisy), self.top_k, normalize=True)
+        extra = {"noisy": noisy, "experts": other.experts, "weights": other.weights}
+        extra["fuse"] = self.fuse(x).sigmoid()
+        found = {}
+        if context.experts is not None and x.shape[0] > 0 and self.uncertainty_coef != 0:
+            pair = (context.experts(x, routing), context.experts(noisy, other))
+            one, two = (F.normalize(wide(y), dim=1) for y in pair)
+            labels = torch.arange(x.shape[0], device=x.device)
+            found["uncertainty"] = self.uncertainty_coef * F.cross_entropy(
+                one @ two.T / 0.1, labels
+            )
+        return self.routed(routing, context, losses=found, extra=extra)
+
+    def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
+        """The fused outputs of both branches in training, the clean one otherwise."""
+        clean = experts(x, routed.routing, routed.plan)
+        if routed.extra is None:
+            return clean
+        part = routed.extra
+        noisy = experts(part["noisy"], (part["experts"], part["weights"]))
+        return (part["fuse"] * clean + (1 - part["fuse"]) * noisy).to(clean.dtype)
+
+
+@register("mixture_of_routers", row="R65", source="arXiv:2503.23362", verified="mem")
+class MixtureOfRouters(LinearRouter):
+    """Mixture of Routers: several routers, weighed by a main one.
+
+    `z = sum over j of g_j z^(j)` with `g = softmax(x G)`, then softmax top-k, renormalised. One
+    sub-router is `topk_softmax`. From memory: unverified (the paper may mix probabilities).
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        num_routers: sub-routers.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        num_routers: int = 4,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, num_experts * num_routers, **common)
+        self.main = Linear(hidden_size, num_routers)
+        self.num_routers = num_routers
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        each = self.score(x).view(-1, self.num_routers, self.num_experts)
+        z = (self.main(x).softmax(1)[:, :, None] * each).sum(1)
+        return self.routed(gate(z, self.top_k, normalize=True, stats=self.stats), context)
+
+
+@register("lora_mixer", row="R63", source="arXiv:2507.00029", verified="2nd")
+class LoRAMixer(LinearRouter):
+    """LoRA-Mixer: all experts in training, softly; the best three in evaluation.
+
+    Training weighs every expert by `softmax(z)`; evaluation takes `top_k`, renormalised, so that
+    `top_k = E` is the training forward. Losses: `aux_coef` times load balancing of the `top_k`
+    choice and `-entropy_coef * mean H(p)`. A text that quotes the paper prints that sign, which
+    *raises* the entropy, and says the opposite; pass a negative coefficient for peaked scores. The
+    quoted penalty on the change of weights is the optimizer's business.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token in evaluation.
+        entropy_coef: coefficient of the loss `entropy`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 3,
+        *,
+        entropy_coef: float = 1e-3,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.entropy_coef = entropy_coef
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        z = self.score(x)
+        if not self.training:
+            return self.routed(gate(z, self.top_k, normalize=True), context)
+        routing = gate(z, self.num_experts, stats=True, keep_scores=True)
+        found = {"entropy": -self.entropy_coef * losses.entropy(routing)}
+        if self.aux_coef != 0:
+            chosen: Routing = gate(z, self.top_k, stats=True)
+            found["balance"] = self.aux_coef * losses.load_balancing(chosen)
+        return self.routed(routing, context, losses=found)
