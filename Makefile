@@ -38,6 +38,10 @@ demo: build  ## set up, run the bench in quick form and train a small language m
 	$(PY) examples/train_moe_lm.py --plot demo/train_moe_lm.png
 	@echo "The numbers and the plots are in demo/."
 
+.PHONY: gallery
+gallery: build  ## train a small language model with every router; table and plots in demo/compare_routers
+	$(PY) examples/compare_routers.py $(ARGS)
+
 .PHONY: test
 test: build  ## set up and pass the tests
 	$(PYTEST) $(ARGS)

@@ -29,6 +29,7 @@ PACKAGE_FILES = {
             "nn",
             "distributed",
         ),
+        "compare_routers",
         *("reference", "reference_gate", "tolerance"),
     )
 }

@@ -63,6 +63,7 @@ __all__ = [
 # Imported at first use, so that importing the package stays quick.
 _SUBMODULES = (
     "adapters",
+    "audit",
     "distributed",
     "integrations",
     "losses",

@@ -35,7 +35,7 @@ VERIFIED = {
     "2nd": "after a third-party implementation or text",
     "mem": "unverified: after the abstract or from memory",
 }
-_MODULES = ("routers", "losses", "softmax_variants", "adapters")
+_MODULES = ("routers", "losses", "softmax_variants", "adapters", "audit")
 
 
 @dataclass(frozen=True)
