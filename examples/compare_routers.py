@@ -1,10 +1,10 @@
 """Trains the small language model of train_moe_lm.py once with every router, and compares them.
 
 All runs start from the same weights and see the same batches of real English; only the router
-differs, each as published: its own number of experts per token and its own losses. Written to the
-folder `--out`: `results.json`, `table.md` and `compare_routers.png` with loss, load balance over
-time, experts per token and tokens per second. A run that was cut off goes on where it stopped,
-router by router.
+differs, each as published with its own losses, but for a fixed number of experts per token above
+`--top-k`, which is cut to that. Written to the folder `--out`: `results.json`, `table.md` and
+`compare_routers.png` with loss, load balance over time, experts per token and tokens per second. A
+run that was cut off goes on where it stopped, router by router.
 
     python examples/compare_routers.py                       # every router that suits the model
     python examples/compare_routers.py switch deepseek_v3    # some of them
@@ -98,8 +98,8 @@ def build(method: Method, config: lm.Config) -> fr.routers.Router:
     if "vocabulary" in parameters:
         arguments["vocabulary"] = config.vocabulary
     default = parameters["top_k"].default if "top_k" in parameters else None
-    if isinstance(default, int) and default > config.experts:
-        arguments["top_k"] = config.experts
+    if isinstance(default, int) and default > config.top_k:
+        arguments["top_k"] = config.top_k
     return fr.routers.build(method.name, config.hidden, config.experts, **arguments)
 
 
@@ -115,7 +115,7 @@ def route(model: lm.Model, method: Method, config: lm.Config, seed: int) -> lm.M
 
 def violation(load: Tensor) -> float:
     """`(largest - mean) / mean` of the experts' slots, mean over layers: 0 is perfect balance."""
-    return float((load.amax(1) - 1).mean())
+    return float((load.amax(1) - 1).clamp(min=0).mean())
 
 
 def train(
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     add("--all", action="store_true", help="also routers that no decoder could use")
     add("--steps", type=int, default=300, help="training steps of each run")
     add("--out", type=Path, default=Path("demo/compare_routers"), help="folder for the results")
-    for name in ("hidden", "layers", "heads", "experts", "expert_width", "context", "batch"):
+    for name in sorted(asdict(small).keys() - {"vocabulary"}):
         flag = "--" + name.replace("_", "-")
         what = f"{name.replace('_', ' ')} of the model"
         add(flag, type=int, default=getattr(small, name), help=what)

@@ -122,7 +122,9 @@ class MiLoRA(LinearRouter):
         return self.routed(routing, context, extra={"decision": z})
 
 
-@register("accord", row="L9", source="arXiv:2506.11052", verified="mem", invariance="S")
+@register(
+    "accord", row="L9", source="arXiv:2506.11052", verified="mem", invariance="S", decode="pre"
+)
 class Accord(MiLoRA):
     """ACCORD: a sequence picks the LoRA modules of its problem type, by attention.
 
@@ -199,7 +201,14 @@ class Merging(Router):
         return merged(x, (ids, torch.ones_like(ids, dtype=wide(x).dtype)))
 
 
-@register("cond_conv", row="L6", source="A-SDM (ME-CondConv)", verified="mem", invariance="S")
+@register(
+    "cond_conv",
+    row="L6",
+    source="A-SDM (ME-CondConv)",
+    verified="mem",
+    invariance="S",
+    decode="leak",
+)
 class CondConv(Merging):
     """A-SDM's conditional weights: per sequence `W = sum over e of sigmoid(f(mean of x))_e W_e`.
 
