@@ -9,6 +9,7 @@ from fastmoe_route._load import load_libraries
 read_environment()
 load_libraries()
 
+from fastmoe_route.adapters import lora_grouped_mm  # noqa: E402
 from fastmoe_route.assign_balanced import assign_balanced  # noqa: E402
 from fastmoe_route.dispatch import (  # noqa: E402
     expert_capacity,
@@ -48,6 +49,7 @@ __all__ = [
     "expert_choice",
     "gate",
     "grouped_mm",
+    "lora_grouped_mm",
     "moe_mlp",
     "pass_through",
     "permute",

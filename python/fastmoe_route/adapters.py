@@ -192,7 +192,7 @@ class MixtureOfShards(nn.Module):
         return LoraExperts(a.transpose(1, 2), b, scaling)
 
 
-@register("queryable_lora", row="R69", source="Queryable LoRA", verified="mem")
+@register("queryable_lora", row="R69", source="arXiv:2605.08423", verified="mem")
 class QueryableLora(nn.Module):
     """Queryable LoRA: an operator inside the bottleneck, looked up by attention.
 
@@ -249,7 +249,7 @@ class QueryableLora(nn.Module):
         return mixed @ self.lora_b * self.scaling, (summary + u) / 2
 
 
-@register("same_projection", row="R70", source="SAME", verified="2nd")
+@register("same_projection", row="R70", source="arXiv:2602.01990", verified="2nd")
 def project_update(update: Tensor, kept: Tensor) -> Tensor:
     """SAME: an update of a router without its part in directions that old tasks need.
 

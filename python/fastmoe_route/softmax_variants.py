@@ -339,7 +339,7 @@ def temperature_schedule(step: int, num_steps: int, start: float, end: float) ->
     return float(start * (end / start) ** min(step / num_steps, 1.0))
 
 
-@register("polytope_step", row="L7", source="PolyStep", verified="code")
+@register("polytope_step", row="L7", source="arXiv:2605.01928", verified="code")
 def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
     """`softmax(-losses / epsilon)`: how a gradient-free step weighs the vertices it tried.
 
@@ -404,7 +404,7 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
 
 
-@register("early_exit", row="X12", source="softmax-confidence cascades", verified="mem")
+@register("early_exit", row="X12", source="arXiv:1805.10982", verified="mem")
 def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
     """The first stage of a cascade that is sure enough: `max softmax(logits) >= threshold`.
 

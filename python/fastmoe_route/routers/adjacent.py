@@ -18,7 +18,7 @@ from fastmoe_route.routers.parts import LinearRouter
 from fastmoe_route.routers.scores import Linear, wide
 
 
-@register("magnet", row="L1", source="MAGNET", verified="mem")
+@register("magnet", row="L1", source="arXiv:2602.20723", verified="mem")
 class Magnet(LinearRouter):
     """MAGNET: first every expert is used, then tokens specialise.
 

@@ -204,7 +204,7 @@ class Merging(Router):
 @register(
     "cond_conv",
     row="L6",
-    source="A-SDM (ME-CondConv)",
+    source="arXiv:2406.00210",
     verified="mem",
     invariance="S",
     decode="leak",
