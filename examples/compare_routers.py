@@ -95,8 +95,8 @@ def build(method: Method, config: lm.Config) -> fr.routers.Router:
     arguments: dict[str, Any] = {}
     if "identity" in parameters:
         arguments["identity"] = False
-    if "vocabulary" in parameters:
-        arguments["vocabulary"] = config.vocabulary
+    if "vocab_size" in parameters:
+        arguments["vocab_size"] = config.vocabulary
     default = parameters["top_k"].default if "top_k" in parameters else None
     if isinstance(default, int) and default > config.top_k:
         arguments["top_k"] = config.top_k
@@ -137,6 +137,9 @@ def train(
             group["lr"] = rate * min(1.0, (step + 1) / 20)
         # The model returns the mean of the layers' losses; their sum is what a router asks for.
         run.step(next(source), float(config.layers))
+        for block in model.blocks:
+            if hasattr(block.experts.router, "update"):  # biases and centres move between batches
+                block.experts.router.update()
         demand = torch.stack([block.experts.demand for block in model.blocks])
         mean = demand.mean(1, keepdim=True).clamp(min=1e-9)
         balance.append(violation(demand / mean))
@@ -198,6 +201,24 @@ def summary(found: dict[str, Any]) -> tuple[float, float, float, float]:
 def optimistic(method: Method) -> bool:
     """Whether the router sees what a decoder could not."""
     return not suits(method, everything=False)
+
+
+def described(config: lm.Config, options: argparse.Namespace) -> str:
+    """What was run, in one line."""
+    return (
+        f"{options.steps} steps of {config.batch * config.context} bytes; {config.layers} layers, "
+        f"hidden size {config.hidden}, {config.experts} experts of width {config.expert_width}, at "
+        f"most {config.top_k} per token where the number is fixed; learning rate {options.rate}, "
+        f"seed {options.seed}, {options.threads} threads, torch {torch.__version__}, {cpu_name()}."
+    )
+
+
+def cpu_name() -> str:
+    """The processor, as Linux calls it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -312,7 +333,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
         **{key: getattr(options, key, value) for key, value in asdict(small).items()}
     )
     results = compare(chosen, config, options)
-    text = table(results)
+    text = described(config, options) + "\n\n" + table(results)
     (options.out / "table.md").write_text(text)
     print("\n" + text)
     if not options.no_plot and any("error" not in found for found in results.values()):

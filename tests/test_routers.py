@@ -119,7 +119,6 @@ def test_gradient_of_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_fullgraph(name: str) -> None:
-    torch._dynamo.reset()  # all routers share one forward, which may be compiled only so often
     given = inputs()
     router = make(name).eval()
     torch._dynamo.reset()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_shape
+from fastmoe_route._arguments import check_choice, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
+from fastmoe_route.routers.balance import reduce_over_ranks
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
 from fastmoe_route.routers.parts import LinearRouter, assemble
@@ -223,19 +224,22 @@ class Glider(Phatgoose):
 class AdaptDHM(Router):
     """AdaptDHM: the nearest cluster names the expert; centres move by averages, not by gradient.
 
-    `c = softmax(x . centre / temperature)`, the largest wins, weight 1; in training every centre
-    moves towards the mean of its members by `1 - momentum`. From memory: unverified.
+    `c = softmax(x . centre / temperature)`, the largest wins, weight 1. Training calls add up the
+    members of every cluster; `update`, called after the optimizer's step, moves each centre towards
+    the mean of its members on all ranks by `1 - momentum`. From memory: unverified.
 
     Args:
         hidden_size: `H`.
         num_experts: `E` clusters.
         top_k: 1.
         temperature: of the softmax in `extra["assignment"]`; does not change the winner.
-        momentum: 0 makes a centre the mean of the last batch's members.
+        momentum: 0 makes a centre the mean of its members since the last update.
         common: see `Common`.
     """
 
     centers: Tensor
+    total: Tensor
+    count: Tensor
 
     def __init__(
         self,
@@ -248,8 +252,12 @@ class AdaptDHM(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
+        if top_k != 1:
+            fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
         self.temperature, self.momentum = temperature, momentum
         self.register_buffer("centers", torch.randn(num_experts, hidden_size))
+        self.register_buffer("total", torch.zeros(num_experts, hidden_size))
+        self.register_buffer("count", torch.zeros(num_experts))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x).detach()
@@ -257,13 +265,19 @@ class AdaptDHM(Router):
         routing = gate(z, self.top_k, stats=self.stats, keep_scores=True)
         assert routing.scores is not None
         if self.training:
-            self._move(x, routing.experts[:, 0].long())
+            members = routing.experts[:, 0].clamp(min=0).long()
+            self.total.index_add_(0, members, x.to(self.total.dtype))
+            self.count.add_(routing.demand)
         ones = (routing.experts >= 0).to(routing.weights.dtype)
         extra = {"assignment": routing.scores}
         return self.routed(routing._replace(weights=ones), context, extra=extra)
 
-    def _move(self, x: Tensor, members: Tensor) -> None:
-        count = torch.bincount(members, minlength=self.num_experts)[:, None]
-        mean = torch.zeros_like(self.centers).index_add(0, members, x.to(self.centers.dtype))
-        step = (1 - self.momentum) * (mean / count.clamp(min=1) - self.centers)
-        self.centers += torch.where(count > 0, step, torch.zeros_like(step))
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centres that had members, on any rank, and forgets the members."""
+        reduce_over_ranks(self.total, self.count)
+        mean = self.total / self.count.clamp(min=1)[:, None]
+        step = (1 - self.momentum) * (mean - self.centers)
+        self.centers.add_(torch.where(self.count[:, None] > 0, step, torch.zeros_like(step)))
+        self.total.zero_()
+        self.count.zero_()

@@ -71,10 +71,10 @@ class DuoLLM(SkippingRouter):
     """Duo-LLM: a token takes one expert, big or small, or skips the layer.
 
     Logits over `E` experts and one skip; the best wins, with weight 1, so that a forced path is the
-    dense model of that path. In training the weight carries the gradient of its probability
-    (straight-through). `random=True` is the first training stage, a uniform choice; the paper's
-    oracle stage enumerates paths by `forced`. `extra["cost"]` sums `costs` over the choices.
-    Formula from a summary and memory: unverified.
+    dense model of that path. In training the weight of the expert, or of a skipped token's own
+    input, carries the gradient of its probability (straight-through). `random=True` is the first
+    training stage, a uniform choice; the paper's oracle stage enumerates paths by `forced`.
+    `extra["cost"]` sums `costs` over the choices. Formula from a summary and memory: unverified.
 
     Args:
         hidden_size: `H`.
@@ -122,7 +122,7 @@ class DuoLLM(SkippingRouter):
         weight = straight_through(torch.ones_like(soft), soft) if self.training else soft * 0 + 1
         skipped = choice == self.num_experts
         routing = self.built(choice.masked_fill(skipped, -1)[:, None], weight, z)
-        residual = skipped.to(weight.dtype) if self.identity else None
+        residual = weight[:, 0] * skipped if self.identity else None
         cost = self.costs[choice]
         return self.routed(routing, context, residual=residual, extra={"cost": cost})
 
