@@ -40,6 +40,35 @@ from fastmoe_route.routers.dynamic import (
 )
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile
+from fastmoe_route.routers.prototypes import AdaptDHM, Glider, Phatgoose, ProMoE, VQMoE
+from fastmoe_route.routers.sampled import BinaryGate, Grin, ReMix, SiRA
+from fastmoe_route.routers.sequence import (
+    Accord,
+    CondConv,
+    GraphOfTokens,
+    Mhr,
+    MiLoRA,
+    SupernetMixture,
+)
+from fastmoe_route.routers.skipping import (
+    DrLLM,
+    DuoLLM,
+    DynamicTokenRouting,
+    Flextron,
+    Ftp,
+    MindSkip,
+    ReadMe,
+    Ride,
+    slice_experts,
+)
+from fastmoe_route.routers.steering import (
+    R2T2,
+    MultilingualSteer,
+    Rewiring,
+    rerouted,
+    rewire,
+    task_experts,
+)
 from fastmoe_route.routers.stochastic import Hash, RlR, Thor
 from fastmoe_route.routers.structure import (
     BlockFFN,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,7 +14,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
 from fastmoe_route.routers.parts import LinearRouter
-from fastmoe_route.routers.scores import Linear, wide
+from fastmoe_route.routers.scores import Linear, gelu, wide
 
 
 @register("magnet", row="L1", source="arXiv:2602.20723", verified="mem")
@@ -103,7 +102,7 @@ class Drmc(Router):
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x)
         before = torch.zeros_like(x) if context.state is None else context.state
-        h = F.gelu(self.inner(torch.cat([x, before], 1)))
+        h = gelu(self.inner(torch.cat([x, before], 1)))
         routing = gate(
             self.score(h), self.top_k, score="relu", threshold=0.0, min_k=0, stats=self.stats
         )

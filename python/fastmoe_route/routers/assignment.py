@@ -18,7 +18,7 @@ from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
 from fastmoe_route.routers.parts import LinearRouter, assemble, segment_rank, sequences
-from fastmoe_route.routers.scores import Linear, segment_softmax
+from fastmoe_route.routers.scores import Linear, segment_softmax, sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
 
@@ -115,7 +115,7 @@ class Base(LinearRouter):
                 rule = f"have a multiple of {self.num_experts} tokens in training"
                 fail(ValueError, self.name, "x", rule, x.shape[0])
             experts = assign_balanced(scores, method=self.assignment)[:, None]
-        alpha = scores.gather(1, experts.long().clamp(min=0)).sigmoid()
+        alpha = sigmoid(scores.gather(1, experts.long().clamp(min=0)))
         routing = self.built(experts, alpha, scores)
         residual = 1 - alpha[:, 0] if self.keep_input else None
         return self.routed(routing, context, residual=residual)
@@ -230,7 +230,7 @@ class StableMoE(LinearRouter):
         by_word = self.word_score(self.words(context.token_ids.long()))
         deciding = torch.where(self.is_frozen, by_word.to(scores.dtype), scores)
         experts = gate(deciding.detach(), 1, score="identity").experts
-        alpha = scores.gather(1, experts.long().clamp(min=0)).sigmoid()
+        alpha = sigmoid(scores.gather(1, experts.long().clamp(min=0)))
         routing = assemble(experts, alpha, self.num_experts)
         found = {}
         if self.training:

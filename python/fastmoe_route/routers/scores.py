@@ -16,6 +16,21 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + e^-x)`, the same bits for an element in any tensor.
+
+    `torch.sigmoid` (like its gelu and softplus) rounds the last elements of a tensor, which do not
+    fill a vector, in another way than the rest; tanh and erf it does not.
+    """
+    half: Tensor = (x / 2).tanh()
+    return (half + 1) / 2
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`x Phi(x)`, the same bits for an element in any tensor, as `sigmoid`."""
+    return x * (torch.erf(x * 2**-0.5) + 1) / 2
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in float32 (float64 for float64), never in an autocast dtype.
 
@@ -78,8 +93,8 @@ class Recurrent(nn.Module):
         """`[T, size]` and `[T, size]` to the next state."""
         reset_x, keep_x, new_x = self.input(x).chunk(3, dim=1)
         reset_h, keep_h, new_h = self.state(state).chunk(3, dim=1)
-        keep = (keep_x + keep_h).sigmoid()
-        new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+        keep = sigmoid(keep_x + keep_h)
+        new = (new_x + sigmoid(reset_x + reset_h) * new_h).tanh()
         mixed: Tensor = (1 - keep) * new + keep * state
         return mixed
 

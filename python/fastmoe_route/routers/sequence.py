@@ -19,7 +19,7 @@ from fastmoe_route.routers.parts import (
     segment_mean,
     sequences,
 )
-from fastmoe_route.routers.scores import Linear, linear, wide
+from fastmoe_route.routers.scores import Linear, linear, sigmoid, wide
 
 
 @register("graph_of_tokens", row="R53", source="arXiv:2505.00792", verified="mem", invariance="S")
@@ -233,7 +233,7 @@ class CondConv(Merging):
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
         """The sigmoids."""
-        share: Tensor = self.score(segment_mean(x, ids, num)).sigmoid()
+        share: Tensor = sigmoid(self.score(segment_mean(x, ids, num)))
         return share
 
 

@@ -26,7 +26,7 @@ from fastmoe_route.routers.parts import (
     sequences,
 )
 from fastmoe_route.routers.random import gumbel, uniform
-from fastmoe_route.routers.scores import Linear, wide
+from fastmoe_route.routers.scores import Linear, gelu, sigmoid, wide
 
 
 class SkippingRouter(LinearRouter):
@@ -169,7 +169,7 @@ class MindSkip(SkippingRouter):
         ids, num = sequences(context, x)
         s = context.state
         if s is None:
-            s = self.decide(segment_mean(wide(x), ids, num))[:, 0].sigmoid()
+            s = sigmoid(self.decide(segment_mean(wide(x), ids, num))[:, 0])
         runs = (s >= self.tau).to(s.dtype)
         open_ = straight_through(runs, s) if self.training else runs
         found = {"skip": self.skip_coef * s.mean()} if self.training and num else {}
@@ -234,7 +234,7 @@ class DrLLM(SkippingRouter):
         windows = ids * self.num_windows + place * self.num_windows // length.clamp(min=1)
         means = segment_mean(x, windows, num * self.num_windows)
         filled = x.new_zeros(means.shape[0]).index_fill(0, windows, 1.0)
-        logits = self.outer(torch.nn.functional.gelu(self.inner(means))) * filled[:, None]
+        logits = self.outer(gelu(self.inner(means))) * filled[:, None]
         per_sequence = logits.view(num, self.num_windows, 3).sum(1)
         mean: Tensor = per_sequence / filled.view(num, -1).sum(1, keepdim=True).clamp(min=1)
         return mean
@@ -303,8 +303,8 @@ class Ftp(SkippingRouter):
         share = mass / segment_mean(mass, ids, num)[ids].clamp(min=1e-30)
         whole = length.to(mass.dtype)
         factors = (place / whole, share, rank / whole, torch.full_like(mass, self.sparsity))
-        hidden = torch.nn.functional.gelu(self.inner(torch.stack(factors, 1)))
-        s = self.outer(hidden)[:, 0].sigmoid()
+        hidden = gelu(self.inner(torch.stack(factors, 1)))
+        s = sigmoid(self.outer(hidden)[:, 0])
         order, _ = segment_rank(s.detach(), ids, num)
         # The small addition keeps floor from losing a token to rounding, as in 0.29 * 100.
         kept = (order >= (self.sparsity * whole + 1e-6).floor()).to(s.dtype)
@@ -498,7 +498,7 @@ class Ride(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
-        soft = z[:, 1:].sigmoid()
+        soft = sigmoid(z[:, 1:])
         on = (soft > self.threshold).to(soft.dtype)
         hard = torch.nn.functional.pad(on.cumprod(1), (1, 0), value=1.0)
         weights = hard / hard.sum(1, keepdim=True)

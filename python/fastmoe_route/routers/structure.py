@@ -22,7 +22,14 @@ from fastmoe_route.routers.parts import (
     segment_mean,
     sequences,
 )
-from fastmoe_route.routers.scores import Linear, Recurrent, linear, segment_softmax, wide
+from fastmoe_route.routers.scores import (
+    Linear,
+    Recurrent,
+    linear,
+    segment_softmax,
+    sigmoid,
+    wide,
+)
 from fastmoe_route.softmax import softmax
 
 
@@ -351,7 +358,7 @@ class Finedeep(Router):
                 step = F.rms_norm(x + y, (self.hidden_size,), self.gains[m - 1].to(x.dtype), 1e-6)
             part = slice(m * size, (m + 1) * size)
             outputs = wide(context.experts.part(part).each(step))
-            found.append((outputs * self.readers[part].to(outputs.dtype)).sum(2).sigmoid())
+            found.append(sigmoid((outputs * self.readers[part].to(outputs.dtype)).sum(2)))
             y = y + (found[-1][:, :, None] * outputs).sum(1).to(y.dtype)
         experts = every_expert(x.shape[0], self.num_experts, x.device)
         routing = assemble(experts, torch.cat(found, 1), self.num_experts)
