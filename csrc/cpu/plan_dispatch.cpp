@@ -1,6 +1,7 @@
 // plan_dispatch on the CPU: a stable counting sort over fixed tiles of slots.
 //
-//   count    each tile counts its slots per expert, and notes an id out of range (the only validation pass)
+//   count    each tile counts its slots per expert, some thousand ids after it has looked for one out of range: the
+//            only validation, by whole vectors while the ids are in the first-level cache
 //   drop     only if some expert is asked for more often than its capacity: its slots are gathered, cut into scopes,
 //            and everything past the capacity-th best slot of a scope is marked and taken off the counts
 //   scan     rows of every expert, then the first row of every (tile, expert)
@@ -14,6 +15,7 @@
 
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "cpu/id_range.h"
 #include "cpu/keep_order.h"
 #include "ops/plan_dispatch.h"
 
@@ -21,6 +23,7 @@ namespace fastmoe_route {
 namespace {
 
 constexpr int64_t kTileSlots = 16384;
+constexpr int64_t kCheckedAtOnce = 2048;  // ids that are still in the first-level cache when they are counted
 constexpr int64_t kMaxTiles = 256;
 constexpr int64_t kFillGrain = int64_t{1} << 18;
 
@@ -45,11 +48,13 @@ struct Slots {
       : ids(static_cast<const Id*>(args.experts)), stride_token(args.experts_stride_token),
         stride_slot(args.experts_stride_slot), top_k(args.top_k) {}
 
+  bool is_dense() const { return stride_slot == 1 && stride_token == top_k; }
+
   // visit(slot, bin) for slots begin .. end - 1 in order.
   template <class F>
   void each(int64_t begin, int64_t end, F&& visit) const {
     if (begin >= end) return;
-    if (stride_slot == 1 && stride_token == top_k) {
+    if (is_dense()) {
       for (int64_t slot = begin; slot < end; ++slot) visit(slot, static_cast<Bin>(static_cast<Bin>(ids[slot]) + 1));
       return;
     }
@@ -88,6 +93,28 @@ struct Work {
   int64_t end(int64_t tile) const { return std::min(num_slots, (tile + 1) * tile_slots); }
 };
 
+// Adds slots begin .. end - 1 to the counts, or returns false: an id has no bin up to last_bin.
+template <class Id>
+bool count_slots(const Slots<Id>& slots, int64_t begin, int64_t end, uint64_t last_bin, int32_t* counts) {
+  using Bin = typename Slots<Id>::Bin;
+  if (slots.is_dense()) {
+    for (; begin < end; begin += kCheckedAtOnce) {
+      const int64_t part_end = std::min(end, begin + kCheckedAtOnce);
+      uint64_t largest = 0;
+      cpu::largest_bin({slots.ids + begin, sizeof(Id) == sizeof(int64_t), part_end - begin, &largest});
+      if (largest > last_bin) return false;
+      slots.each(begin, part_end, [&](int64_t, Bin bin) { ++counts[bin]; });
+    }
+    return true;
+  }
+  bool is_bad = false;
+  slots.each(begin, end, [&](int64_t, Bin bin) {
+    is_bad |= bin > last_bin;
+    ++counts[bin > last_bin ? 0 : bin];
+  });
+  return !is_bad;
+}
+
 template <class Id>
 PlanStatus count(const PlanArgs& args, const Work& work) {
   const Slots<Id> slots(args);
@@ -97,12 +124,7 @@ PlanStatus count(const PlanArgs& args, const Work& work) {
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       int32_t* counts = work.counts + tile * work.bins;
       std::memset(counts, 0, work.bins * sizeof(int32_t));
-      bool is_bad = false;
-      slots.each(work.begin(tile), work.end(tile), [&](int64_t, Bin bin) {
-        is_bad |= bin > last_bin;
-        ++counts[bin > last_bin ? 0 : bin];
-      });
-      work.bad_tiles[tile] = is_bad;
+      work.bad_tiles[tile] = !count_slots(slots, work.begin(tile), work.end(tile), last_bin, counts);
     }
   });
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/gemm/micro.h"
+#include "cpu/id_range.h"
 #include "ops/gate.h"
 #include "ops/grouped_mm.h"
 #include "ops/machine.h"
@@ -20,6 +21,7 @@
   X(softmax_backward, SoftmaxBackwardArgs)          \
   X(softmax_topk, SoftmaxTopkArgs)                  \
   X(softmax_topk_backward, SoftmaxTopkBackwardArgs) \
+  X(largest_bin, LargestBinArgs)                    \
   X(permute, PermuteArgs)                           \
   X(unpermute, UnpermuteArgs)                       \
   X(unpermute_backward, UnpermuteBackwardArgs)      \
