@@ -178,6 +178,18 @@ def _arguments(name: str) -> dict[str, object]:
     return ARGUMENTS.get(name, {})
 
 
+def test_a_class_of_ones_own_needs_no_registration() -> None:
+    class Mine(fr.routers.Router):
+        def route(self, x: Tensor, context: fr.routers.Context) -> fr.routers.Routed:
+            return self.routed(fr.gate(x[:, : self.num_experts], self.top_k), context)
+
+    router = Mine(HIDDEN, EXPERTS, 2, capacity_factor=1.0).train()
+    assert router.invariance == "C"
+    assert router(inputs()["x"]).plan is not None
+    with pytest.raises(ValueError, match="Mine: x must have 2 dimensions"):
+        router(torch.zeros(3))
+
+
 def test_unknown_name_lists_what_is_close() -> None:
     with pytest.raises(ValueError, match=r"name must be a method of .* \(switch.*\), got 'swich'"):
         fr.routers.build("swich", 8, 4)

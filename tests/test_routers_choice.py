@@ -255,13 +255,13 @@ def test_loc_moe_gate_rows_are_orthogonal() -> None:
 def test_x_moe_is_a_cosine() -> None:
     router = make("x_moe", temperature=0.2).eval()
     x = tokens(30)
-    z = router.score(x)
+    z = router.logits(x)
     assert bool((z.abs() <= 5.0001).all())
-    assert near(router.score(x * 9), z, 1e-4)
+    assert near(router.logits(x * 9), z, 1e-4)
     released = make("x_moe", temperature=0.2, normalize_tokens=False).eval()
-    assert near(released.score(x * 9), released.score(x) * 9, 1e-3)
+    assert near(released.logits(x * 9), released.logits(x) * 9, 1e-3)
     router.embeddings.data[3] *= 7
-    assert near(router.score(x), z, 1e-4)
+    assert near(router.logits(x), z, 1e-4)
     thinned = make("x_moe", top_k=2, random_second=True, capacity_factor=None).train()
     routing = thinned(tokens(400)).routing
     kept = (routing.experts[:, 1] >= 0).float().mean()
@@ -312,9 +312,9 @@ def test_yuan_attention_without_queries_is_a_mean() -> None:
     x = tokens(30)
     q, k, v = router.project(x).chunk(3, 1)
     wanted = torch.stack([((q[:, i : i + 1] * k).softmax(1) * v).sum(1) for i in range(EXPERTS)], 1)
-    assert near(router.score(x), wanted)
+    assert near(router.logits(x), wanted)
     router.project.weight.data[:EXPERTS] = 0
-    assert near(router.score(x), v.mean(1, keepdim=True).expand(-1, EXPERTS))
+    assert near(router.logits(x), v.mean(1, keepdim=True).expand(-1, EXPERTS))
 
 
 def test_finedeep_slices_add_up_to_the_dense_network() -> None:

@@ -111,11 +111,12 @@ class Router(nn.Module):
         common: see `Common`; a method may have other defaults.
 
     Attributes:
-        method: the entry of the registry: survey row, source, invariance, needs.
+        method: the entry of the registry: survey row, source, invariance, needs. A class that is
+            not registered is taken for one of invariance I, and goes by its class name.
         serving: whether calls that could leak from one request to another are refused.
     """
 
-    method: ClassVar[Method]
+    method: ClassVar[Method] = Method("", "", "", "mem", "I", "ok", (), None)
     serving: bool
 
     def __init__(
@@ -145,8 +146,7 @@ class Router(nn.Module):
     @property
     def name(self) -> str:
         """The registered name, or the class name of a class that is not registered."""
-        method = getattr(type(self), "method", None)
-        return method.name if method is not None else type(self).__name__
+        return self.method.name or type(self).__name__
 
     @property
     def factor(self) -> float | None:

@@ -80,7 +80,7 @@ class XMoE(Router):
         self.embeddings = nn.Parameter(directions)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
-    def score(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """The logits `[T, E]`."""
         h = self.project(x)
         if self.normalize_tokens:
@@ -89,7 +89,7 @@ class XMoE(Router):
         return linear(h, directions) / self.log_temperature.to(h.dtype).exp()
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        routing = gate(self.score(x), self.top_k, stats=self.stats)
+        routing = gate(self.logits(x), self.top_k, stats=self.stats)
         if self.training and self.random_second and self.top_k > 1:
             is_kept = 2 * routing.weights > torch.rand_like(routing.weights)
             is_kept = torch.cat([torch.ones_like(is_kept[:, :1]), is_kept[:, 1:]], 1)
@@ -218,15 +218,15 @@ class YuanAttention(Router):
         self.normalize = normalize
         self.project = Linear(hidden_size, 3 * num_experts)
 
-    def score(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """The logits `[T, E]`."""
         q, k, v = self.project(x).chunk(3, dim=1)
         attention = softmax(q[:, :, None] * k[:, None, :])
-        logits: Tensor = (attention * v[:, None, :]).sum(2)
-        return logits
+        z: Tensor = (attention * v[:, None, :]).sum(2)
+        return z
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        routing = gate(self.score(x), self.top_k, normalize=self.normalize, stats=self.stats)
+        routing = gate(self.logits(x), self.top_k, normalize=self.normalize, stats=self.stats)
         return self.routed(routing, context)
 
 

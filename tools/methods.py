@@ -1,0 +1,279 @@
+"""The table of published methods, docs/methods.md, and what its routers cost.
+
+    python tools/methods.py            writes docs/methods.md
+    python tools/methods.py --check    exit code 1 if it is not what would be written
+    python tools/methods.py --measure  times every router, into bench/results/methods.json
+
+A router is timed on one call in evaluation, without experts. Where it hands on the result of one
+call of `gate`, it is timed again with its score known already, in turns with that call alone: what
+it takes longer is the recipe's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import platform
+import re
+import sys
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import fastmoe_route as fr
+import torch
+from fastmoe_route.bench.machine import cpu_name
+from fastmoe_route.bench.report import duration
+from fastmoe_route.bench.timing import interleave
+from fastmoe_route.methods import DECODE, INVARIANCE, VERIFIED, Method, methods
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "methods.md"
+COSTS = ROOT / "bench" / "results" / "methods.json"
+SURVEY = [
+    *(f"R{i}" for i in range(1, 71)), *(f"L{i}" for i in range(1, 10)),
+    *(f"X{i}" for i in range(1, 15)),
+]  # fmt: skip
+# Rows that are no entry of the registry, and where the package has them.
+ELSEWHERE = {
+    "R57": "`fastmoe_route.routers.estimators`: straight_through, score_function",
+    "R58": "`docs/serving_safety.md`: scopes, audit and the attack as tests",
+}
+SIZES = {"tokens": 2048, "hidden_size": 512, "num_experts": 64}
+VOCABULARY = 1000
+COLUMNS = (
+    *("row", "name", "kind", "what it is", "source", "code", "invariance", "decoding"),
+    *("needs", "test", "cost", "own share"),
+)
+
+
+# ---- tests that cover a method -----------------------------------------------------------------
+
+
+@cache
+def test_functions() -> dict[str, str]:
+    """`file::function` of every test, with its source; the registry-wide file is left out."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if path.name == "test_routers.py":
+            continue
+        text = path.read_text()
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                found[f"{path.name}::{node.name}"] = source
+    return found
+
+
+def covering_test(method: Method) -> str | None:
+    """The test named after the method, or the first that names it."""
+    named = [name for name in test_functions() if f"test_{method.name}_" in f"{name}_"]
+    if named:
+        return named[0]
+    mention = re.compile(rf"""["'.]{re.escape(method.name)}(["']|\()""")
+    using = [name for name, source in test_functions().items() if mention.search(source)]
+    return using[0] if using else None
+
+
+# ---- costs -------------------------------------------------------------------------------------
+
+
+def arguments_of(method: Method) -> dict[str, Any]:
+    """Arguments that a method cannot do without."""
+    given = {"vocab_size": VOCABULARY, "num_tasks": 4, "temperature": 1.0}
+    parameters = inspect.signature(method.target).parameters.values()
+    return {p.name: given[p.name] for p in parameters if p.default is p.empty and p.name in given}
+
+
+def inputs() -> dict[str, Any]:
+    tokens, hidden, experts = SIZES["tokens"], SIZES["hidden_size"], SIZES["num_experts"]
+    generator = torch.Generator().manual_seed(0)
+    sequence_ids = torch.arange(tokens) * 4 // tokens
+    return {
+        "x": torch.randn(tokens, hidden, generator=generator),
+        "token_ids": torch.randint(0, VOCABULARY, (tokens,), generator=generator),
+        "sequence_ids": sequence_ids,
+        "num_sequences": 4,
+        "attention_mass": torch.rand(tokens, generator=generator),
+        "positions": torch.arange(tokens) % (tokens // 4),
+        "seed": 1,
+        "experts": fr.routers.Experts(
+            torch.randn(experts, hidden, 32, generator=generator) * 0.05,
+            torch.randn(experts, 16, hidden, generator=generator) * 0.05,
+        ),
+    }
+
+
+def recipe_of(router: fr.routers.Router, given: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The arguments of the one call of `gate` whose result the router hands on as it is."""
+    calls = []
+
+    def recorded(*args: Any, **options: Any) -> fr.Routing:
+        calls.append((args, options, fr.gate(*args, **options)))
+        return calls[-1][2]
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in {cls.__module__ for cls in type(router).__mro__}:
+            if "fastmoe_route" in module and hasattr(importlib.import_module(module), "gate"):
+                stack.enter_context(patch(f"{module}.gate", recorded))
+        routed = router(**given)
+    if len(calls) != 1 or routed.extra is not None:
+        return None
+    args, options, routing = calls[0]
+    same = routed.routing.weights is routing.weights and routed.routing.experts is routing.experts
+    return (args, options) if same else None
+
+
+class Fixed(torch.nn.Module):
+    """A score that is known already."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.known = logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.known
+
+
+def cost(method: Method, given: dict[str, Any], seconds: float) -> dict[str, float]:
+    """Seconds of a call; for a score and one `gate`, what the recipe adds to the gate's time."""
+    sizes = SIZES["hidden_size"], SIZES["num_experts"]
+    router = fr.routers.build(method.name, *sizes, **arguments_of(method)).eval()
+    with torch.no_grad():
+        timing = interleave({"router": lambda _: router(**given)}, seconds, min_rounds=3)
+        found = {"seconds": timing.seconds["router"].median}
+        recipe = recipe_of(router, given)
+        part = "logits" if hasattr(router, "logits") else "score"
+        if recipe is None or not hasattr(router, part):
+            return found
+        args, options = recipe
+        setattr(router, part, Fixed(args[0]))
+        contenders = {
+            "gate": lambda _: fr.gate(*args, **options),
+            "recipe": lambda _: router(**given),
+        }
+        timing = interleave(contenders, seconds, min_rounds=20)
+    found["gate_seconds"] = timing.seconds["gate"].median
+    found["own_share"] = timing.ratios["recipe"].median - 1
+    return found
+
+
+def measure(seconds: float) -> None:
+    """Times every router, and writes the file."""
+    given = inputs()
+    costs = {}
+    for method in methods("router"):
+        try:
+            costs[method.name] = cost(method, given, seconds)
+        except (TypeError, ValueError, RuntimeError) as error:
+            costs[method.name] = {"error": str(error)}
+        print(method.name, costs[method.name], flush=True)
+    report = {
+        "sizes": SIZES,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "routers": costs,
+    }
+    COSTS.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def cost_cells(method: Method, costs: dict[str, Any]) -> list[str]:
+    found = costs.get(method.name, {})
+    if "seconds" not in found:
+        return ["-", "-"]
+    own = f"{found['own_share']:+.0%}" if "own_share" in found else "-"
+    return [duration(found["seconds"]), own]
+
+
+def line(method: Method, costs: dict[str, Any]) -> str:
+    source = method.source
+    if source.startswith("arXiv:"):
+        number = source.removeprefix("arXiv:")
+        source = f"[{source}](https://arxiv.org/abs/{number})"
+    module = method.target.__module__
+    cells = [
+        method.row,
+        f"`{method.name}`",
+        method.kind,
+        method.title.replace("|", "\\|"),
+        f"{source}, {method.verified}",
+        f"`{module.removeprefix('fastmoe_route.')}.{method.target.__name__}`",
+        method.invariance,
+        method.decode,
+        ", ".join(method.needs) or "-",
+        f"`{covering_test(method) or 'none'}`",
+        *cost_cells(method, costs),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def page() -> str:
+    """The text of docs/methods.md."""
+    report = json.loads(COSTS.read_text()) if COSTS.exists() else {"routers": {}}
+    costs = report["routers"]
+    known = [f"- **{key}**: {text}" for key, text in INVARIANCE.items()]
+    decoding = ", ".join(f"*{key}* {text}" for key, text in DECODE.items())
+    verified = ", ".join(f"*{key}* {text}" for key, text in VERIFIED.items())
+    where = "; ".join(f"{row}: {text}" for row, text in ELSEWHERE.items())
+    sizes = report.get("sizes", SIZES)
+    measured = (
+        f"one call in evaluation, T={sizes['tokens']}, H={sizes['hidden_size']}, "
+        f"E={sizes['num_experts']}, float32, {report.get('threads', '?')} threads of "
+        f"{report.get('cpu', 'an unknown processor')}, `bench/results/methods.json`"
+    )
+    head = f"""\
+# Published methods
+
+Written by `python tools/methods.py` from the registry; do not edit. Formula, defaults and arguments
+of a method are printed by `python -m fastmoe_route routers --describe NAME`; the same text is the
+docstring of the class or function in the column *code*. Every router is also put through
+`tests/test_routers.py`.
+
+Invariance, what a token's result depends on:
+
+{chr(10).join(known)}
+
+Decoding: {decoding}.
+
+Source: how the formula was checked. {verified[0].upper() + verified[1:]}.
+
+Cost: {measured}; experts are not part of it. *Own share*: for methods that hand on the result of
+one `gate` call, what they take longer than that call alone, in turns, the score being known.
+
+Rows of the survey that are no entry of the registry: {where}.
+
+| {" | ".join(COLUMNS)} |
+|{"---|" * len(COLUMNS)}
+"""
+    return head + "\n".join(line(method, costs) for method in methods()) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    parser.add_argument("--measure", action="store_true", help="time every router first")
+    parser.add_argument("--seconds", type=float, default=0.15, help="per router (default 0.15)")
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.seconds)
+    text = page()
+    if options.check:
+        return int(not PAGE.exists() or PAGE.read_text() != text)
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
