@@ -117,8 +117,12 @@ def test_gradient_of_the_layer(name: str) -> None:
 # ---- registration ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.large] * (i % 4 != 0)) for i, n in enumerate(names())],
+)
 def test_fullgraph(name: str) -> None:
+    """A quarter of the routers by default: tracing one takes as long as all its other tests."""
     given = inputs()
     router = make(name).eval()
     torch._dynamo.reset()

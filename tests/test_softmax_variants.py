@@ -397,3 +397,16 @@ def test_gradient(name):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(normal(3, 6))
+
+
+# ---- L7 ----------------------------------------------------------------------------------------
+
+
+def test_polytope_step_goes_to_the_best_vertex():
+    losses = torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.5, 0.7, 0.9, 0.1]], dtype=F64)
+    assert sv.polytope_weights(losses, 0.0).tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
+    close(sv.polytope_weights(losses[1:], 1e-3), [[0, 0, 0, 1]])
+    close(sv.polytope_weights(losses, 1e9), torch.full((2, 4), 0.25))
+    close(sv.polytope_weights(losses[1:], 0.5).log().diff(), -2 * losses[1:].diff())
+    with pytest.raises(ValueError, match="epsilon must be at least 0, got -1"):
+        sv.polytope_weights(losses, -1)

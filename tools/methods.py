@@ -35,15 +35,6 @@ from fastmoe_route.methods import DECODE, INVARIANCE, VERIFIED, Method, methods
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 COSTS = ROOT / "bench" / "results" / "methods.json"
-SURVEY = [
-    *(f"R{i}" for i in range(1, 71)), *(f"L{i}" for i in range(1, 10)),
-    *(f"X{i}" for i in range(1, 15)),
-]  # fmt: skip
-# Rows that are no entry of the registry, and where the package has them.
-ELSEWHERE = {
-    "R57": "`fastmoe_route.routers.estimators`: straight_through, score_function",
-    "R58": "`docs/serving_safety.md`: scopes, audit and the attack as tests",
-}
 SIZES = {"tokens": 2048, "hidden_size": 512, "num_experts": 64}
 VOCABULARY = 1000
 COLUMNS = (
@@ -66,19 +57,20 @@ def test_functions() -> dict[str, str]:
         lines = text.splitlines()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                source = "\n".join(lines[first - 1 : node.end_lineno])
                 found[f"{path.name}::{node.name}"] = source
     return found
 
 
 def covering_test(method: Method) -> str | None:
-    """The test named after the method, or the first that names it."""
-    named = [name for name in test_functions() if f"test_{method.name}_" in f"{name}_"]
-    if named:
-        return named[0]
-    mention = re.compile(rf"""["'.]{re.escape(method.name)}(["']|\()""")
-    using = [name for name, source in test_functions().items() if mention.search(source)]
-    return using[0] if using else None
+    """The test named after the method, or the first that names it; the routers' own files first."""
+    tests = dict(sorted(test_functions().items(), key=lambda item: "test_routers" not in item[0]))
+    own = {method.name, method.target.__name__}
+    mention = re.compile(rf"""\b({"|".join(own)})\b["'(]""")
+    named = [name for name in tests if f"::test_{method.name}_" in f"{name}_"]
+    using = [name for name, source in tests.items() if mention.search(source)]
+    return next(iter(named + using), None)
 
 
 # ---- costs -------------------------------------------------------------------------------------
@@ -223,10 +215,9 @@ def page() -> str:
     """The text of docs/methods.md."""
     report = json.loads(COSTS.read_text()) if COSTS.exists() else {"routers": {}}
     costs = report["routers"]
-    known = [f"- **{key}**: {text}" for key, text in INVARIANCE.items()]
+    known = [f"- `{key}`: {text}" for key, text in INVARIANCE.items()]
     decoding = ", ".join(f"*{key}* {text}" for key, text in DECODE.items())
     verified = ", ".join(f"*{key}* {text}" for key, text in VERIFIED.items())
-    where = "; ".join(f"{row}: {text}" for row, text in ELSEWHERE.items())
     sizes = report.get("sizes", SIZES)
     measured = (
         f"one call in evaluation, T={sizes['tokens']}, H={sizes['hidden_size']}, "
@@ -251,8 +242,6 @@ Source: how the formula was checked. {verified[0].upper() + verified[1:]}.
 
 Cost: {measured}; experts are not part of it. *Own share*: for methods that hand on the result of
 one `gate` call, what they take longer than that call alone, in turns, the score being known.
-
-Rows of the survey that are no entry of the registry: {where}.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}

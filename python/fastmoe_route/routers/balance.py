@@ -12,7 +12,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.parts import LinearRouter
-from fastmoe_route.routers.scores import linear, wide
+from fastmoe_route.routers.scores import linear, sigmoid, wide
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
 
@@ -64,7 +64,7 @@ class BiasedRouter(LinearRouter):
     def key_bias(self, logits: Tensor) -> Tensor:
         """What is added to the scores for choosing, `[E]` or `[T, E]`."""
         if self.rule == "multiplicative":
-            return logits.detach().sigmoid() * (self.bias - 1).to(logits.dtype)
+            return sigmoid(logits.detach()) * (self.bias - 1).to(logits.dtype)
         return self.bias.to(logits.dtype)
 
     def observed(self, routing: Routing) -> Routing:
