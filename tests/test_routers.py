@@ -58,6 +58,24 @@ def test_no_token_is_legal(name: str) -> None:
         assert router.mix(given["x"], routed, given["experts"]).shape == (0, HIDDEN)
 
 
+@pytest.mark.parametrize("name", names())
+def test_scores_are_float32_whatever_comes(name: str) -> None:
+    """Bfloat16 inputs, and autocast: experts may run in it, routers do not."""
+    given = inputs()
+    router = make(name).eval()
+    plain = router(**given).routing
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = router(**given).routing
+    assert same_bits(cast.experts, plain.experts)
+    if "experts" not in BY_NAME[name].needs:
+        assert same_bits(cast.weights, plain.weights)
+    narrow = [w.bfloat16() for w in given["experts"][:2]]
+    narrow = {**given, "x": given["x"].bfloat16(), "experts": fr.routers.Experts(*narrow)}
+    routed = router(**narrow)
+    assert routed.routing.weights.dtype == torch.float32
+    assert router.mix(narrow["x"], routed, narrow["experts"]).dtype == torch.bfloat16
+
+
 # ---- invariance --------------------------------------------------------------------------------
 
 

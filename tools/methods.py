@@ -103,7 +103,11 @@ def inputs() -> dict[str, Any]:
 
 
 def recipe_of(router: fr.routers.Router, given: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The arguments of the one call of `gate` whose result the router hands on as it is."""
+    """The arguments of the one call of `gate` whose result the router hands on as it is.
+
+    None where there is more to the method: other calls, a plan, scores or arguments that are
+    neither its score's output nor its own state.
+    """
     calls = []
 
     def recorded(*args: Any, **options: Any) -> fr.Routing:
@@ -118,8 +122,20 @@ def recipe_of(router: fr.routers.Router, given: dict[str, Any]) -> tuple[Any, An
     if len(calls) != 1 or routed.extra is not None:
         return None
     args, options, routing = calls[0]
-    same = routed.routing.weights is routing.weights and routed.routing.experts is routing.experts
-    return (args, options) if same else None
+    own = [*router.buffers(), *router.parameters()]
+    given_tensors = [value for value in options.values() if isinstance(value, torch.Tensor)]
+    is_recipe = (
+        routed.routing.weights is routing.weights
+        and routed.plan is None
+        and all(any(value is tensor for tensor in own) for value in given_tensors)
+        and torch.equal(args[0], score_of(router)(given["x"]))
+    )
+    return (args, options) if is_recipe else None
+
+
+def score_of(router: fr.routers.Router) -> Any:
+    """What makes a router's logits."""
+    return getattr(router, "logits", None) or getattr(router, "score", None) or torch.nn.Identity()
 
 
 class Fixed(torch.nn.Module):
@@ -141,11 +157,13 @@ def cost(method: Method, given: dict[str, Any], seconds: float) -> dict[str, flo
         timing = interleave({"router": lambda _: router(**given)}, seconds, min_rounds=3)
         found = {"seconds": timing.seconds["router"].median}
         recipe = recipe_of(router, given)
-        part = "logits" if hasattr(router, "logits") else "score"
-        if recipe is None or not hasattr(router, part):
+        if recipe is None:
             return found
         args, options = recipe
-        setattr(router, part, Fixed(args[0]))
+        if hasattr(router, "logits"):
+            router.__dict__["logits"] = lambda _: args[0]
+        else:
+            router.score = Fixed(args[0])
         contenders = {
             "gate": lambda _: fr.gate(*args, **options),
             "recipe": lambda _: router(**given),

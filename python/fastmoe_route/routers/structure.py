@@ -133,7 +133,8 @@ class HyperRouter(Router):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """`W` `[E, H]` and `b` `[E]`."""
-        made = self.hyper(self.embedding)
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            made = self.hyper(self.embedding)
         split = self.num_experts * self.hidden_size
         return made[:split].view(self.num_experts, self.hidden_size), made[split:]
 
