@@ -199,6 +199,13 @@ def test_loss_free_update_uses_finished_batches_only() -> None:
     assert router.load.sum() == 0
 
 
+def test_update_reaches_every_router_of_a_model() -> None:
+    model = torch.nn.Sequential(make("loss_free"), torch.nn.Linear(4, 4), make("switch"))
+    model[0](tokens(64))
+    assert fr.routers.update(model) == 2
+    assert bool((model[0].bias != 0).any())
+
+
 def test_deepseek_v3_weights_sum_to_the_scale() -> None:
     router = make("deepseek_v3").eval()
     x = tokens(40)

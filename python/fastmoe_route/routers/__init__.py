@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fastmoe_route._arguments import fail
 from fastmoe_route.methods import Method, find, methods
 from fastmoe_route.routers.adjacent import Cigt, Drmc, Magnet
@@ -179,6 +181,7 @@ __all__ = [
     "rewire",
     "slice_experts",
     "task_experts",
+    "update",
 ]
 
 
@@ -213,3 +216,25 @@ def build(
         arguments["top_k"] = top_k
     router: Router = method.target(hidden_size, num_experts, **arguments)
     return router
+
+
+def update(model: nn.Module) -> int:
+    """Calls `update()` of every router in a model: once after each optimizer step.
+
+    It moves what learns from counts instead of gradients: the biases of `loss_free` and
+    `deepseek_v3`, the centroids of `kmeans` and `adapt_dhm`. Counts are summed over the ranks of
+    `torch.distributed` first.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The number of routers in it.
+
+    >>> update(build("loss_free", 16, 4))
+    1
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.update()
+    return len(routers)

@@ -263,6 +263,13 @@ class Router(nn.Module):
             y = y + (routed.residual[:, None] * x).to(y.dtype)
         return y
 
+    def update(self) -> None:
+        """Moves what learns from the counts of finished batches; most methods have nothing there.
+
+        To be called after each optimizer step, on all ranks alike; `fastmoe_route.routers.update`
+        does so for a whole model.
+        """
+
     def serve(self) -> Router:
         """Eval mode, in which calls that mix requests are refused; `train()` and `eval()` end it.
 
