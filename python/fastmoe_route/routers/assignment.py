@@ -180,10 +180,10 @@ class StableMoE(LinearRouter):
     losses `balance` = `aux_coef * sum_e ((n_e - n) / n) sum of alpha` and `distil` =
     `distil_coef *` cross entropy of a router on word embeddings against `a`. Stage 2, after
     `freeze()`: `a` is that router's, a function of the vocabulary id alone, and `alpha` still
-    comes from `x`. The word embeddings may come from `token_ids` of any tokenizer.
+    comes from `x`.
 
-    Defaults: distillation with dimension 50 and coefficient 0.3, balance 0.3 of the authors' code
-    being unknown here: 0.01; capacity factor 2. The paper freezes after 6,000 updates.
+    Defaults: distillation with dimension 50 and coefficient 0.3, `aux_coef` 0.01 (the authors' is
+    not known here), capacity factor 2. The paper freezes after 6,000 updates.
 
     Args:
         hidden_size: `H`.
