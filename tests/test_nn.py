@@ -118,6 +118,47 @@ def test_router_by_name_and_as_a_module(name):
     assert_exact(made(tokens(6)), by_name(tokens(6)))
 
 
+class OwnRouter(torch.nn.Module):
+    """A user's module: first choices only, with or without a plan."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.score = torch.nn.Linear(H, E)
+        self.form = form
+
+    def forward(self, x):
+        routing = fr.gate(self.score(x), 1)
+        plan = fr.plan_dispatch(routing.experts, E, capacity=1)
+        return {
+            "routing": routing,
+            "pair": (routing, plan),
+            "routed": routers.Routed(routing, {"mine": routing.weights.mean()}, plan),
+            "tensor": x,
+        }[self.form]
+
+
+@pytest.mark.parametrize("form", ["routing", "pair", "routed"])
+def test_a_router_of_one_s_own(form):
+    router = OwnRouter(form)
+    layer = layer_of(router=router)
+    x = tokens(9)
+    routing = fr.gate(router.score(x), 1)
+    plan = None if form == "routing" else fr.plan_dispatch(routing.experts, E, capacity=1)
+    assert_exact(layer(x), layer.experts(x, routing, plan))
+    assert (layer.aux_loss is not None) == (form == "routed")
+    assert (layer.stats.dropped is not None) == (form != "routing")
+    layer(x).sum().backward()
+    assert router.score.weight.grad.any()
+    assert any(p is router.score.weight for p in layer.parameters())
+
+
+def test_a_router_that_returns_something_else_is_named():
+    with pytest.raises(
+        TypeError, match=r"MoE: router must return a Routing, a pair .*, got Tensor"
+    ):
+        layer_of(router=OwnRouter("tensor"))(tokens(3))
+
+
 def test_context_reaches_the_router_flat():
     seen = {}
 
@@ -323,7 +364,7 @@ def test_per_expert_layouts_round_trip(layout, activation):
     [
         ({"activation": "swish"}, "Experts: activation must be one of swiglu"),
         ({"router": "swich"}, r"must be a method of .*switch"),
-        ({"router": torch.nn.Linear(2, 2)}, "router must be a name or a fastmoe_route.routers"),
+        ({"router": 3}, "router must be a name, a fastmoe_route.routers.Router, or a function"),
         ({"router": routers.Switch(H, E + 1)}, "router must have num_experts 6, got 7"),
         ({"router": routers.Switch(H, E, 1)}, "top_k must be None or the router's 1, got 2"),
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),

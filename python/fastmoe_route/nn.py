@@ -22,7 +22,7 @@ tensor(40)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from fastmoe_route import routers
 from fastmoe_route._arguments import check_choice, check_int, check_shape, check_tensor, fail
 from fastmoe_route._layouts import Weights, read_weights, write_weights
+from fastmoe_route.methods import Method
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.results import DispatchPlan, Routing
-from fastmoe_route.routers import Routed, Router
+from fastmoe_route.routers import Context, Routed, Router
 from fastmoe_route.routers.scores import wide
 
 __all__ = ["Experts", "MoE", "MoEStats", "aux_loss"]
@@ -156,8 +157,10 @@ class MoE(nn.Module):
         intermediate_size: `I`, the width of one expert.
         num_experts: `E`.
         top_k: experts per token; None for the router's own default.
-        router: a name of `python -m fastmoe_route routers`, or a `Router`. The default is softmax
-            over the `top_k` largest logits, with the load-balancing loss times 0.01.
+        router: a name of `python -m fastmoe_route routers`; a `Router`; or any module or function
+            that maps `[T, H]` to a `Routing`, a pair of it and a `DispatchPlan`, or a `Routed`. The
+            default is softmax over the `top_k` largest logits, with the load-balancing loss times
+            0.01.
         router_options: further arguments for a router given by name.
         activation: one of those of `moe_mlp`: `swiglu`, `geglu`, `reglu`, `swiglu_clamped`,
             `silu`, `gelu`, `relu`, `relu2`.
@@ -202,7 +205,7 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int | None = None,
         *,
-        router: str | Router = "topk_softmax",
+        router: str | Router | Callable[[Tensor], Any] = "topk_softmax",
         router_options: Mapping[str, Any] | None = None,
         activation: str = "swiglu",
         num_shared_experts: int = 0,
@@ -413,8 +416,34 @@ def aux_loss(model: nn.Module) -> Tensor:
     return total
 
 
+class _OwnRouter(Router):
+    """A router of the user's, of any form that maps hidden states to a routing."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, function: Callable[[Tensor], Any]
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k)
+        self.function = function
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        found = self.function(x)
+        if isinstance(found, Routed):
+            return found
+        routing, plan = found, None
+        if isinstance(found, tuple) and len(found) == 2:
+            routing, plan = found
+        if not isinstance(routing, Routing):
+            rule = "return a Routing, a pair of it and a DispatchPlan, or a Routed"
+            fail(TypeError, "MoE", "router", rule, type(found).__name__)
+        return Routed(routing, {}, plan)
+
+
+# Nothing is known of it, so the most careful assumption is made.
+_OwnRouter.method = Method("own", "-", "", "mem", "B", "n/a", (), _OwnRouter)
+
+
 def _router(
-    router: str | Router,
+    router: str | Router | Callable[[Tensor], Any],
     hidden_size: int,
     num_experts: int,
     top_k: int | None,
@@ -426,8 +455,11 @@ def _router(
             return routers.build(router, hidden_size, num_experts, top_k, **options)
         with torch.device(device):
             return routers.build(router, hidden_size, num_experts, top_k, **options)
+    if not callable(router):
+        rule = "be a name, a fastmoe_route.routers.Router, or a function of hidden states"
+        fail(TypeError, "MoE", "router", rule, type(router).__name__)
     if not isinstance(router, Router):
-        fail(TypeError, "MoE", "router", "be a name or a fastmoe_route.routers.Router", router)
+        router = _OwnRouter(hidden_size, num_experts, top_k or num_experts, router)
     if options:
         rule = f"be None beside a router that is made already; give it {min(options)} there"
         fail(ValueError, "MoE", "router_options", rule, options)

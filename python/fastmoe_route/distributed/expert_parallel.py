@@ -30,8 +30,8 @@ class ExpertParallel(nn.Module):
 
     Args:
         layer: an `fr.nn.MoE` with all experts, the same on every rank (seed it, or load it). Its
-            router and shared experts are used as they are; of its experts this rank keeps its own
-            share, as copies.
+            router and shared experts are used as they are; its experts are cut down, in place, to
+            copies of this rank's share.
         process_group: None for the default group. NCCL and Gloo work.
         placement: the rank of each expert, `[E]`, the same number on each rank; from
             `plan_placement`, or any sequence. None gives each rank a run of neighbours.
