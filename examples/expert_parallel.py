@@ -27,6 +27,7 @@ import fastmoe_route as fr
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.distributed import ExpertParallel, plan_placement
 from torch import Tensor, nn
 
@@ -213,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if rank == 0 and given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         report = {
+            "machine": cpu_name(),
+            "torch": torch.__version__,
             **{key: str(value) for key, value in vars(given).items() if key != "json"},
             "processes": size,
             "losses": losses,

@@ -1,7 +1,7 @@
 """LoRA on the router and the experts of a Hugging Face MoE model, with PEFT, on this package.
 
-A small random Mixtral is taught the English of Python's own documentation, bytes in and bytes out,
-while all its own weights stay frozen: only adapters on attention, router and experts learn. The
+A small Mixtral first learns the English of Python's own documentation, bytes in and bytes out. Then
+its weights are frozen, and adapters on attention, router and experts learn Python source code. The
 same steps are made with transformers' eager experts, from the same adapters and on the same
 batches, to show that the losses agree and how much faster the steps are.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.integrations.transformers import explain, register
 from torch import Tensor, nn
 
@@ -31,7 +33,8 @@ RUNS = ("eager", "fastmoe_route")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--base-steps", type=int, default=60, help="to train the model itself")
+    parser.add_argument("--steps", type=int, default=40, help="to train the adapters")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
@@ -40,14 +43,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args(arguments)
-    for name in ("steps", "hidden", "experts", "rank", "batch", "context", "threads"):
+    for name in ("base_steps", "steps", "hidden", "experts", "rank", "batch", "context", "threads"):
         if getattr(given, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least 1, got {getattr(given, name)}")
     return given
 
 
 def adapted_model(given: argparse.Namespace) -> nn.Module:
-    """A random Mixtral over bytes, with adapters on everything that multiplies."""
+    """A Mixtral over bytes that has read some English, with adapters on all that multiplies."""
     try:
         import peft
         import transformers
@@ -67,21 +71,30 @@ def adapted_model(given: argparse.Namespace) -> nn.Module:
         router_aux_loss_coef=0.01,
     )
     model = transformers.MixtralForCausalLM(config)
+    model.set_experts_implementation("fastmoe_route")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    english = "".join(topics.values())
+    for ids in batches(english, given.base_steps, given):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    print(f"base model: loss {loss.item():.3f} on English after {given.base_steps} steps")
     lora = peft.LoraConfig(
         r=given.rank,
-        lora_alpha=2 * given.rank,
+        lora_alpha=given.rank,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
         target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
     return peft.get_peft_model(model, lora)
 
 
-def batches(given: argparse.Namespace) -> list[Tensor]:
+def batches(source: str, steps: int, given: argparse.Namespace) -> list[Tensor]:
     """One batch of bytes per step, `[B, S]`."""
-    text = torch.frombuffer(bytearray("".join(topics.values()).encode()), dtype=torch.uint8)
+    text = torch.frombuffer(bytearray(source.encode()), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(given.steps):
+    for _ in range(steps):
         starts = torch.randint(len(text) - given.context, (given.batch,), generator=generator)
         found.append(torch.stack([text[s : s + given.context] for s in starts.tolist()]).long())
     return found
@@ -104,11 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     for run, model in models.items():
         model.base_model.model.set_experts_implementation(run)
         learned = [p for p in model.parameters() if p.requires_grad]
-        optimisers[run] = torch.optim.AdamW(learned, lr=3e-3)
+        optimisers[run] = torch.optim.AdamW(learned, lr=2e-3)
     print("experts: " + ", ".join(sorted(set(explain(models[RUNS[1]]).values()))))
     losses: dict[str, list[float]] = {run: [] for run in RUNS}
     times: dict[str, list[float]] = {run: [] for run in RUNS}
-    for ids in batches(given):
+    code = "".join(inspect.getsource(module) for module in (argparse, inspect, json, statistics))
+    for ids in batches(code, given.steps, given):
         for run, model in models.items():
             start = time.perf_counter()
             out = model(input_ids=ids, labels=ids)
@@ -122,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     for step in range(0, given.steps, every):
         print(f"{step:6}" + "".join(f"{losses[run][step]:16.4f}" for run in RUNS))
     report = {
+        "machine": cpu_name(),
+        "torch": torch.__version__,
         **{key: str(value) for key, value in vars(given).items() if key != "json"},
         "losses": losses,
         "step_ms": {run: 1e3 * statistics.median(times[run]) for run in RUNS},

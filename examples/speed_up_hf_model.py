@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.integrations.transformers import (
     explain,
     patch_routers,
@@ -175,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             read, write, _ = read_and_write(model, ids, given.decode)
             times[run].append((read, write))
     report = {
+        "machine": cpu_name(),
+        "torch": torch.__version__,
         "model": type(model).__name__,
         "parameters": parameters,
         **{key: str(value) for key, value in vars(given).items() if key != "json"},

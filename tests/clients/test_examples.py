@@ -44,7 +44,7 @@ def test_speed_up_bfloat16():
 def test_finetune(tmp_path):
     pytest.importorskip("peft")
     report = load("finetune_lora_experts").main(
-        [*("--steps", "6", "--hidden", "32", "--experts", "4", "--batch", "4"),
+        [*("--base-steps", "3", "--steps", "6", "--hidden", "32", "--experts", "4", "--batch", "4"),
          *("--context", "24", "--json", str(tmp_path / "report.json"))]
     )  # fmt: skip
     assert report["largest_difference"] < 1e-3
