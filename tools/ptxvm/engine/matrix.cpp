@@ -21,15 +21,12 @@ struct Tile {
   double a[kM][16];
   double b[16][kN];
   double c[kM][kN];
+  bool any_bad = false;  // any of these
   bool bad_row[kM] = {};
   bool bad_column[kN] = {};
   bool bad[kM][kN] = {};
 };
 
-float half_element(const Instr& in, uint32_t packed, int high) {
-  const uint16_t bits = static_cast<uint16_t>(packed >> (16 * high));
-  return in.mode == kHalf ? from_half(bits) : from_bfloat(bits);
-}
 // Tensor cores read the upper 19 bits of a tf32.
 float tf32_element(uint32_t bits) { return as_float(bits & 0xffffe000u); }
 
@@ -41,39 +38,45 @@ int num_b(const Instr& in) { return in.mode == kDouble ? 1 : num_a(in) / 2; }
 int num_c(const Instr& in) { return in.flag || in.mode == kDouble ? 2 : 4; }
 int rows_of(const Instr& in) { return in.mode == kDouble ? 8 : kM; }
 
+// The registers of one 8 x 8 part of 16-bit elements are its rows, one after the other.
+template <class Place>
+void gather_halves(const Context& c, const Instr& in, const Operand& reg, const Place& place) {
+  const uint16_t* bits = source<uint16_t>(c, reg);
+  float part[64];
+  if (in.mode == kBFloat) {
+    for (int i = 0; i < 64; ++i) part[i] = from_bfloat(bits[i]);
+  } else {
+    for (int i = 0; i < 64; ++i) part[i] = from_half(bits[i]);
+  }
+  for (int row = 0; row < 8; ++row) {
+    for (int column = 0; column < 8; ++column) place(row, column) = part[8 * row + column];
+  }
+}
+
 void gather_a(const Context& c, const Instr& in, const Operand* regs, Tile& tile) {
   for (int r = 0; r < num_a(in); ++r) {
-    const uint32_t undefined = undefined_lanes(c, regs[r]);
-    for (int l = 0; l < kLanes; ++l) {
-      const int group = l / 4, part = l % 4;
-      const int row = group + (r % 2) * 8;
-      if (undefined >> l & 1) tile.bad_row[row] = true;
-      if (in.mode == kDouble) {
-        tile.a[group][part] = source<double>(c, regs[r])[l];
-      } else if (in.mode == kTf32) {
-        tile.a[row][part + (r / 2) * 4] = tf32_element(source<uint32_t>(c, regs[r])[l]);
-      } else {
-        const uint32_t packed = source<uint32_t>(c, regs[r])[l];
-        for (int i = 0; i < 2; ++i) tile.a[row][part * 2 + i + (r / 2) * 8] = half_element(in, packed, i);
-      }
+    const int low_row = (r % 2) * 8;
+    each_lane(undefined_lanes(c, regs[r]), [&](int l) { tile.bad_row[l / 4 + low_row] = true; });
+    if (in.mode == kDouble) {
+      for (int l = 0; l < kLanes; ++l) tile.a[l / 4][l % 4] = source<double>(c, regs[r])[l];
+    } else if (in.mode == kTf32) {
+      for (int l = 0; l < kLanes; ++l)
+        tile.a[l / 4 + low_row][l % 4 + (r / 2) * 4] = tf32_element(source<uint32_t>(c, regs[r])[l]);
+    } else {
+      gather_halves(c, in, regs[r], [&](int row, int k) -> double& { return tile.a[row + low_row][k + (r / 2) * 8]; });
     }
   }
 }
 
 void gather_b(const Context& c, const Instr& in, const Operand* regs, Tile& tile) {
   for (int r = 0; r < num_b(in); ++r) {
-    const uint32_t undefined = undefined_lanes(c, regs[r]);
-    for (int l = 0; l < kLanes; ++l) {
-      const int column = l / 4, part = l % 4;
-      if (undefined >> l & 1) tile.bad_column[column] = true;
-      if (in.mode == kDouble) {
-        tile.b[part][column] = source<double>(c, regs[r])[l];
-      } else if (in.mode == kTf32) {
-        tile.b[part + r * 4][column] = tf32_element(source<uint32_t>(c, regs[r])[l]);
-      } else {
-        const uint32_t packed = source<uint32_t>(c, regs[r])[l];
-        for (int i = 0; i < 2; ++i) tile.b[part * 2 + i + r * 8][column] = half_element(in, packed, i);
-      }
+    each_lane(undefined_lanes(c, regs[r]), [&](int l) { tile.bad_column[l / 4] = true; });
+    if (in.mode == kDouble) {
+      for (int l = 0; l < kLanes; ++l) tile.b[l % 4][l / 4] = source<double>(c, regs[r])[l];
+    } else if (in.mode == kTf32) {
+      for (int l = 0; l < kLanes; ++l) tile.b[l % 4 + r * 4][l / 4] = tf32_element(source<uint32_t>(c, regs[r])[l]);
+    } else {
+      gather_halves(c, in, regs[r], [&](int column, int k) -> double& { return tile.b[k + r * 8][column]; });
     }
   }
 }
@@ -83,6 +86,14 @@ int row_of(const Instr& in, int l, int i) { return in.mode == kDouble ? l / 4 : 
 int column_of(int l, int i) { return l % 4 * 2 + i % 2; }
 
 void gather_c(const Context& c, const Instr& in, const Operand* regs, Tile& tile) {
+  if (!in.flag && in.mode != kDouble) {
+    for (int r = 0; r < 4; ++r) {
+      const float* from = source<float>(c, regs[r]);
+      for (int l = 0; l < kLanes; ++l) tile.c[l / 4 + (r / 2) * 8][l % 4 * 2 + r % 2] = from[l];
+      each_lane(undefined_lanes(c, regs[r]), [&](int l) { tile.bad[row_of(in, l, r)][column_of(l, r)] = true; });
+    }
+    return;
+  }
   for (int r = 0; r < num_c(in); ++r) {
     const uint32_t undefined = undefined_lanes(c, regs[r]);
     for (int l = 0; l < kLanes; ++l) {
@@ -103,6 +114,15 @@ void gather_c(const Context& c, const Instr& in, const Operand* regs, Tile& tile
 }
 
 void scatter_d(const Context& c, const Instr& in, const Operand* regs, const Tile& tile) {
+  if (!in.flag && in.mode != kDouble && !tile.any_bad) {
+    for (int r = 0; r < 4; ++r) {
+      float* to = destination<float>(c, regs[r]);
+      for (int l = 0; l < kLanes; ++l)
+        to[l] = canonical(static_cast<float>(tile.c[l / 4 + (r / 2) * 8][l % 4 * 2 + r % 2]));
+      set_undefined(c, regs[r], 0, kAllLanes);
+    }
+    return;
+  }
   for (int r = 0; r < num_c(in); ++r) {
     uint32_t undefined = 0;
     for (int l = 0; l < kLanes; ++l) {
@@ -125,24 +145,34 @@ void scatter_d(const Context& c, const Instr& in, const Operand* regs, const Til
   }
 }
 
+template <int kDepth>
+void accumulate(Tile& tile, int rows) {
+  for (int row = 0; row < rows; ++row) {
+    double sum[kN] = {};
+    for (int k = 0; k < kDepth; ++k) {
+      const double x = tile.a[row][k];
+      for (int n = 0; n < kN; ++n) sum[n] = std::fma(x, tile.b[k][n], sum[n]);  // float64: as its unit does
+    }
+    for (int n = 0; n < kN; ++n) tile.c[row][n] += sum[n];
+  }
+}
+
 void multiply(Context& c, const Instr& in, uint32_t mask) {
   if (mask != kAllLanes) fault(c, "collective", "mma needs all 32 lanes");
   alignas(64) Tile tile;
   const Operand* d = in.list.data();
   const Operand* a = d + num_c(in);
+  for (const Operand* x = a; x != d + in.list.size(); ++x) tile.any_bad = tile.any_bad || undefined_lanes(c, *x) != 0;
   const Operand* b = a + num_a(in);
   gather_a(c, in, a, tile);
   gather_b(c, in, b, tile);
   gather_c(c, in, b + num_b(in), tile);
-  const int depth = static_cast<int>(in.imm), rows = rows_of(in);
-  for (int row = 0; row < rows; ++row) {
-    double sum[kN];
-    for (int n = 0; n < kN; ++n) sum[n] = 0;
-    for (int k = 0; k < depth; ++k) {
-      const double x = tile.a[row][k];
-      for (int n = 0; n < kN; ++n) sum[n] += x * tile.b[k][n];
-    }
-    for (int n = 0; n < kN; ++n) tile.c[row][n] += sum[n];
+  if (in.imm == 16) {
+    accumulate<16>(tile, rows_of(in));
+  } else if (in.imm == 8) {
+    accumulate<8>(tile, rows_of(in));
+  } else {
+    accumulate<4>(tile, rows_of(in));
   }
   scatter_d(c, in, d, tile);
   ++c.launch->counters.matrix_multiplies;
