@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What belongs to torch and Python around an op, and is the same for every kernel.
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
 # What the kernels of the processor have besides.
-OF_THE_CPU = ("threads", "instruction_set", "levels")
+OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 
 
 def folder() -> Path:
