@@ -49,9 +49,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--backend",
-        choices=("cpu", "vm"),
+        choices=("cpu", "vm", "cuda"),
         default="cpu",
-        help="vm: the CUDA path in the PTX virtual machine, for the ops that have one",
+        help="vm: the CUDA path in the PTX virtual machine, for the ops that have one; cuda: a GPU",
     )
     parser.addoption("--vm-seed", type=int, default=1, help="of the schedules of the vm backend")
     parser.addoption("--vm-shard", default="0/1", help="I/N: every N-th test of the vm, from I on")
@@ -69,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
         ctypes.CDLL(None).mallopt(m_perturb, fill ^ 0xFF)
     if config.getoption("--backend") == "vm":
         vm_backend.load()
+    if config.getoption("--backend") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--backend cuda needs a GPU and a torch that is built for it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "large" in item.keywords:
                 item.add_marker(skip)
-    if config.getoption("--backend") == "vm":
+    if config.getoption("--backend") != "cpu":
         _select(config, items, vm_backend.takes)
         first, step = map(int, config.getoption("--vm-shard").split("/"))
         items[:] = items[first::step]
@@ -109,7 +111,8 @@ def _tests_kernels(item: pytest.Item) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` is the device type of a test's tensors; those of the vm lie on the CPU."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["cpu"], ids=[metafunc.config.getoption("--backend")])
+        name = metafunc.config.getoption("--backend")
+        metafunc.parametrize("backend", ["cuda" if name == "cuda" else "cpu"], ids=[name])
 
 
 @pytest.fixture(autouse=True)
