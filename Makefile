@@ -122,6 +122,10 @@ test-cuda-vm: build build/vm/.built  ## run the CUDA kernels in the PTX virtual 
 	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini $(ARGS) tools/ptxvm/tests
 	@$(PY) tools/ptxvm/run_op_tests.py --seeds $(VM_SEEDS) -- $(ARGS)
 
+.PHONY: test-cuda-vm-mutants
+test-cuda-vm-mutants: build build/vm/.built  ## leave out every barrier, fence and wait of the CUDA kernels in turn and expect red
+	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini -m mutants tools/ptxvm/tests/test_mutants.py
+
 VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 build/vm/.built: $(SOURCES) $(VM_SOURCES)
 	@command -v $${CUDACXX:-nvcc} >/dev/null || { \

@@ -22,6 +22,7 @@ import torch
 import vm_backend
 from fastmoe_route import reference
 
+pytestmark = pytest.mark.mutants
 SEEDS = (1, 2, 3)
 
 # Parts of source lines, innermost place first, that order nothing in what is run here.
