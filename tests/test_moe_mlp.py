@@ -13,6 +13,7 @@ from typing import Any
 import fastmoe_route as fr
 import pytest
 import torch
+import vm_backend
 from cases import ACTIVATIONS, GATED_ACTIVATIONS, describe, expert_cases
 from fastmoe_route import reference
 from tolerance import assert_exact, assert_has_power, assert_ratio
@@ -122,7 +123,7 @@ def check_case(case: dict[str, Any]) -> None:
 
 
 def check_cases(seed: int, count: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    for i, case in enumerate(expert_cases(seed, count, dtypes=dtypes)):
+    for i, case in enumerate(expert_cases(seed, count, dtypes=vm_backend.expert_dtypes(dtypes))):
         try:
             check_case(case)
         except Exception as error:

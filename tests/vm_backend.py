@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # What belongs to torch and Python around an op, and is the same for every kernel.
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
+EXPERT_STEMS = ("grouped_mm", "moe_mlp")
 # What the kernels of the processor have besides.
 OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 
@@ -58,10 +59,24 @@ def stems() -> frozenset[str]:
     return frozenset(re.findall(r"csrc/ops/(\w+)\.cpp", sources))
 
 
+def expert_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+    """Without float64 where the expert ops run on CUDA kernels: it is of the CPU, by contract."""
+    return (
+        tuple(d for d in dtypes if d != torch.float64) if engine.cache_info().currsize else dtypes
+    )
+
+
+def _is_float64_expert(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    is_wide = parameters is not None and torch.float64 in parameters.params.values()
+    stem = item.path.stem.removeprefix("test_")
+    return stem in EXPERT_STEMS and (is_wide or "gradcheck" in item.name or "float64" in item.name)
+
+
 def takes(item: pytest.Item) -> bool:
     """Whether a test is one of the ops' tests that the vm runs."""
     name = item.name.lower()
-    return (
+    return not _is_float64_expert(item) and (
         item.path.stem.removeprefix("test_") in {*stems(), "device_rules"}
         and "cpu_only" not in item.keywords
         and "large" not in item.keywords
