@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+import vm_backend
 from cases import describe, plan_cases
 from fastmoe_route import DispatchPlan, reference
 from tolerance import assert_exact, assert_has_power
@@ -114,7 +115,7 @@ def test_expert_capacity() -> None:
 
 
 def test_equals_reference(backend: str) -> None:
-    for i, case in enumerate(plan_cases(1, 1000)):
+    for i, case in enumerate(plan_cases(1, vm_backend.repeats(1000, vm=150))):
         try:
             assert_plan(fr.plan_dispatch(**case), reference.plan_dispatch(**case))
         except Exception as error:
@@ -196,7 +197,7 @@ def test_thousand_runs_are_equal(backend: str) -> None:
     weights = (torch.rand(64, 4, generator=generator) * 4).round()
     case = {"capacity": 9, "drop_policy": "score", "weights": weights, "align": 4}
     wanted = fr.plan_dispatch(experts, 16, **case)
-    for _ in range(1000):
+    for _ in range(vm_backend.repeats(1000, vm=20)):
         plan = fr.plan_dispatch(experts, 16, **case)
         assert all(torch.equal(a, b) for a, b in zip(plan, wanted, strict=True))
 
@@ -240,7 +241,7 @@ def test_attack_works_on_shared_capacity_and_fails_on_scopes(
 def test_what_a_request_keeps_never_depends_on_another(backend: str) -> None:
     """Every request of a mixed batch, in any order of its tokens, keeps what it keeps alone."""
     generator = torch.Generator().manual_seed(9)
-    for trial in range(60):
+    for trial in range(vm_backend.repeats(60, vm=8)):
         num_tokens = int(torch.randint(1, 80, (), generator=generator))
         experts = torch.randint(-1, 5, (num_tokens, 3), generator=generator)
         weights = (torch.rand(num_tokens, 3, generator=generator) * 8).round()

@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # What belongs to torch and Python around an op, and is the same for every kernel.
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
-EXPERT_STEMS = ("grouped_mm", "moe_mlp")
+# float64 is for gradient checks on the CPU there, by contract.
+FLOAT64_STEMS = ("gate", "grouped_mm", "moe_mlp")
 # What the kernels of the processor have besides.
 OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 
@@ -66,17 +67,22 @@ def expert_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
     )
 
 
-def _is_float64_expert(item: pytest.Item) -> bool:
+def repeats(count: int, *, vm: int) -> int:
+    """How often a test repeats itself: the vm takes a thousand times as long as the processor."""
+    return vm if engine.cache_info().currsize else count
+
+
+def _is_of_float64(item: pytest.Item) -> bool:
     parameters = getattr(item, "callspec", None)
     is_wide = parameters is not None and torch.float64 in parameters.params.values()
     stem = item.path.stem.removeprefix("test_")
-    return stem in EXPERT_STEMS and (is_wide or "gradcheck" in item.name or "float64" in item.name)
+    return stem in FLOAT64_STEMS and (is_wide or "gradcheck" in item.name or "float64" in item.name)
 
 
 def takes(item: pytest.Item) -> bool:
     """Whether a test is one of the ops' tests that the vm runs."""
     name = item.name.lower()
-    return not _is_float64_expert(item) and (
+    return not _is_of_float64(item) and (
         item.path.stem.removeprefix("test_") in {*stems(), "device_rules"}
         and "cpu_only" not in item.keywords
         and "large" not in item.keywords
