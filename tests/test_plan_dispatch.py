@@ -341,7 +341,7 @@ def test_around_the_tile(backend: str, num_slots: int, kind: str) -> None:
     assert plan.kept.max() == (0 if kind == "none" else 100)
 
 
-@pytest.mark.parametrize("num_experts", [1, 65536])
+@pytest.mark.parametrize("num_experts", [1, 3000, pytest.param(65536, marks=pytest.mark.cpu_only)])
 def test_extreme_numbers_of_experts(backend: str, num_experts: int) -> None:
     for experts in ([[0]], [[num_experts - 1]], [[num_experts - 1, 0], [-1, 0]]):
         ids = torch.tensor(experts)
@@ -350,6 +350,7 @@ def test_extreme_numbers_of_experts(backend: str, num_experts: int) -> None:
             assert_plan(plan, reference.plan_dispatch(ids, num_experts, **options))
 
 
+@pytest.mark.cpu_only  # 65,536 experts are a minute in the vm
 def test_huge_arguments_do_not_size_anything(backend: str) -> None:
     experts = torch.tensor([[0, 1], [1, -1]])
     scopes = torch.tensor([2**31 - 1, 5], dtype=torch.int32)
