@@ -171,7 +171,7 @@ def test_biases_join_before_and_after(backend: str) -> None:
 
 
 def test_random_cases_equal_reference(backend: str) -> None:
-    check_cases(11, 60, (*DTYPES, torch.float64))
+    check_cases(11, vm_backend.repeats(60, vm=12), (*DTYPES, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -563,10 +563,11 @@ def test_backward_takes_expanded_gradients(backend: str) -> None:
             ValueError,
             r"weights must have shape \[4, 2\]",
         ),
-        (
+        pytest.param(
             {"routing": (torch.full((4, 2), 3).int(), torch.ones(4, 2))},
             (RuntimeError, ValueError),
             r"plan_dispatch: experts must be in \[-1, 3\), got 3",
+            marks=pytest.mark.cpu_only,
         ),
         ({"w_up": torch.ones(3, 8, 10, device="meta")}, ValueError, "w_up must be on cpu"),
     ],
@@ -578,6 +579,7 @@ def test_errors_name_the_argument(
         fr.moe_mlp(**{**make(4, 8, 5, 3, 2), **change})
 
 
+@pytest.mark.cpu_only
 def test_plans_of_other_sizes_are_refused(backend: str) -> None:
     case = make(4, 8, 5, 3, 2)
     plan = fr.plan_dispatch(case["routing"][0], 3)

@@ -72,6 +72,18 @@ def repeats(count: int, *, vm: int) -> int:
     return vm if engine.cache_info().currsize else count
 
 
+def _compares_float32_with_torch(item: pytest.Item) -> bool:
+    """Whether a test holds a float32 product against torch's.
+
+    In the vm that would be the processor's, which adds up in blocks and so errs less than the one
+    running sum of a GPU's float32 product, torch's own included.
+    """
+    parameters = getattr(item, "callspec", None)
+    is_single = parameters is not None and torch.float32 in parameters.params.values()
+    names = ("error_is_that_of_torch", "errs_no_more_than_plain_torch")
+    return is_single and any(name in item.name for name in names)
+
+
 def _is_of_float64(item: pytest.Item) -> bool:
     parameters = getattr(item, "callspec", None)
     is_wide = parameters is not None and torch.float64 in parameters.params.values()
@@ -82,7 +94,7 @@ def _is_of_float64(item: pytest.Item) -> bool:
 def takes(item: pytest.Item) -> bool:
     """Whether a test is one of the ops' tests that the vm runs."""
     name = item.name.lower()
-    return not _is_of_float64(item) and (
+    return not (_is_of_float64(item) or _compares_float32_with_torch(item)) and (
         item.path.stem.removeprefix("test_") in {*stems(), "device_rules"}
         and "cpu_only" not in item.keywords
         and "large" not in item.keywords
