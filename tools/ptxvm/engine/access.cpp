@@ -459,19 +459,26 @@ void take_order(const Context& c, const Access& access) {
   const bool acquires = access.order == Order::kAcquire || access.order == Order::kAcquireRelease;
   each_lane(access.mask, [&](int l) {
     const auto found = c.launch->strong.at.find(access.address[l]);
-    if (found != c.launch->strong.at.end()) c.block->order.take(thread_of(c, l), found->second, acquires);
+    if (found == c.launch->strong.at.end()) return;
+    auto knowledge = std::make_shared<Knowledge>();
+    knowledge->parts.emplace_back(found->second, static_cast<uint32_t>(found->second->entries.size()));
+    c.block->order.take(thread_of(c, l), knowledge, acquires);
   });
 }
 
 void publish_order(const Context& c, const Access& access, bool is_update) {
   const bool releases = access.order == Order::kRelease || access.order == Order::kAcquireRelease;
+  StrongLocations& strong = c.launch->strong;
   each_lane(access.mask, [&](int l) {
     if (releases) c.block->order.fence(thread_of(c, l));
-    KnowledgePtr knowledge = c.block->order.published(c.block->index, thread_of(c, l));
-    if (knowledge != nullptr) c.launch->strong.is_used = true;
-    if (knowledge == nullptr && c.launch->strong.at.empty()) return;
-    KnowledgePtr& at = c.launch->strong.at[access.address[l]];
-    at = is_update ? joined(at, knowledge) : knowledge;
+    Published entry{};
+    const bool publishes = c.block->order.publishes(c.block->index, thread_of(c, l), entry);
+    if (!publishes && strong.at.empty()) return;
+    std::shared_ptr<PublishedLog>& log = strong.at[access.address[l]];
+    if (log == nullptr || !is_update) log = std::make_shared<PublishedLog>();
+    if (!publishes) return;
+    strong.is_used = true;
+    log->add(entry);
   });
 }
 

@@ -1,33 +1,58 @@
 #include "engine/order.h"
 
 #include <algorithm>
+#include <unordered_set>
 
 namespace ptxvm {
 
-void Knowledge::join(const Knowledge& other) {
-  for (const auto& entry : other.blocks) {
-    OfBlock& mine = blocks[entry.first];
-    mine.all = std::max(mine.all, entry.second.all);
-    for (const auto& thread : entry.second.threads) {
-      uint32_t& time = mine.threads[thread.first];
-      time = std::max(time, thread.second);
+namespace {
+
+bool covers_from(const Knowledge& knowledge, uint32_t block, uint16_t thread, uint32_t time,
+                 std::unordered_set<const Knowledge*>& seen) {
+  if (!seen.insert(&knowledge).second) return false;
+  for (const auto& [log, length] : knowledge.parts) {
+    const auto found = log->of_block.find(block);
+    if (found == log->of_block.end()) continue;
+    for (const uint32_t at : found->second) {
+      if (at >= length) break;
+      const Published& entry = log->entries[at];
+      if (time <= entry.all || (entry.thread == thread && time <= entry.fenced)) return true;
     }
   }
+  for (const auto& [log, length] : knowledge.parts) {
+    for (uint32_t at = 0; at < length; ++at) {
+      const KnowledgePtr& also = log->entries[at].also;
+      if (also != nullptr && covers_from(*also, block, thread, time, seen)) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+void PublishedLog::add(const Published& one) {
+  of_block[one.block].push_back(static_cast<uint32_t>(entries.size()));
+  entries.push_back(one);
 }
 
 bool Knowledge::covers(uint32_t block, uint16_t thread, uint32_t time) const {
-  const auto found = blocks.find(block);
-  if (found == blocks.end()) return false;
-  if (time <= found->second.all) return true;
-  const auto own = found->second.threads.find(thread);
-  return own != found->second.threads.end() && time <= own->second;
+  std::unordered_set<const Knowledge*> seen;
+  return covers_from(*this, block, thread, time, seen);
 }
 
 KnowledgePtr joined(const KnowledgePtr& a, const KnowledgePtr& b) {
   if (a == nullptr || a == b) return b;
   if (b == nullptr) return a;
   auto both = std::make_shared<Knowledge>(*a);
-  both->join(*b);
+  for (const auto& part : b->parts) {
+    bool is_known = false;
+    for (auto& mine : both->parts) {
+      if (mine.first != part.first) continue;
+      mine.second = std::max(mine.second, part.second);
+      is_known = true;
+    }
+    if (!is_known) both->parts.push_back(part);
+  }
   return both;
 }
 
@@ -85,18 +110,12 @@ void BlockOrder::fence(uint16_t thread) {
   mine.fenced_known = mine.known;
 }
 
-KnowledgePtr BlockOrder::published(uint32_t block, uint16_t thread) {
+bool BlockOrder::publishes(uint32_t block, uint16_t thread, Published& entry) {
   const auto found = threads.find(thread);
-  if (found == threads.end()) return nullptr;
+  if (found == threads.end()) return false;
   const ThreadOrder& mine = found->second;
-  if (mine.fenced == 0 && mine.fenced_all == 0) return nullptr;
-  auto knowledge =
-      mine.fenced_known == nullptr ? std::make_shared<Knowledge>() : std::make_shared<Knowledge>(*mine.fenced_known);
-  Knowledge::OfBlock& own = knowledge->blocks[block];
-  own.all = std::max(own.all, mine.fenced_all);
-  uint32_t& time = own.threads[thread];
-  time = std::max(time, mine.fenced);
-  return knowledge;
+  entry = {block, thread, mine.fenced, mine.fenced_all, mine.fenced_known};
+  return mine.fenced != 0 || mine.fenced_all != 0;
 }
 
 void BlockOrder::take(uint16_t thread, const KnowledgePtr& knowledge, bool is_acquire) {

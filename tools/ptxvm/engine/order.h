@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace ptxvm {
@@ -32,18 +33,28 @@ struct WarpOrder {
   }
 };
 
-// What a thread knows of other blocks: everything up to a tick of that block, and single threads up to later ones.
-struct Knowledge {
-  struct OfBlock {
-    uint32_t all = 0;
-    std::unordered_map<uint16_t, uint32_t> threads;
-  };
-  std::unordered_map<uint32_t, OfBlock> blocks;
+struct Knowledge;
+using KnowledgePtr = std::shared_ptr<const Knowledge>;
 
-  void join(const Knowledge& other);
+// One strong write behind a fence, and what it hands over.
+struct Published {
+  uint32_t block;
+  uint16_t thread;
+  uint32_t fenced;    // accesses of this thread up to here
+  uint32_t all;       // accesses of its whole block up to here
+  KnowledgePtr also;  // what the thread knew of other blocks
+};
+// What was published through one location, oldest first. Atomics add to it, a plain strong store starts a new one.
+struct PublishedLog {
+  std::vector<Published> entries;
+  std::unordered_map<uint32_t, std::vector<uint32_t>> of_block;  // indices into entries
+  void add(const Published& one);
+};
+// What a thread knows of other blocks: the first so many entries of some logs.
+struct Knowledge {
+  std::vector<std::pair<std::shared_ptr<const PublishedLog>, uint32_t>> parts;
   bool covers(uint32_t block, uint16_t thread, uint32_t time) const;
 };
-using KnowledgePtr = std::shared_ptr<const Knowledge>;
 KnowledgePtr joined(const KnowledgePtr& a, const KnowledgePtr& b);
 
 struct ThreadOrder {
@@ -63,15 +74,15 @@ struct BlockOrder {
   // A barrier of all warps of the block.
   void meet_all(uint32_t num_threads);
   void fence(uint16_t thread);
-  // A strong write: what it publishes, or null.
-  KnowledgePtr published(uint32_t block, uint16_t thread);
+  // A strong write: what it publishes; false if nothing.
+  bool publishes(uint32_t block, uint16_t thread, Published& entry);
   void take(uint16_t thread, const KnowledgePtr& knowledge, bool is_acquire);
   bool covers(uint16_t thread, uint32_t block, uint16_t other, uint32_t time) const;
 };
 
 // What was published through each location that strong accesses touched.
 struct StrongLocations {
-  std::unordered_map<uint64_t, KnowledgePtr> at;
+  std::unordered_map<uint64_t, std::shared_ptr<PublishedLog>> at;
   bool is_used = false;  // anything was ever published
 };
 
