@@ -199,6 +199,13 @@ def test_prior_shaping_values_of_the_survey():
     close(losses.prior_shaping(one_hot, alpha), 0.146, 1e-3)
 
 
+def test_prior_shaping_by_hand():
+    """Two experts of concentration 1 are uniform: F(p) = p, and ranks over T + 1 are thirds."""
+    p = torch.tensor([[1 / 3, 2 / 3], [2 / 3, 1 / 3]], dtype=F64)
+    close(losses.prior_shaping(p, 1.0), 0.0, 1e-12)
+    close(losses.prior_shaping(torch.full((2, 2), 0.5, dtype=F64), 1.0), 1 / 36, 1e-12)
+
+
 @pytest.mark.parametrize(("a", "b"), [(0.75, 2.25), (1.0, 3.0), (5.0, 0.5), (30.0, 70.0)])
 def test_beta_cdf_against_its_density(a, b):
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(400))
@@ -231,19 +238,15 @@ def test_coupling_is_zero_where_the_own_expert_answers_loudest():
     close(halved, math.sqrt(3), 1e-12)  # M = sqrt 3 everywhere, two terms of half of it
 
 
-def test_coupling_noise_stays_in_the_safe_ball():
-    """At full noise a proxy is still at least as near its own row as any other row."""
-    router = torch.randn(5, 16, dtype=F64, generator=torch.Generator().manual_seed(3))
-    seen = []
-    w_up = torch.eye(16, dtype=F64).expand(5, 16, 16)
-    for sign in (1.0, -1.0):
+def test_coupling_noise_reaches_half_way_to_the_nearest_row():
+    """Rows 2 e_i are 2 sqrt 2 apart: eps = sqrt(2) / 2; identity experts answer with the norm."""
+    router, w_up = 2 * torch.eye(2, dtype=F64), torch.eye(2, dtype=F64).expand(2, 2, 2)
+    for sign in (1.0, 0.0, -1.0):
         noise = torch.full_like(router, sign)
-        seen.append(losses.expert_router_coupling(router, w_up, alpha=0.5, noise=noise))
-        apart = (router[:, None] - router[None]).norm(dim=2).fill_diagonal_(torch.inf).amin(1)
-        proxies = router * (1 + noise * (apart / (2 * router.norm(dim=1)))[:, None])
-        own = (proxies - router).norm(dim=1)
-        assert (own <= apart / 2 + 1e-12).all()
-    assert seen[0] != seen[1]
+        loss = losses.expert_router_coupling(router, w_up, alpha=0.5, noise=noise)
+        close(loss, 2 * (1 + sign * math.sqrt(0.5)), 1e-12)
+    drawn = losses.expert_router_coupling(router, w_up, alpha=0.5)
+    assert 2 - math.sqrt(2) <= float(drawn) <= 2 + math.sqrt(2)
 
 
 def test_contrastive_is_least_at_the_class_means():

@@ -147,6 +147,8 @@ def test_softpick_of_the_survey():
     assert sv.softpick(torch.tensor([0.0, -1.0, -1e4])).tolist() == [0.0, 0.0, 0.0]
     assert sv.softpick(torch.tensor([-500.0, -600.0])).tolist() == [0.0, 0.0]
     close(sv.softpick(torch.tensor([500.0, 500.0, 0.0])), [0.5, 0.5, 0.0])
+    by_hand = math.expm1(3.0) / (math.expm1(3.0) + 1.0)  # eps is taken before e^-m is
+    close(sv.softpick(torch.tensor([3.0], dtype=F64), eps=1.0), [by_hand], 1e-12)
     tiny = torch.tensor([1e-6, -1e-6])  # e^x - 1 without cancellation
     close(sv.softpick(tiny, eps=0.0), [0.5, 0.0], 1e-6)
 
