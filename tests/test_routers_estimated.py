@@ -470,6 +470,35 @@ def test_accord_attends_within_the_sequence():
     assert_bound(chosen.weights, torch.ones(24, 1, dtype=F64), 1e-6)
 
 
+# ---- state -------------------------------------------------------------------------------------
+
+STATES = {
+    "mindskip": (SEQUENCES,),
+    "dr_llm": (SEQUENCES,),
+    "read_me": (24, EXPERTS),
+    "drmc": (24, HIDDEN),
+    "r2t2": (24, EXPERTS),
+    "glider": (SEQUENCES, EXPERTS),
+    "milora": (SEQUENCES, EXPERTS),
+    "accord": (SEQUENCES, EXPERTS),
+    "supernet_mixture": (SEQUENCES, 16),
+    "mhr": (SEQUENCES,),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_must_fit_and_be_finite(name):
+    given, router = inputs(), make(name).eval()
+    state = torch.zeros(STATES[name], dtype=torch.int64 if name == "mhr" else torch.float32)
+    router(**{**given, "state": state})
+    with pytest.raises(ValueError, match=rf"{name}: state must have shape \["):
+        router(**{**given, "state": state[:-1]})
+    if name != "mhr":
+        state.view(-1)[-1] = torch.nan
+        with pytest.raises(ValueError, match=f"{name}: state must be finite, got"):
+            router(**{**given, "state": state})
+
+
 # ---- errors ------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._arguments import check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -102,6 +103,7 @@ class Drmc(Router):
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x)
         before = torch.zeros_like(x) if context.state is None else context.state
+        check_shape(self.name, "state", before, x.shape)
         h = gelu(self.inner(torch.cat([x, before], 1)))
         routing = gate(
             self.score(h), self.top_k, score="relu", threshold=0.0, min_k=0, stats=self.stats

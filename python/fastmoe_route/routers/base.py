@@ -320,6 +320,10 @@ class Router(nn.Module):
             value = getattr(context, argument)
             if value is not None:
                 _check_per_token(name, argument, value, x)
+        for argument in ("state", "attention_mass"):
+            value = getattr(context, argument)
+            if value is not None and value.is_floating_point():
+                self.check_finite(argument, value)
         if context.sequence_ids is not None or context.num_sequences != 1:
             check_int(name, "num_sequences", context.num_sequences, 1)
         if context.scope_ids is not None or context.num_scopes != 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int
+from fastmoe_route._arguments import check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -170,6 +170,7 @@ class MindSkip(SkippingRouter):
         s = context.state
         if s is None:
             s = sigmoid(self.decide(segment_mean(wide(x), ids, num))[:, 0])
+        check_shape(self.name, "state", s, (num,))
         runs = (s >= self.tau).to(s.dtype)
         open_ = straight_through(runs, s) if self.training else runs
         found = {"skip": self.skip_coef * s.mean()} if self.training and num else {}
@@ -224,6 +225,7 @@ class DrLLM(SkippingRouter):
         if decision is None:
             logits = extra["logits"] = self._decide(wide(x), ids, num)
             decision = logits.argmax(1)
+        check_shape(self.name, "state", decision, (num,))
         extra["decision"] = decision
         mine = decision[ids]
         extra["repeats"] = mine == 2
@@ -460,6 +462,7 @@ class ReadMe(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x) if context.state is None else context.state
+        check_shape(self.name, "state", z, (x.shape[0], self.num_experts))
         routing = gate(z, self.top_k, normalize=True, stats=self.stats)
         return self.routed(routing, context, state=z)
 

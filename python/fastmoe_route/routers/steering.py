@@ -169,7 +169,8 @@ class R2T2(LinearRouter):
             routing = gate(self.score(x), self.top_k, normalize=True, stats=self.stats)
             return self.routed(routing, context)
         given = context.state
-        if given.shape[0] != x.shape[0] and context.sequence_ids is not None:
+        num = context.num_sequences
+        if context.sequence_ids is not None and given.shape[0] == num != x.shape[0]:
             given = given[context.sequence_ids.long()]
         check_shape(self.name, "state", given, (x.shape[0], self.num_experts))
         routing = gate(given, self.top_k, score="identity", normalize=True, stats=self.stats)
