@@ -136,6 +136,25 @@ build/vm/.built: $(SOURCES) $(VM_SOURCES)
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/vm --target fastmoe_route_vm ptxvm_python -- --quiet
 	@touch $@
 
+.PHONY: wheel-cuda
+wheel-cuda: cuda wheel  ## the wheel with the CUDA library in it, in dist/cuda/
+	@$(PIP) install wheel
+	@rm -rf dist/cuda && mkdir -p dist/cuda/tree
+	@$(PY) -m wheel unpack --dest dist/cuda/tree dist/*.whl >/dev/null
+	@cp build/cuda/fastmoe_route_cuda.so dist/cuda/tree/*/fastmoe_route/
+	@$(PY) -m wheel pack --dest-dir dist/cuda dist/cuda/tree/* >/dev/null
+	@rm -rf dist/cuda/tree
+	$(PY) tools/check_wheel.py dist/cuda/*.whl
+
+.PHONY: gpu-check
+gpu-check: build  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
+	@$(PY) tools/gpu_check.py $(ARGS)
+
+.PHONY: cuda-evidence
+cuda-evidence: cuda  ## write docs/cuda-evidence.md from the compiled CUDA library
+	@mkdir -p docs
+	$(PY) tools/cuda_evidence.py > docs/cuda-evidence.md
+
 .PHONY: clean
 clean:  ## remove what was built (.venv stays)
 	rm -rf build dist demo $(VENV)-peers $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <cstring>
 
 #include "common/cuda_queue.h"
 #include "common/dtype.h"
@@ -54,6 +55,18 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
+
+// Stores a pack as one word: element by element the compiler may take it apart.
+template <class T, int N>
+__device__ inline void store_pack(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    uint4 word;
+    memcpy(&word, &pack, sizeof word);
+    *reinterpret_cast<uint4*>(to) = word;
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  }
+}
 
 // Element i of a vector whose type is known at run time only: one per slot, so the branch costs nothing.
 template <class Float>

@@ -45,7 +45,8 @@ __device__ inline int64_t group_of(const RowGroups& groups, int64_t row) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) activate_backward_kernel(const __grid_constant__ ActivationGradient<T> g) {
+__global__ void __launch_bounds__(kThreads, 2)
+    activate_backward_kernel(const __grid_constant__ ActivationGradient<T> g) {
   const ExpertRows& rows = g.rows;
   for (int64_t row = grid_warp(); row < rows.num_rows; row += grid_warps()) {
     const int64_t slot = rows.slot_of(row);

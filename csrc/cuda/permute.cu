@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(UnpermuteArgs a) {
     Pack<T, N> result;
 #pragma unroll
     for (int n = 0; n < N; ++n) result.values[n] = narrow<T>(sum[n]);
-    *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(a.y) + token * a.hidden + pack * N) = result;
+    store_pack(static_cast<T*>(a.y) + token * a.hidden + pack * N, result);
   }
 }
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
           Pack<T, N> result;
 #pragma unroll
           for (int n = 0; n < N; ++n) result.values[n] = narrow<T>(widen(g.values[n]) * weight);
-          *reinterpret_cast<Pack<T, N>*>(grad_rows + row * a.hidden + pack * N) = result;
+          store_pack(grad_rows + row * a.hidden + pack * N, result);
         }
       }
       product = warp_sum(product);

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kBackwardColumns = 4096;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(SoftmaxTopkBackwardArgs a, int64_t num_parts, bool is_wide) {
   using Float = accumulate_t<T>;
   constexpr int kPack = 16 / sizeof(T);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -24,6 +25,23 @@ def _find(name: str) -> Path | None:
         if path.exists():
             return path
     return None
+
+
+def cuda_policy(library: Path) -> tuple[list[str], list[list[str]]]:
+    """What a CUDA library was compiled for, and which kernel multiplies what there.
+
+    Asks the library itself, which loads where there is no GPU.
+
+    Returns:
+        architectures, and rows `[device, dtype, product, shape, kernel]`.
+    """
+    loaded = ctypes.CDLL(str(library))
+    texts = []
+    for name in ("fastmoe_route_cuda_architectures", "fastmoe_route_cuda_policy"):
+        function = getattr(loaded, name)
+        function.restype = ctypes.c_char_p
+        texts.append(function().decode())
+    return texts[0].split(), [line.split("\t") for line in texts[1].splitlines()]
 
 
 def load_libraries() -> None:

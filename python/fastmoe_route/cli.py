@@ -122,6 +122,7 @@ def info_report() -> dict[str, object]:
 
     library = library_info()
     cuda = _load._find("fastmoe_route_cuda")
+    architectures, policy = ([], []) if cuda is None else _load.cuda_policy(cuda)
     return {
         "fastmoe_route": fr.__version__,
         "torch": torch.__version__,
@@ -135,7 +136,8 @@ def info_report() -> dict[str, object]:
         "scratch_bytes": int(library["scratch_bytes"]),
         "cpu_library": str(_load._find("fastmoe_route_cpu")),
         "cuda_library": None if cuda is None else str(cuda),
-        "cuda_architectures": [],
+        "cuda_architectures": architectures,
+        "cuda_gemm_policy": policy,
     }
 
 
@@ -146,7 +148,10 @@ def _print_info(as_json: bool) -> int:
         return 0
     missing = {"torch_cuda": "none (CPU build)", "cuda_library": "none"}
     for key, value in report.items():
-        if key == "cuda_architectures" and not value:
+        if isinstance(value, list):
+            for line in value:
+                text = line if isinstance(line, str) else " | ".join(line)
+                print(f"{key.replace('_', ' '):<24} {text}")
             continue
         if value is None:
             value = missing.get(key, "none")

@@ -1,26 +1,150 @@
-// The choice of a kernel for a grouped product, by device, dtype and shape; `gemm_policy` prints it.
+// The way of a grouped product to its kernel (policy.h), and the table of that policy.
 #include "cuda/gemm/gemm.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "cuda/gemm/policy.h"
+#ifndef FASTMOE_ROUTE_PTXVM
+#include "cuda/gemm/native.h"
+#endif
+#ifndef FASTMOE_ROUTE_CUDA_ARCHITECTURES
+#define FASTMOE_ROUTE_CUDA_ARCHITECTURES "unknown"
+#endif
 
 namespace fastmoe_route {
 namespace cuda {
+namespace {
 
-CudaStatus rows_product(const RowsProduct& product, const CudaQueue& queue) {
-  switch (product.dtype) {
-    case DType::kFloat32: return rows_product_float32(product, queue);
-    case DType::kBFloat16: return rows_product_bfloat16(product, queue);
-    case DType::kFloat16: return rows_product_float16(product, queue);
-    default: return no_float64();
+// FASTMOE_ROUTE_CUDA_GEMM=native allows kernels that no machine of the project could execute; sm80, the default, keeps
+// to those that the tests execute. Read once.
+bool uses_native() {
+  static const bool is_native = [] {
+    const char* const value = std::getenv("FASTMOE_ROUTE_CUDA_GEMM");
+    return value != nullptr && std::strcmp(value, "native") == 0;
+  }();
+  return is_native;
+}
+
+CudaStatus capability_of(int* capability) {
+  int device = 0, major = 0, minor = 0;
+  CudaStatus status = status_of(cudaGetDevice(&device));
+  if (status.code != 0) return status;
+  status = status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (status.code != 0) return status;
+  status = status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  *capability = 10 * major + minor;
+  return status;
+}
+
+bool are_wide(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes, DType dtype) {
+  for (const void* pointer : pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  for (const int64_t size : sizes)
+    if (size * element_size(dtype) % 16 != 0) return false;
+  return true;
+}
+
+const char* name_of(GemmKernel kernel) {
+  switch (kernel) {
+    case GemmKernel::kFma: return "cutlass 2.x simt float32, 128x128x8";
+    case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
+    case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
+    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64";
+    case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 64x256x64";
+    default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
 }
 
-CudaStatus groups_product(const GroupsProduct& product, const CudaQueue& queue) {
-  switch (product.dtype) {
-    case DType::kFloat32: return groups_product_float32(product, queue);
-    case DType::kBFloat16: return groups_product_bfloat16(product, queue);
-    case DType::kFloat16: return groups_product_float16(product, queue);
-    default: return no_float64();
+}  // namespace
+
+CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
+  if (p.dtype == DType::kFloat64) return no_float64();
+  GemmQuestion question{0, uses_native(), p.dtype, false, p.bias != nullptr, true, p.in};
+  question.is_wide =
+      are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
+  if (question.uses_native) {
+    const CudaStatus status = capability_of(&question.capability);
+    if (status.code != 0) return status;
   }
+  const bool is_bfloat16 = p.dtype == DType::kBFloat16;
+  switch (choose_kernel(question)) {
+    case GemmKernel::kFma: return rows_product_float32(p, queue);
+#ifndef FASTMOE_ROUTE_PTXVM
+    case GemmKernel::kSm90Cooperative:
+      return is_bfloat16 ? rows_sm90_cooperative_bfloat16(p, queue) : rows_sm90_cooperative_float16(p, queue);
+    case GemmKernel::kSm90PingPong: return rows_sm90_pingpong_bfloat16(p, queue);
+    case GemmKernel::kSm100: return is_bfloat16 ? rows_sm100_bfloat16(p, queue) : rows_sm100_float16(p, queue);
+#endif
+    default: break;
+  }
+  return is_bfloat16 ? rows_product_bfloat16(p, question.is_wide, queue)
+                     : rows_product_float16(p, question.is_wide, queue);
+}
+
+CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
+  if (p.dtype == DType::kFloat64) return no_float64();
+  GemmQuestion question{0, uses_native(), p.dtype, false, false, false, 0};
+  question.is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
+  if (question.uses_native) {
+    const CudaStatus status = capability_of(&question.capability);
+    if (status.code != 0) return status;
+  }
+  const bool is_bfloat16 = p.dtype == DType::kBFloat16;
+  switch (choose_kernel(question)) {
+    case GemmKernel::kFma: return groups_product_float32(p, queue);
+#ifndef FASTMOE_ROUTE_PTXVM
+    case GemmKernel::kSm90Cooperative:
+      return is_bfloat16 ? groups_sm90_bfloat16(p, queue) : groups_sm90_float16(p, queue);
+    case GemmKernel::kSm100: return is_bfloat16 ? groups_sm100_bfloat16(p, queue) : groups_sm100_float16(p, queue);
+#endif
+    default: break;
+  }
+  return is_bfloat16 ? groups_product_bfloat16(p, question.is_wide, queue)
+                     : groups_product_float16(p, question.is_wide, queue);
+}
+
+// Lines of "device | dtype | product | shape | kernel", tab-separated, for every row of the policy.
+std::string policy_table() {
+  std::ostringstream text;
+  const auto line = [&](const char* device, const char* shape, GemmQuestion q) {
+    const char* dtype = q.dtype == DType::kFloat32 ? "float32" : q.dtype == DType::kBFloat16 ? "bfloat16" : "float16";
+    text << device << '\t' << dtype << '\t' << (q.is_rows ? "forward, dgrad" : "wgrad") << '\t' << shape << '\t'
+         << name_of(choose_kernel(q)) << '\n';
+  };
+  line("sm_80 and later", "any", {80, false, DType::kFloat32, true, true, true, 1});
+  line("sm_80 and later", "any", {80, false, DType::kFloat32, true, false, false, 1});
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const bool is_rows : {true, false}) {
+      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, dtype, false, false, is_rows, 1});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, dtype, true, true, is_rows, 1});
+      for (const int capability : {90, 100}) {
+        const char* device = capability == 90 ? "sm_90a, native" : "sm_100a, native";
+        const GemmQuestion longer{capability, true, dtype, true, false, is_rows, kPingPongMost + 1};
+        const GemmQuestion shorter{capability, true, dtype, true, false, is_rows, kPingPongMost};
+        if (choose_kernel(longer) == choose_kernel(shorter)) {
+          line(device, "multiples of 16 bytes, no bias", longer);
+        } else {
+          line(device, "the same, inner size at most 1024", shorter);
+          line(device, "the same, inner size above 1024", longer);
+        }
+      }
+    }
+  }
+  return text.str();
 }
 
 }  // namespace cuda
 }  // namespace fastmoe_route
+
+// For `python -m fastmoe_route info`, which reads them without a GPU.
+extern "C" __attribute__((visibility("default"))) const char* fastmoe_route_cuda_architectures() {
+  return FASTMOE_ROUTE_CUDA_ARCHITECTURES;
+}
+extern "C" __attribute__((visibility("default"))) const char* fastmoe_route_cuda_policy() {
+  static const std::string table = fastmoe_route::cuda::policy_table();
+  return table.c_str();
+}

@@ -4,7 +4,7 @@ namespace fastmoe_route {
 namespace cuda {
 
 CudaStatus groups_product_float32(const GroupsProduct& product, const CudaQueue& queue) {
-  return groups_product_as<float>(product, queue);
+  return groups_product_as<float, 1>(product, queue);
 }
 
 }  // namespace cuda

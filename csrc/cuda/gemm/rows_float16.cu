@@ -3,8 +3,9 @@
 namespace fastmoe_route {
 namespace cuda {
 
-CudaStatus rows_product_float16(const RowsProduct& product, const CudaQueue& queue) {
-  return rows_product_as<cutlass::half_t>(product, queue);
+CudaStatus rows_product_float16(const RowsProduct& product, bool is_wide, const CudaQueue& queue) {
+  return is_wide ? rows_product_as<cutlass::half_t, 8>(product, queue)
+                 : rows_product_as<cutlass::half_t, 1>(product, queue);
 }
 
 }  // namespace cuda

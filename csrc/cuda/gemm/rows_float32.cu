@@ -4,7 +4,7 @@ namespace fastmoe_route {
 namespace cuda {
 
 CudaStatus rows_product_float32(const RowsProduct& product, const CudaQueue& queue) {
-  return rows_product_as<float>(product, queue);
+  return rows_product_as<float, 1>(product, queue);
 }
 
 }  // namespace cuda

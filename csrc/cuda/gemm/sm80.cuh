@@ -25,7 +25,17 @@
 namespace fastmoe_route {
 namespace cuda {
 
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kBlocksPerMultiprocessor = 2;  // of the grid, and of the register budget
+
+// Where ptxas would spill a few registers of the float32 loop to keep two blocks, one block keeps them all.
+template <class Element>
+constexpr int blocks_by_registers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  return sizeof(Element) == 4 ? 1 : kBlocksPerMultiprocessor;
+#else
+  return kBlocksPerMultiprocessor;
+#endif
+}
 
 template <class Element>
 struct TensorCoreTraits {
@@ -129,7 +139,7 @@ struct RowsCall {
 };
 
 template <class Element, class C>
-__global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<Element>())
     rows_product_kernel(const __grid_constant__ RowsCall<C> call) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
@@ -170,7 +180,7 @@ struct GroupsCall {
 };
 
 template <class Element, class C>
-__global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<Element>())
     groups_product_kernel(const __grid_constant__ GroupsCall<C> call) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
@@ -189,8 +199,6 @@ __global__ void __launch_bounds__(C::kThreads, kBlocksPerMultiprocessor)
 }
 
 // ---- Host.
-
-inline bool is_wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // A grid that fills the device once, or less if there are fewer tiles.
 inline CudaStatus persistent_blocks(int64_t num_tiles, unsigned* blocks) {
@@ -227,41 +235,21 @@ CudaStatus rows_product_with(const RowsProduct& p, const CudaQueue& queue) {
   return launch_persistent<C>(rows_product_kernel<Element, C>, call, most_tiles, queue);
 }
 
-template <class Element>
+template <class Element, int kAccess>
 CudaStatus rows_product_as(const RowsProduct& p, const CudaQueue& queue) {
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;
-  constexpr int kWide = ProductTraits<Element>::kWide;
-  if constexpr (kWide > 1) {
-    const bool fits = p.in % kWide == 0 && p.out % kWide == 0 && p.a_stride % kWide == 0 && p.b_stride % kWide == 0 &&
-                      p.b_group_stride % kWide == 0 && is_wide(p.a) && is_wide(p.b) && is_wide(p.bias) && is_wide(p.d);
-    if (fits) {
-      return p.b_is_column_major ? rows_product_with<Element, Column, kWide>(p, queue)
-                                 : rows_product_with<Element, Row, kWide>(p, queue);
-    }
-  }
-  return p.b_is_column_major ? rows_product_with<Element, Column, 1>(p, queue)
-                             : rows_product_with<Element, Row, 1>(p, queue);
+  return p.b_is_column_major ? rows_product_with<Element, Column, kAccess>(p, queue)
+                             : rows_product_with<Element, Row, kAccess>(p, queue);
 }
 
 template <class Element, int kAccess>
-CudaStatus groups_product_with(const GroupsProduct& p, const CudaQueue& queue) {
+CudaStatus groups_product_as(const GroupsProduct& p, const CudaQueue& queue) {
   using C = Collective<Element, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor, kAccess>;
   const int64_t row_tiles = ceil_div(p.m, C::kTileRows), col_tiles = ceil_div(p.n, C::kTileCols);
   const GroupsCall<C> call{typename C::Params(p.a_stride, p.b_stride, false, p.n), p, row_tiles, col_tiles};
   return launch_persistent<C>(groups_product_kernel<Element, C>, call, p.groups.num_groups * row_tiles * col_tiles,
                               queue);
-}
-
-template <class Element>
-CudaStatus groups_product_as(const GroupsProduct& p, const CudaQueue& queue) {
-  constexpr int kWide = ProductTraits<Element>::kWide;
-  if constexpr (kWide > 1) {
-    const bool fits = p.m % kWide == 0 && p.n % kWide == 0 && p.a_stride % kWide == 0 && p.b_stride % kWide == 0 &&
-                      is_wide(p.a) && is_wide(p.b) && is_wide(p.d);
-    if (fits) return groups_product_with<Element, kWide>(p, queue);
-  }
-  return groups_product_with<Element, 1>(p, queue);
 }
 
 }  // namespace cuda

@@ -1,0 +1,38 @@
+// Which kernel multiplies: one function of the device, the dtype and the inner size, and the table it makes.
+//
+// Never of the number of rows: kernels of different architectures add in different orders, and a token's bits must not
+// depend on its batch.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace fastmoe_route {
+namespace cuda {
+
+enum class GemmKernel { kFma, kTensorCores, kTensorCoresNarrow, kSm90Cooperative, kSm90PingPong, kSm100 };
+
+struct GemmQuestion {
+  int capability;    // 10 * major + minor
+  bool uses_native;  // kernels for one architecture alone are allowed
+  DType dtype;
+  bool is_wide;   // sizes, strides and addresses are multiples of 16 bytes
+  bool has_bias;  // rows_product with a bias
+  bool is_rows;   // rows_product, else groups_product
+  int64_t in;     // inner size of a rows_product
+};
+
+constexpr int64_t kPingPongMost = 1024;  // up to here the epilogue is worth hiding
+
+inline GemmKernel choose_kernel(const GemmQuestion& q) {
+  if (q.dtype == DType::kFloat32) return GemmKernel::kFma;
+  if (!q.is_wide) return GemmKernel::kTensorCoresNarrow;
+  if (!q.uses_native || q.has_bias) return GemmKernel::kTensorCores;
+  if (q.capability == 90) {
+    const bool is_short = q.is_rows && q.in <= kPingPongMost && q.dtype == DType::kBFloat16;
+    return is_short ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
+  }
+  return q.capability == 100 ? GemmKernel::kSm100 : GemmKernel::kTensorCores;
+}
+
+}  // namespace cuda
+}  // namespace fastmoe_route
