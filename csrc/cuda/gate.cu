@@ -1,7 +1,8 @@
 // gate on CUDA: a warp per row, one read of the logits.
 //
 // Who owns what. A block owns a tile of rows, whose size depends on T only; its warps take the tile's rows in turn.
-// A row lies in the warp's own memory (gate_score.cuh), lane l having columns l, l + 32, ...
+// Rows of the common case stay in registers (gate_fast.cuh); the others lie in the warp's own memory (gate_score.cuh),
+// lane l having columns l, l + 32, ...
 // Phases of a row, as on the CPU: load -> scores -> ordered integer keys -> groups -> selection and stop rules ->
 // weights -> statistics. Selection is exact (gate_select.cuh): K extractions of about 10 instructions each, which for
 // K up to some 16 is less than a radix select over the row.
@@ -12,6 +13,7 @@
 // Choice compares the logits themselves where the score is monotone and there is no bias, and so agrees with the CPU
 // bit for bit; otherwise it compares scores, which agree to a few ulp. Arithmetic is float32; float64 is for the CPU.
 // Bytes: logits once, outputs once, and with statistics 4 E per tile, written and read.
+#include "cuda/gate_fast.cuh"
 #include "cuda/gate_score.cuh"
 #include "cuda/gate_select.cuh"
 
@@ -39,10 +41,12 @@ struct GateCall {
   int64_t num_tiles;
   float* tile_sums;  // [tiles, E], or null
 
-  // Words of a row: z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums.
-  __host__ __device__ int64_t row_words() const {
-    return (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k +
-           (a.score_sum != nullptr ? num_experts : 0);
+  // Words of a row: z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses the first
+  // kFastWords of them, and packs of four.
+  int64_t row_words() const {
+    const int64_t words = (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k;
+    const int64_t with_sums = (words < kFastWords ? kFastWords : words) + (a.score_sum != nullptr ? num_experts : 0);
+    return ceil_div(with_sums, 4) * 4;
   }
 };
 
@@ -51,6 +55,7 @@ template <class T>
 class GateRow {
  public:
   __device__ GateRow(const GateCall& call, float* memory, int* demand) : c_(call), demand_(demand) {
+    float* const end = memory + c_.memory.warp_words;
     const auto give = [&](int64_t words) {
       float* const given = memory;
       memory += words;
@@ -64,10 +69,10 @@ class GateRow {
     group_keys_ = reinterpret_cast<int*>(give(c_.num_groups));
     group_count_ = reinterpret_cast<int*>(give(c_.num_groups));
     taken_ = give(c_.top_k);
-    sums_ = memory;
+    sums_ = end - c_.num_experts;
   }
 
-  __device__ const float* sums() const { return sums_; }
+  __device__ float* sums() const { return sums_; }
   __device__ void clear_sums() {
     for (int e = lane_index(); e < c_.num_experts; e += kWarp) sums_[e] = 0.0f;
   }
@@ -312,9 +317,10 @@ class GateRow {
   bool has_nan_;
 };
 
-template <class T>
+// kPerLane > 0: rows take the way of gate_fast.cuh first, with so many logits a lane.
+template <class T, int kPerLane>
 __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateCall call) {
-  extern __shared__ float shared[];
+  extern __shared__ __align__(16) float shared[];
   const RowMemory& m = call.memory;
   float* const memory = m.in_shared ? shared : m.scratch + blockIdx.x * m.block_words;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -322,13 +328,20 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   for (int e = threadIdx.x; m.in_shared && e < call.num_experts; e += blockDim.x) demand[e] = 0;
   __syncthreads();
 
-  GateRow<T> row(call, memory + warp * m.warp_words, demand);
+  float* const own_memory = memory + warp * m.warp_words;
+  GateRow<T> row(call, own_memory, demand);
   for (int64_t tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
     const int64_t begin = tile * call.rows_per_tile;
     const int64_t past = begin + call.rows_per_tile;
     const int64_t end = past < call.a.shape.num_tokens ? past : call.a.shape.num_tokens;
     if (call.tile_sums != nullptr) row.clear_sums();
-    for (int64_t t = begin + warp; t < end; t += m.num_warps) row.run(t);
+    for (int64_t t = begin + warp; t < end; t += m.num_warps) {
+      if constexpr (kPerLane > 0) {
+        FastRow<T, kPerLane> fast(call.a, reinterpret_cast<int*>(own_memory), demand);
+        if (fast.run(t, call.tile_sums != nullptr ? row.sums() : nullptr)) continue;
+      }
+      row.run(t);
+    }
     if (call.tile_sums == nullptr) continue;
     __syncthreads();
     const float* sums = row.sums() - warp * m.warp_words;  // of warp 0
@@ -383,6 +396,33 @@ GateCall call_of(const GateArgs& a) {
   return call;
 }
 
+// Logits a lane of a fast row has, or 0 if the call needs the general way.
+template <class T>
+int fast_per_lane(const GateCall& call) {
+  const GateArgs& a = call.a;
+  const bool is_plain = call.logit_keys && a.mask.data == nullptr && a.noise.data == nullptr && a.scores == nullptr &&
+                        a.k_per_token.data == nullptr && !call.has_top_p && !call.has_threshold;
+  const bool is_free = a.topk_groups == a.shape.num_groups && a.max_per_group >= a.shape.top_k;
+  if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return 0;
+  const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
+  if (call.num_columns > per_lane * kWarp || call.top_k * per_lane > kFastElements || call.top_k > kWarp) return 0;
+  const int64_t pack_bytes = per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(a.logits.data) % pack_bytes == 0 &&
+                          a.logits.stride_row * sizeof(T) % pack_bytes == 0 &&
+                          call.num_columns * sizeof(T) % pack_bytes == 0;
+  return is_aligned ? per_lane : 0;
+}
+
+template <class T>
+CudaStatus launch_gate(const GateCall& call, const CudaQueue& queue) {
+  switch (fast_per_lane<T>(call)) {
+    case 2: return launch_rows<GateCall>(gate_kernel<T, 2>, call, call.memory, queue);
+    case 4: return launch_rows<GateCall>(gate_kernel<T, 4>, call, call.memory, queue);
+    case 8: return launch_rows<GateCall>(gate_kernel<T, 8>, call, call.memory, queue);
+    default: return launch_rows<GateCall>(gate_kernel<T, 0>, call, call.memory, queue);
+  }
+}
+
 template <class T>
 CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
   const int64_t num_tokens = a.shape.num_tokens;
@@ -400,7 +440,7 @@ CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
     call.tile_sums = static_cast<float*>(queue.scratch(call.num_tiles * call.num_experts * sizeof(float)));
   }
   call.memory = plan_rows(call.row_words(), call.num_experts, call.num_tiles, queue);
-  status = launch_rows<GateCall>(gate_kernel<T>, call, call.memory, queue);
+  status = launch_gate<T>(call, queue);
   if (status.code != 0 || a.score_sum == nullptr) return status;
   sum_tiles_kernel<<<num_blocks(call.num_experts, kWarp), kSumThreads, 0, queue.stream>>>(
       call.tile_sums, call.num_tiles, call.num_experts, static_cast<float*>(a.score_sum));

@@ -1,10 +1,12 @@
 // plan_dispatch on CUDA: a stable counting sort over tiles of slots; a warp owns a tile.
 //
 //   count   every warp walks its tile in order and counts per expert
-//   scan    a warp per expert: where each tile's slots of it start; the last block to finish lays out the experts
-//   place   the same walk once more hands out rows; the warps then fill the padding with -1
-// Three launches. A walk takes 32 slots a step: __match_any_sync finds the lanes of one expert, the lowest of them
-// moves the expert's cursor, the others rank behind it by lane. So ranks follow slots, and no atomic orders anything.
+//   place   every block adds up the counts of all tiles, which gives the experts' first rows and where its own tiles
+//           start; the same walk once more hands out rows, and the warps fill the padding with -1
+// Two launches, up to kFewExperts experts and so few tiles that adding them up again in every block costs less than a
+// launch. Beyond, `scan` does it once in between: a warp per expert, and the last block to finish lays out the experts.
+// A walk takes 32 slots a step: __match_any_sync finds the lanes of one expert, the lowest of them moves the expert's
+// cursor, the others rank behind it by lane. So ranks follow slots, and no atomic orders anything.
 //
 // With a limit more launches go before, and mark the slots that are turned away; `count` then passes them over.
 //   capacity by position   the same count and scan with the slots ordered by choice, then token: a rank in that order
@@ -32,14 +34,21 @@ constexpr int64_t kMaxTiles = 4096;
 constexpr int64_t kSharedExperts = 2048;  // up to here a warp's cursors lie in shared memory
 constexpr int kStepsAhead = 4;            // steps whose ids are loaded together
 constexpr int kScanThreads = 256;
+constexpr int kPlaceThreads = 512;
+constexpr int kPlaceWarps = kPlaceThreads / kWarp;
+constexpr int64_t kFewExperts = 512;  // a thread each
+constexpr int64_t kFewTiles = 256;
+constexpr unsigned kMostPlaceBlocks = 64;
 
 // What every kernel of a plan knows.
 struct Work {
   PlanArgs a;
   int64_t num_slots;
   int64_t num_tiles;
-  int64_t tile_slots;   // a multiple of 32
-  int32_t* starts;      // [E, tiles] counts of the tile, then slots of the expert in earlier tiles
+  int64_t tile_slots;  // a multiple of 32
+  int32_t* starts;     // [E, tiles], or [tiles, E] for two launches: counts, then slots in earlier tiles
+  int64_t expert_stride;
+  int64_t tile_stride;
   int32_t* totals;      // [E] what the last scan summed
   int32_t* ticket;      // [1] blocks of the last scan that have finished; `count` clears it
   uint8_t* is_dropped;  // [S] turned away by capacity, or null
@@ -97,11 +106,11 @@ __device__ inline int32_t take_rank(const Cursors& cursors, int expert) {
 
 // Rows that hold no slot: behind each expert's rows up to the next expert's first, and behind the last expert's. All
 // warps of the grid share them.
-__device__ inline void fill_padding(const PlanArgs& a) {
-  const int64_t end = a.offsets[a.num_experts];
+__device__ inline void fill_padding(const PlanArgs& a, const int32_t* offsets, const int32_t* kept) {
+  const int64_t end = offsets[a.num_experts];
   for (int64_t e = grid_warp(); e < a.num_experts; e += grid_warps()) {
-    const int64_t next = a.offsets[e + 1];
-    for (int64_t row = a.offsets[e] + a.kept[e] + lane_index(); row < next; row += kWarp) a.row_to_slot[row] = -1;
+    const int64_t next = offsets[e + 1];
+    for (int64_t row = offsets[e] + kept[e] + lane_index(); row < next; row += kWarp) a.row_to_slot[row] = -1;
   }
   const int64_t num_threads = grid_warps() * kWarp;
   for (int64_t row = end + grid_warp() * kWarp + lane_index(); row < a.num_rows; row += num_threads) {
@@ -109,25 +118,10 @@ __device__ inline void fill_padding(const PlanArgs& a) {
   }
 }
 
+// One tile, in order. All lanes.
 template <Walk kWalk>
-__global__ void __launch_bounds__(kThreads, 1) walk_kernel(Work work) {
-  extern __shared__ int32_t shared_cursors[];
+__device__ inline void walk_tile(const Work& work, int64_t tile, const Cursors& cursors) {
   const PlanArgs& a = work.a;
-  const int64_t tile = grid_warp();
-  if (kWalk == Walk::kCount && tile == 0 && lane_index() == 0) *work.ticket = 0;
-  if (kWalk == Walk::kPlace) fill_padding(a);
-  if (tile >= work.num_tiles) return;  // no barrier of the block follows
-  const bool in_shared = a.num_experts <= kSharedExperts;
-  int32_t* const column = work.starts + tile;
-  const Cursors in_column{column, work.num_tiles};
-  const Cursors cursors = in_shared ? Cursors{shared_cursors + threadIdx.x / kWarp * a.num_experts, 1} : in_column;
-  for (int64_t e = lane_index(); e < a.num_experts; e += kWarp) {
-    if (kWalk == Walk::kCount) cursors[e] = 0;
-    if (kWalk == Walk::kMarkDrops && in_shared) cursors[e] = in_column[e];
-    if (kWalk == Walk::kPlace) cursors[e] = in_column[e] + a.offsets[e];
-  }
-  __syncwarp();
-
   const int64_t begin = tile * work.tile_slots;
   const int64_t end = begin + work.tile_slots < work.num_slots ? begin + work.tile_slots : work.num_slots;
   for (int64_t step = begin; step < end; step += kStepsAhead * kWarp) {
@@ -150,8 +144,92 @@ __global__ void __launch_bounds__(kThreads, 1) walk_kernel(Work work) {
       }
     }
   }
+}
+
+template <Walk kWalk>
+__global__ void __launch_bounds__(kThreads, 1) walk_kernel(Work work) {
+  extern __shared__ int32_t shared_cursors[];
+  const PlanArgs& a = work.a;
+  const int64_t tile = grid_warp();
+  if (kWalk == Walk::kCount && tile == 0 && lane_index() == 0) *work.ticket = 0;
+  if (kWalk == Walk::kPlace) fill_padding(a, a.offsets, a.kept);
+  if (tile >= work.num_tiles) return;  // no barrier of the block follows
+  const bool in_shared = a.num_experts <= kSharedExperts;
+  const Cursors in_column{work.starts + tile * work.tile_stride, work.expert_stride};
+  const Cursors cursors = in_shared ? Cursors{shared_cursors + threadIdx.x / kWarp * a.num_experts, 1} : in_column;
+  for (int64_t e = lane_index(); e < a.num_experts; e += kWarp) {
+    if (kWalk == Walk::kCount) cursors[e] = 0;
+    if (kWalk == Walk::kMarkDrops && in_shared) cursors[e] = in_column[e];
+    if (kWalk == Walk::kPlace) cursors[e] = in_column[e] + a.offsets[e];
+  }
+  __syncwarp();
+  walk_tile<kWalk>(work, tile, cursors);
   if (kWalk == Walk::kCount && in_shared) {
     for (int64_t e = lane_index(); e < a.num_experts; e += kWarp) in_column[e] = cursors[e];
+  }
+}
+
+// The second of two launches, with counts as [tiles, E]. A block adds up the counts of all tiles, of those before its
+// own, and of its own; thread e then has expert e. `demand` as in lay_out_experts.
+__global__ void __launch_bounds__(kPlaceThreads, 1) place_kernel(Work work, const int32_t* demand) {
+  extern __shared__ int32_t shared[];
+  __shared__ int32_t warp_rows[kPlaceWarps];
+  const PlanArgs& a = work.a;
+  const int num_experts = static_cast<int>(a.num_experts), thread = static_cast<int>(threadIdx.x);
+  int32_t* const cursors = shared;                              // [warps, E]
+  int32_t* const offsets = shared + kPlaceWarps * num_experts;  // [E + 1]
+  int32_t* const kept = offsets + num_experts + 1;              // [E]
+  int32_t* const before = kept + num_experts;                   // [E]
+  if (thread < num_experts) kept[thread] = before[thread] = 0;
+  __syncthreads();
+  const int first_tile = static_cast<int>(blockIdx.x) * kPlaceWarps;
+  const int num_sharers = kPlaceThreads / num_experts;  // threads that share an expert
+  if (thread < num_sharers * num_experts) {
+    const int expert = thread % num_experts;
+    int32_t all = 0, earlier = 0;
+#pragma unroll 8
+    for (int tile = thread / num_experts; tile < work.num_tiles; tile += num_sharers) {
+      const int32_t count = work.starts[tile * num_experts + expert];
+      all += count;
+      earlier += tile < first_tile ? count : 0;
+    }
+    atomicAdd(kept + expert, all);
+    atomicAdd(before + expert, earlier);
+  }
+  __syncthreads();
+
+  // First rows: a scan over the experts, rounded up to the alignment.
+  const int64_t own_kept = thread < num_experts ? kept[thread] : 0;
+  const int32_t own_rows = static_cast<int32_t>((own_kept + a.align - 1) / a.align * a.align);
+  int32_t end = own_rows;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, end, distance);
+    if (lane_index() >= distance) end += other;
+  }
+  const int warp = thread / kWarp;
+  if (lane_index() == kWarp - 1) warp_rows[warp] = end;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) end += warp_rows[w];
+  if (thread == 0) offsets[0] = 0;
+  if (thread < num_experts) {
+    offsets[thread + 1] = end;
+    int32_t cursor = end - own_rows + before[thread];
+    for (int w = 0; w < kPlaceWarps; ++w) {
+      cursors[w * num_experts + thread] = cursor;
+      if (first_tile + w < work.num_tiles) cursor += work.starts[(first_tile + w) * num_experts + thread];
+    }
+    if (blockIdx.x == 0) {
+      if (thread == 0) a.offsets[0] = 0;
+      a.offsets[thread + 1] = end;
+      a.kept[thread] = kept[thread];
+      a.dropped[thread] = demand != nullptr ? demand[thread] - kept[thread] : 0;
+    }
+  }
+  __syncthreads();
+  fill_padding(a, offsets, kept);
+  if (first_tile + warp < work.num_tiles) {
+    walk_tile<Walk::kPlace>(work, first_tile + warp, Cursors{cursors + warp * num_experts, 1});
   }
 }
 
@@ -307,6 +385,30 @@ CudaStatus scan(const Work& work, int32_t* totals, const int32_t* demand, bool i
   return launched();
 }
 
+bool takes_two_launches(const PlanArgs& a) { return a.num_experts <= kFewExperts; }
+
+// Counts, then rows.
+CudaStatus place(Work& work, const int32_t* demand, const CudaQueue& queue) {
+  const PlanArgs& a = work.a;
+  const bool is_short = takes_two_launches(a);
+  if (is_short) {
+    work.expert_stride = 1;
+    work.tile_stride = a.num_experts;
+  }
+  CudaStatus status = walk<Walk::kCount>(work, queue);
+  if (status.code != 0) return status;
+  if (!is_short) {
+    if (status = scan(work, work.totals, demand, true, queue); status.code != 0) return status;
+    return walk<Walk::kPlace>(work, queue);
+  }
+  unsigned blocks = num_blocks(work.num_tiles, kPlaceWarps);
+  const unsigned wanted = num_blocks(a.num_rows, 8 * kPlaceThreads);  // that padding may fill
+  if (wanted > blocks) blocks = wanted < kMostPlaceBlocks ? wanted : kMostPlaceBlocks;
+  const size_t bytes = ((kPlaceWarps + 3) * a.num_experts + 1) * sizeof(int32_t);
+  place_kernel<<<blocks, kPlaceThreads, bytes, queue.stream>>>(work, demand);
+  return launched();
+}
+
 CudaStatus drop_by_sorting(Work work, uint8_t* is_dropped, const CudaQueue& queue) {
   const PlanArgs& a = work.a;
   const unsigned blocks = num_blocks(work.num_slots, kThreads);
@@ -374,10 +476,13 @@ CudaStatus plan_dispatch(const PlanArgs& a, const CudaQueue& queue) {
   work.num_slots = a.num_tokens * a.top_k;
   int64_t tile_slots = kTileSlots;
   if (tile_slots < a.num_experts) tile_slots = a.num_experts;  // the counters of a tile are at most its slots
-  if (tile_slots < ceil_div(work.num_slots, kMaxTiles)) tile_slots = ceil_div(work.num_slots, kMaxTiles);
+  const int64_t most_tiles = takes_two_launches(a) ? kFewTiles : kMaxTiles;
+  if (tile_slots < ceil_div(work.num_slots, most_tiles)) tile_slots = ceil_div(work.num_slots, most_tiles);
   work.tile_slots = ceil_div(tile_slots, kWarp) * kWarp;
   work.num_tiles = ceil_div(work.num_slots, work.tile_slots);
   if (work.num_tiles == 0) work.num_tiles = 1;
+  work.expert_stride = work.num_tiles;
+  work.tile_stride = 1;
   work.starts = scratch_of<int32_t>(queue, a.num_experts * work.num_tiles);
   work.totals = scratch_of<int32_t>(queue, a.num_experts);
   work.ticket = scratch_of<int32_t>(queue, 1);
@@ -392,9 +497,7 @@ CudaStatus plan_dispatch(const PlanArgs& a, const CudaQueue& queue) {
   if (may_overflow) {
     if (status = cut_at_max_rows(work, queue); status.code != 0) return status;
   }
-  if (status = walk<Walk::kCount>(work, queue); status.code != 0) return status;
-  if (status = scan(work, work.totals, demand, true, queue); status.code != 0) return status;
-  return walk<Walk::kPlace>(work, queue);
+  return place(work, demand, queue);
 }
 
 }  // namespace cuda
