@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "cuda" / "fastmoe_route_cuda.so"
@@ -119,8 +120,8 @@ def tool(name: str) -> str | None:
     return next((str(path) for path in packages.glob(f"*/bin/{name}")), None)
 
 
-def run(command: list[str], **options: object) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def run(command: list[str], **options: Any) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, **options)
     return str(done.stdout)
 
 
