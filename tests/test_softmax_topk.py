@@ -259,6 +259,12 @@ def test_raw_op_checks_its_own_arguments(backend: str) -> None:
     x = torch.ones(3, 3, device=backend)
     with pytest.raises(RuntimeError, match=r"softmax_topk: k must be in \[1, 3\], got 4"):
         ops.softmax_topk_forward(x, 4)
+
+
+@pytest.mark.cpu_only
+def test_raw_gradient_checks_the_columns(backend: str) -> None:
+    ops = torch.ops.fastmoe_route
+    x = torch.ones(3, 3, device=backend)
     values, statistics, indices = ops.softmax_topk(x, 2)
     with pytest.raises(RuntimeError, match="indices must be in"):
         ops.softmax_topk_backward(values, x, statistics, indices + 2)
