@@ -187,4 +187,5 @@ def test_every_place_is_needed() -> None:
         engine().leave_out(line)
         if not is_red(run_of(line)) and not any(part in line for part in EQUIVALENT):
             survivors.append(line)
-    assert survivors == [], f"{len(survivors)} of {len(sites())} places can be left out"
+    count = f"{len(survivors)} of {len(sites())} places can be left out:"
+    assert not survivors, "\n".join([count, *survivors])
