@@ -17,7 +17,7 @@
 FASTMOE_ROUTE_ISA_BEGIN
 namespace {
 
-constexpr int64_t kBytesPerTask = 1 << 16;  // below this a thread costs more than it saves
+constexpr int64_t kBytesPerTask = 1 << 18;  // below this a thread costs more than it saves
 constexpr int kUnroll = 4;
 constexpr int64_t kStackRoom = 128;  // terms of two tokens kept on the stack
 constexpr int kRowsAtOnce = 8;       // copies of a token written side by side
