@@ -23,9 +23,12 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   use_torch_threads();
 
   // clang-format off: a schema is one line
-  // scores, top-k choice, combine weights and statistics: (weights, score_sum, logsumexp, scores, experts, demand)
-  m.def("gate(Tensor logits, int top_k, int score, bool softmax_over_group, Tensor? bias, Tensor? mask, Tensor? noise, int num_groups, int topk_groups, int group_score, int max_per_group, float top_p, Tensor? top_p_per_token, float threshold, Tensor? threshold_per_token, int min_k, Tensor? k_per_token, int num_null, bool normalize, float scale, bool stats, bool keep_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("gate_forward(Tensor logits, int top_k, int score, bool softmax_over_group, Tensor? bias, Tensor? mask, Tensor? noise, int num_groups, int topk_groups, int group_score, int max_per_group, float top_p, Tensor? top_p_per_token, float threshold, Tensor? threshold_per_token, int min_k, Tensor? k_per_token, int num_null, bool normalize, float scale, bool stats, bool keep_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // scores, top-k choice, combine weights and statistics: (weights, score_sum, logsumexp, scores, experts, demand). What
+  // is rare comes last: a default costs a call a tenth of an argument. topk_groups and max_per_group 0: no limit.
+  // `_forward` twins carry no autograd; gate_forward has no statistics and gives (weights, experts, demand)
+  m.def("gate(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0, bool stats=False, bool keep_scores=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_stats_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0, bool stats=False, bool keep_scores=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0) -> (Tensor, Tensor, Tensor)");
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
 
   // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit
@@ -57,8 +60,8 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("machine_info() -> str");
 
   // softmax over the last dimension; method: auto, three_pass, online, two_pass
-  m.def("softmax(Tensor x, int method) -> Tensor");
-  m.def("softmax_forward(Tensor x, int method) -> Tensor");
+  m.def("softmax(Tensor x, int method=0) -> Tensor");
+  m.def("softmax_forward(Tensor x, int method=0) -> Tensor");
   m.def("softmax_out(Tensor x, int method, Tensor(a!) out) -> ()");
   m.def("softmax_backward(Tensor grad_y, Tensor y) -> Tensor");
 

@@ -45,6 +45,7 @@ FEW_WARPS = {
 ON_CUDA = (
     "gate",
     "gate_forward",
+    "gate_stats_forward",
     "gate_backward",
     "softmax",
     "softmax_forward",

@@ -324,21 +324,22 @@ def test_integer_results_and_unused_outputs_need_no_gradient():
 # ---- registration ------------------------------------------------------------------------------
 
 
-def raw_arguments(logits, stats=True):
-    return (
-        logits, 2, 0, False, None, None, None, 1, 1, 0, 2, INF, None, -INF, None, 1, None, 0,
-        True, 1.0, stats, stats,
-    )  # fmt: skip
-
-
 def test_opcheck():
+    ops = torch.ops.fastmoe_route
+    bias = torch.randn(8)
+    options = (0, True, 1.0, bias, 2, 1, 0, None, None, False, 2, 0.9, None, None, None, 1, None, 0)
     for logits in (torch.randn(5, 8), torch.randn(5, 8, requires_grad=True), torch.randn(0, 8)):
-        torch.library.opcheck(torch.ops.fastmoe_route.gate, raw_arguments(logits))
-    torch.library.opcheck(torch.ops.fastmoe_route.gate_forward, raw_arguments(torch.randn(5, 8)))
+        for op in (ops.gate, ops.gate_stats_forward):
+            torch.library.opcheck(op, (logits.detach(), 2, *options, True, True))
+            torch.library.opcheck(op, (logits.detach(), 2, *options, False, True))
+        torch.library.opcheck(ops.gate, (logits, 2, *options, True, True))
+        torch.library.opcheck(ops.gate, (logits, 2))
+        torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, *options))
+        torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, 1, True))
     logits = torch.randn(5, 8)
     experts = fr.gate(logits, 2).experts
     args = (torch.randn(5, 2), None, None, None, logits, experts, None, 0, False, 1, 0, True, 1.0)
-    torch.library.opcheck(torch.ops.fastmoe_route.gate_backward, args)
+    torch.library.opcheck(ops.gate_backward, args)
 
 
 def test_compile_fullgraph_and_dynamic():
@@ -463,4 +464,4 @@ def test_too_many_experts():
 
 def test_the_bare_op_checks_as_well():
     with pytest.raises(RuntimeError, match=r"gate: top_k must be in \[1, 8\], got 9"):
-        torch.ops.fastmoe_route.gate_forward(LOGITS, 9, *raw_arguments(LOGITS)[2:])
+        torch.ops.fastmoe_route.gate_forward(LOGITS, 9)

@@ -32,6 +32,7 @@ struct Needs {
   bool scores;        // every column's score is formed
   bool noisy_scores;  // and every column's score under noise
   bool softmax_sum;   // the softmax denominator is formed
+  bool late_scale;    // the scores stay exponentials until they are used: Row::factor makes scores of them
 
   explicit Needs(const GateArgs& a) {
     const GateShape& shape = a.shape;
@@ -46,6 +47,7 @@ struct Needs {
     scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
     noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
     softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
+    late_scale = softmax && logit_keys && !stops && !sums_groups;
   }
 };
 
@@ -54,12 +56,14 @@ template <class V>
 struct Row {
   using Float = typename Arithmetic<V>::Float;
   using Key = typename Arithmetic<V>::Key;
-  Float *logits, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
+  Float *logits, *scores, *biased, *noisy, *noisy_scores, *taken_scores, *group_sums;
   Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
   int32_t *group_order, *group_count;
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
   Float max;                // largest logit that is a number
   Float sum;                // of exp(logit - max)
+  Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
+  bool is_open;             // has an allowed column
   bool has_nan;
 
   // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
@@ -75,34 +79,53 @@ struct Row {
     give(taken_scores, shape.top_k + V::kLanes);
     give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
     give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
+    give(group_sums, groups);
     give(group_taken, shape.num_groups), give(group_order, shape.num_groups), give(group_count, shape.num_groups);
     return bytes;
   }
 };
 
-// out = exp(z - max) over n columns, NaN logits and a row of -inf giving 0; returns the sum. Nothing past n is written.
+// out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
+// the caller says that there may be one. Nothing past n is written.
 template <class V>
 typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
-                                           typename Arithmetic<V>::Float max_z, typename Arithmetic<V>::Float* out) {
+                                           typename Arithmetic<V>::Float max_z, bool may_have_nan,
+                                           typename Arithmetic<V>::Float* out) {
   using Float = typename Arithmetic<V>::Float;
+  const V minus_inf = V::all(-INFINITY);
   const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
   V sums[2] = {V::zero(), V::zero()};
-  for (int64_t i = 0, turn = 0; i < n; i += V::kLanes, turn ^= 1) {
-    const int lanes = static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
-    const V x = V::load(z + i, lanes, -INFINITY);
-    const V e = exp(select(is_nan(x), V::all(-INFINITY), x - shift));
-    if (out != nullptr) e.store(out + i, lanes);
+  const auto of = [&](V x) {
+    return may_have_nan ? exp(select(is_nan(x), minus_inf, x - shift)) : exp_nonpositive(x - shift);
+  };
+  int64_t i = 0;
+  for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1) {
+    const V e = of(V::load(z + i));
+    if (out != nullptr) e.store(out + i);
     sums[turn] = sums[turn] + e;
+  }
+  if (i < n) {
+    const V e = of(V::load(z + i, static_cast<int>(n - i), -INFINITY));
+    if (out != nullptr) e.store(out + i, static_cast<int>(n - i));
+    sums[0] = sums[0] + e;
   }
   return reduce_add(sums[0] + sums[1]);
 }
 
+// What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.
+template <class Float>
+Float inverse_of(Float sum) {
+  return 1 / (sum == 0 ? Float{1} : sum);
+}
+
 template <class V>
-void divide(typename Arithmetic<V>::Float* values, int64_t n, typename Arithmetic<V>::Float by) {
-  const V divisor = V::all(by == 0 ? 1 : by);
-  for (int64_t i = 0; i < n; i += V::kLanes) {
-    const int lanes = static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
-    (V::load(values + i, lanes) / divisor).store(values + i, lanes);
+void scale_by(typename Arithmetic<V>::Float* values, int64_t n, typename Arithmetic<V>::Float by) {
+  const V factor = V::all(by);
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) (V::load(values + i) * factor).store(values + i);
+  if (i < n) {
+    const int lanes = static_cast<int>(n - i);
+    (V::load(values + i, lanes) * factor).store(values + i, lanes);
   }
 }
 
@@ -133,26 +156,18 @@ class Gate {
   // Rows [begin, end); adds their scores to score_sum unless that is null.
   template <class T>
   void run(int64_t begin, int64_t end, Float* score_sum) {
-    const bool side_by_side = Selector<V>::is_small(padded_) && a_.max_per_group >= shape_.top_k;
-    for (int64_t t = begin; t < end;) {
-      const bool is_batch = side_by_side && end - t >= kBatch;
-      const int64_t count = is_batch ? kBatch : 1;
-      Selector<V> selectors[kBatch];
+    for (int64_t t = begin; t < end; t += kBatch) {
+      const int64_t count = end - t < kBatch ? end - t : kBatch;
+      for (int64_t r = 0; r < count; ++r) prepare<T>(rows_[r], t + r);
+      select_rows(count);
       for (int64_t r = 0; r < count; ++r) {
-        prepare<T>(rows_[r], t + r);
-        selectors[r] = Selector<V>(rows_[r].keys, padded_, rows_[r].block_max);
-      }
-      if (is_batch) Selector<V>::template take_side_by_side<kBatch>(selectors, shape_.top_k, taken_, taken_keys_);
-      for (int64_t r = 0; r < count; ++r) {
-        int32_t* taken = taken_ + r * shape_.top_k;
-        Key* taken_keys = taken_keys_ + r * shape_.top_k;
-        if (!is_batch) take_columns(rows_[r], selectors[r], taken, taken_keys);
         const int64_t limit = slots_of(t + r);
+        const Key* taken_keys = taken_keys_ + r * shape_.top_k;
         int64_t num_taken = 0;
         while (num_taken < limit && taken_keys[num_taken] != kDisallowed) ++num_taken;
-        finish(rows_[r], t + r, taken, taken_keys, num_taken, score_sum);
+        finish(rows_[r], t + r, taken_ + r * shape_.top_k, taken_keys, num_taken);
       }
-      t += count;
+      if (score_sum != nullptr) add_scores(count, score_sum);
     }
   }
 
@@ -164,41 +179,43 @@ class Gate {
   void prepare(Row<V>& row, int64_t t) const {
     row.max = load_logits<V>(static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row, a_.logits.stride_col,
                              num_columns_, row.logits, &row.has_nan);
-    if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.scores);
-    else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, nullptr);
+    if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
+    else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+    row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
     form_keys(row, t);
     if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
     if (a_.topk_groups < shape_.num_groups) close_groups(row);
   }
 
   // Everything after the selection.
-  void finish(Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_taken,
-              Float* score_sum) {
+  void finish(Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_taken) {
     const int64_t num_chosen = has_stops() ? num_before_stop(row, t, taken, taken_keys, num_taken) : num_taken;
     write_choice(row, t, taken, num_chosen);
-    if (a_.scores != nullptr) copy(row.scores, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
-    if (a_.logsumexp != nullptr) write_statistics(row, t, taken_keys[0] == kDisallowed, score_sum);
+    if (a_.scores != nullptr) copy_scores(row, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
+    row.is_open = taken_keys[0] != kDisallowed;
+    if (a_.logsumexp != nullptr) static_cast<Float*>(a_.logsumexp)[t] = logsumexp(row);
   }
 
   // Scores of all columns of z, whose largest number is max_z; NaN logits count as -inf, so that the others stay
   // ordered. Returns the softmax denominator where there is one of the whole row.
-  Float form_scores(const Float* z, Float max_z, Float* out) const {
+  Float form_scores(const Float* z, Float max_z, bool may_have_nan, Float* out) const {
     if (shape_.score != Score::kSoftmax) {
       for (int64_t i = 0; i < padded_; i += V::kLanes) elementwise_score(shape_.score, V::load(z + i)).store(out + i);
       return 0;
     }
     if (!shape_.softmax_over_group || shape_.num_groups == 1) {
-      const Float total = exponentials<V>(z, num_columns_, max_z, out);
-      divide<V>(out, num_columns_, total);
+      const Float total = exponentials<V>(z, num_columns_, max_z, may_have_nan, out);
+      if (!needs_.late_scale) scale_by<V>(out, num_columns_, inverse_of(total));
       return total;
     }
     for (int64_t begin = 0; begin < shape_.num_experts; begin += group_size_) {
       const Float best = max_of(z + begin, group_size_);
-      divide<V>(out + begin, group_size_, exponentials<V>(z + begin, group_size_, best, out + begin));
+      const Float total = exponentials<V>(z + begin, group_size_, best, may_have_nan, out + begin);
+      scale_by<V>(out + begin, group_size_, inverse_of(total));
     }
     return max_z == -static_cast<Float>(INFINITY) || a_.logsumexp == nullptr
                ? 0
-               : exponentials<V>(z, num_columns_, max_z, nullptr);
+               : exponentials<V>(z, num_columns_, max_z, may_have_nan, nullptr);
   }
 
   static Float max_of(const Float* z, int64_t n) {
@@ -216,7 +233,7 @@ class Gate {
       add_noise(row, row_of<Float>(a_.noise, t));
       z = row.noisy;
       if (needs_.noisy_scores) {
-        form_scores(row.noisy, max_of(row.noisy, num_columns_), row.noisy_scores);
+        form_scores(row.noisy, max_of(row.noisy, num_columns_), true, row.noisy_scores);
         row.key_scores = row.noisy_scores;
       }
     }
@@ -271,8 +288,20 @@ class Gate {
 
   // Disallows every expert outside the best groups.
   void close_groups(Row<V>& row) const {
-    for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_keys[g] = group_key(row, g * group_size_);
-    for (int64_t g = shape_.num_groups; g % V::kLanes != 0; ++g) row.group_keys[g] = kDisallowed;
+    for (int64_t g = 0; g < shape_.num_groups; ++g) form_group_key(row, g);
+    finish_group_keys(row);
+    if constexpr (V::kLanes > 1) {
+      if (shape_.num_groups <= 16 && group_size_ % V::kLanes == 0) {
+        const uint32_t open = Shortlist<V, 16>::best_lanes(row.group_keys, shape_.num_groups, a_.topk_groups);
+        const KeyVec disallowed = KeyVec::all(kDisallowed);
+        for (int64_t g = 0, i = 0; g < shape_.num_groups; ++g) {
+          const uint32_t lanes = 0u - (open >> g & 1u);
+          for (const int64_t end = i + group_size_; i < end; i += V::kLanes)
+            select_lanes(lanes, KeyVec::load(row.keys + i), disallowed).store(row.keys + i);
+        }
+        return;
+      }
+    }
     for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
     Selector<V> groups(row.group_keys, shape_.num_groups, row.group_block_max);
     const int64_t open = groups.take(a_.topk_groups, row.group_order, row.group_taken);
@@ -282,10 +311,11 @@ class Gate {
         for (int64_t i = g * group_size_; i < (g + 1) * group_size_; ++i) row.keys[i] = kDisallowed;
   }
 
-  // Key of the group that starts at column `begin`: of its best key, or of the sum of its two best keys.
-  Key group_key(const Row<V>& row, int64_t begin) const {
+  // Key of group g: of its best key; for a sum of its two best keys, the sum itself is left in group_sums.
+  void form_group_key(Row<V>& row, int64_t g) const {
     const bool is_sum = a_.group_score == GroupScore::kTop2Sum;
     const KeyVec disallowed = KeyVec::all(kDisallowed);
+    const int64_t begin = g * group_size_;
     KeyVec first = disallowed, second = disallowed;
     if (group_size_ % V::kLanes == 0) {
       for (int64_t i = begin; i < begin + group_size_; i += V::kLanes) {
@@ -304,11 +334,23 @@ class Gate {
       }
     }
     const KeyVec spread = spread_max(first);
-    const Key best = spread.first();
-    if (!is_sum || best == kDisallowed) return best;
+    const Key best = row.group_keys[g] = spread.first();
+    if (!is_sum) return;
     const uint32_t lanes = equal_lanes(first, spread);
     const Key next = spread_max(select_lanes(lanes & (0u - lanes), second, first)).first();
-    return ordered(next == kDisallowed ? key_value(best) : key_value(best) + key_value(next));
+    row.group_sums[g] = key_value(best) + (next == kDisallowed ? 0 : key_value(next));
+  }
+
+  // Pads the keys of the groups, and makes them of the sums where groups are ranked by these.
+  void finish_group_keys(Row<V>& row) const {
+    for (int64_t g = shape_.num_groups; g % V::kLanes != 0; ++g) row.group_keys[g] = kDisallowed;
+    if (a_.group_score != GroupScore::kTop2Sum) return;
+    const KeyVec disallowed = KeyVec::all(kDisallowed);
+    for (int64_t g = 0; g < shape_.num_groups; g += V::kLanes) {
+      const KeyVec best = KeyVec::load(row.group_keys + g);
+      const KeyVec sum = ordered_keys(V::load(row.group_sums + g));
+      select_lanes(equal_lanes(best, disallowed), disallowed, sum).store(row.group_keys + g);
+    }
   }
 
   static KeyVec keys_of_scores(const Row<V>& row, int64_t i, KeyVec key) {
@@ -324,8 +366,33 @@ class Gate {
     return wanted < 0 ? 0 : wanted < shape_.top_k ? wanted : shape_.top_k;
   }
 
-  // The best allowed columns of one row, best first; keys past the last are kDisallowed.
-  void take_columns(Row<V>& row, Selector<V>& columns, int32_t* taken, Key* taken_keys) const {
+  // The best allowed columns of every row of the batch, best first; keys past the last are kDisallowed.
+  void select_rows(int64_t count) {
+    if constexpr (V::kLanes > 1) {
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<16>(count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<32>(count);
+    }
+    for (int64_t r = 0; r < count; ++r) take_columns(r);
+  }
+
+  template <int kWidth>
+  void select_short(int64_t count) {
+    Shortlist<V, kWidth> lists[kBatch];
+    bool fits[kBatch];
+    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, padded_, static_cast<Key>(shape_.top_k));
+    for (int64_t r = 0; r < count; ++r) fits[r] = lists[r].collect(rows_[r].keys, padded_);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!fits[r]) take_columns(r);
+      else lists[r].rank(shape_.top_k, taken_ + r * shape_.top_k, taken_keys_ + r * shape_.top_k);
+    }
+  }
+
+  // Row r of the batch by repeated extraction.
+  void take_columns(int64_t r) {
+    Row<V>& row = rows_[r];
+    int32_t* taken = taken_ + r * shape_.top_k;
+    Key* taken_keys = taken_keys_ + r * shape_.top_k;
+    Selector<V> columns(row.keys, padded_, row.block_max);
     int64_t j = 0;
     if (a_.max_per_group >= shape_.top_k) {
       j = columns.take(shape_.top_k, taken, taken_keys);
@@ -376,7 +443,7 @@ class Gate {
       if (column >= shape_.num_experts) continue;
       experts[num_real] = column;
       ++demand_[column];
-      row.taken_scores[num_real++] = needs_.scores ? row.scores[column] : row.logits[column];
+      row.taken_scores[num_real++] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
     }
     if (!needs_.scores) score_taken(row, num_real);
     Float divisor = 1;
@@ -394,36 +461,51 @@ class Gate {
   // Logits of taken columns to their scores; softmax up to the denominator where that is not formed.
   void score_taken(Row<V>& row, int64_t count) const {
     const V shift = V::all(row.max);
-    const V divisor = V::all(needs_.softmax_sum ? row.sum : 1);
+    const V factor = V::all(row.factor);
     for (int64_t j = 0; j < count; j += V::kLanes) {
       const V z = V::load(row.taken_scores + j, lanes_at(j, count));
-      const V s = shape_.score == Score::kSoftmax ? exp(z - shift) / divisor : elementwise_score(shape_.score, z);
+      const V s = shape_.score == Score::kSoftmax ? exp(z - shift) * factor : elementwise_score(shape_.score, z);
       s.store(row.taken_scores + j);
     }
   }
 
-  void copy(const Float* from, Float* to) const {
+  void copy_scores(const Row<V>& row, Float* to) const {
+    const V factor = V::all(row.factor);
     for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
       const int lanes = lanes_at(i, shape_.num_experts);
-      V::load(from + i, lanes).store(to + i, lanes);
+      (V::load(row.scores + i, lanes) * factor).store(to + i, lanes);
     }
   }
 
-  // A row without an allowed column takes no part.
-  void write_statistics(const Row<V>& row, int64_t t, bool is_empty, Float* score_sum) const {
-    Float* logsumexp = static_cast<Float*>(a_.logsumexp) + t;
-    if (is_empty) {
-      *logsumexp = -static_cast<Float>(INFINITY);
-      return;
+  // A row without an allowed column takes no part in the statistics.
+  Float logsumexp(const Row<V>& row) const {
+    if (!row.is_open) return -static_cast<Float>(INFINITY);
+    if (row.has_nan) return static_cast<Float>(NAN);
+    if (std::isinf(row.max)) return row.max;
+    const bool has_sum = shape_.score == Score::kSoftmax;
+    const Float sum = has_sum ? row.sum : exponentials<V>(row.logits, num_columns_, row.max, false, nullptr);
+    return row.max + static_cast<Float>(std::log(static_cast<double>(sum)));
+  }
+
+  // The rows of the batch in order, together: score_sum is loaded and stored once for all of them.
+  void add_scores(int64_t count, Float* score_sum) const {
+    const Float* scores[kBatch];
+    V factors[kBatch];
+    int num_open = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      if (!rows_[r].is_open) continue;
+      scores[num_open] = rows_[r].scores;
+      factors[num_open++] = V::all(rows_[r].factor);
     }
-    const Float sum =
-        shape_.score == Score::kSoftmax ? row.sum : exponentials<V>(row.logits, num_columns_, row.max, nullptr);
-    *logsumexp = row.has_nan           ? static_cast<Float>(NAN)
-                 : std::isinf(row.max) ? row.max
-                                       : row.max + static_cast<Float>(std::log(static_cast<double>(sum)));
-    for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
+    const auto add = [&](V sum, int64_t i) {
+      for (int r = 0; r < num_open; ++r) sum = fma(V::load(scores[r] + i), factors[r], sum);
+      return sum;
+    };
+    int64_t i = 0;
+    for (; i + V::kLanes <= shape_.num_experts; i += V::kLanes) add(V::load(score_sum + i), i).store(score_sum + i);
+    if (i < shape_.num_experts) {
       const int lanes = lanes_at(i, shape_.num_experts);
-      (V::load(score_sum + i, lanes) + V::load(row.scores + i, lanes)).store(score_sum + i, lanes);
+      add(V::load(score_sum + i, lanes), i).store(score_sum + i, lanes);
     }
   }
 

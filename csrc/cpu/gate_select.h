@@ -1,4 +1,5 @@
-// Exact top-k of one row of integer keys: repeated extraction of the maximum, ties to the lower position.
+// Exact top-k of one row of integer keys, ties to the lower position: by a short list where few are wanted (Shortlist),
+// by repeated extraction of the maximum otherwise (Selector).
 //
 // A key is a float's bits made monotone as a signed integer, -0 made +0, NaN just above "disallowed", which is the
 // smallest integer. Integer maxima take one cycle where float maxima take four, and every float, infinities and NaN
@@ -111,6 +112,121 @@ class Selector {
   Key* keys_ = nullptr;
   Key* block_max_ = nullptr;
   int64_t num_groups_ = 0;
+};
+
+// The `count` best of a row without taking them out one by one, in steps that are free of branches and of long chains,
+// so that the steps of several rows overlap:
+//   1. the row is dealt out to kWidth piles, and a pile's largest key is found; the count-th largest of these is a bound
+//      that at least `count` keys reach;
+//   2. the keys that reach it, about 1.3 * count of them on random rows, are moved together;
+//   3. each is compared with every other: the number that beat it is its place.
+// Rows with more than kWidth keys on the list (the large keys shared few piles) are left to Selector.
+template <class V, int kWidth>
+class Shortlist {
+ public:
+  using Key = typename Arithmetic<V>::Key;
+  using KeyVec = typename Arithmetic<V>::KeyVec;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kVecs = kWidth / kLanes;
+  static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
+
+  // Step 1. keys: whole vectors, padded with kDisallowed; count: at most kWidth.
+  void find_bound(const Key* keys, int64_t n, Key count) {
+    KeyVec largest[kVecs];
+    for (KeyVec& pile : largest) pile = KeyVec::all(kDisallowed);
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth)
+      for (int j = 0; j < kVecs; ++j) largest[j] = max(largest[j], KeyVec::load(keys + i + j * kLanes));
+    for (int j = 0; i < n; i += kLanes, ++j) largest[j] = max(largest[j], KeyVec::load(keys + i));
+    for (int j = 0; j < kVecs; ++j) largest[j].store(keys_ + j * kLanes);
+    KeyVec place[kVecs];
+    for (KeyVec& p : place) p = KeyVec::all(0);
+    for (int j = 0; j < kWidth; ++j)
+      for (int v = 0; v < kVecs; ++v) place[v] = count_greater(place[v], KeyVec::all(keys_[j]), largest[v]);
+    // The least of the piles with fewer than `count` above them.
+    KeyVec least = KeyVec::all(kDisallowed);
+    for (int v = 0; v < kVecs; ++v) {
+      const uint32_t lanes = greater_lanes(KeyVec::all(count), place[v]);
+      least = max(least, select_lanes(lanes, ~largest[v], KeyVec::all(kDisallowed)));
+    }
+    bound_ = max(~spread_max(least), KeyVec::all(kDisallowed + 1)).first();
+  }
+
+  // Step 2. False if the list is too short for the keys that reach the bound.
+  bool collect(const Key* keys, int64_t n) {
+    const KeyVec below = KeyVec::all(bound_ - 1);
+    KeyVec column = KeyVec::count();
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; i += kLanes, column = column + KeyVec::all(kLanes)) {
+      const KeyVec key = KeyVec::load(keys + i);
+      const uint32_t lanes = greater_lanes(key, below);
+      const int64_t at = size < kWidth ? size : kWidth;
+      key.store_lanes(lanes, keys_ + at);
+      column.store_lanes(lanes, columns_ + at);
+      size += __builtin_popcount(lanes);
+    }
+    size_ = static_cast<int>(size);
+    return size <= kWidth;
+  }
+
+  // The lanes of the `count` best allowed of n <= kWidth keys (whole vectors, padded with kDisallowed).
+  static uint32_t best_lanes(const Key* keys, int64_t n, Key count) {
+    uint32_t best = 0;
+    for (int v = 0; v < n; v += kLanes) {
+      const KeyVec key = KeyVec::load(keys + v);
+      KeyVec place = KeyVec::all(0);
+      for (int j = 0; j < n; ++j)
+        place = count_greater(place, KeyVec::all(keys[j]), key - KeyVec::load(kAfter + kWidth - 1 - j + v));
+      const uint32_t allowed = greater_lanes(key, KeyVec::all(kDisallowed));
+      best |= (greater_lanes(KeyVec::all(count), place) & allowed) << v;
+    }
+    return best;
+  }
+
+  // Step 3. Positions and keys of the best, best first; kDisallowed past the last allowed.
+  void rank(int64_t count, int32_t* positions, Key* taken) {
+    KeyVec key[kVecs], place[kVecs];
+    const KeyVec size = KeyVec::all(size_);
+    for (int v = 0; v < kVecs; ++v) {
+      place[v] = KeyVec::count() + KeyVec::all(v * kLanes);
+      key[v] = KeyVec::load(keys_ + v * kLanes);
+      key[v] = select_lanes(greater_lanes(size, place[v]), key[v], KeyVec::all(kDisallowed));
+      key[v].store(keys_ + v * kLanes);
+      // What is not on the list comes after it.
+      place[v] = select_lanes(greater_lanes(size, place[v]), KeyVec::all(0), KeyVec::all(kWidth));
+    }
+    // j beats a key that is smaller, and an equal one that comes after it. No key on the list is the smallest integer.
+    for (int j = 0; j < kWidth; ++j) {
+      const KeyVec other = KeyVec::all(keys_[j]);
+      for (int v = 0; v < kVecs; ++v)
+        place[v] = count_greater(place[v], other, key[v] - KeyVec::load(kAfter + kWidth - 1 - j + v * kLanes));
+    }
+    const int64_t listed = size_ < count ? size_ : count;
+    for (int64_t i = 0; i < listed; ++i) {
+      uint32_t lanes = 0;
+      for (int v = 0; v < kVecs; ++v) lanes |= equal_lanes(place[v], KeyVec::all(static_cast<Key>(i))) << (v * kLanes);
+      const int lane = __builtin_ctz(lanes);
+      positions[i] = columns_[lane];
+      taken[i] = keys_[lane];
+    }
+    for (int64_t i = listed; i < count; ++i) taken[i] = kDisallowed;
+  }
+
+ private:
+  // kWidth zeros, then ones: the lanes after lane j begin at kAfter + kWidth - 1 - j.
+  struct Steps {
+    Key step[2 * kWidth] = {};
+    constexpr Steps() {
+      for (int i = kWidth; i < 2 * kWidth; ++i) step[i] = 1;
+    }
+  };
+  static constexpr Steps kSteps{};
+  static constexpr const Key* kAfter = kSteps.step;
+
+  alignas(64) Key keys_[kWidth + kLanes];
+  alignas(64) int32_t columns_[kWidth + kLanes];
+  Key bound_;
+  int size_;
 };
 
 FASTMOE_ROUTE_ISA_END

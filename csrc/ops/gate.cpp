@@ -1,5 +1,8 @@
 #include "ops/gate.h"
 
+#include <limits>
+#include <utility>
+
 #include "common/launch.h"
 
 namespace fastmoe_route {
@@ -56,57 +59,151 @@ GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool
 
 Strided<void> strided(const Tensor& matrix) { return {matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1)}; }
 
-using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The options of gate as they travel through the dispatcher.
+struct Options {
+  int64_t score;
+  bool normalize;
+  double scale;
+  const OptionalTensor& bias;
+  int64_t num_groups, topk_groups, group_score;
+  const OptionalTensor &mask, &noise;
+  bool softmax_over_group;
+  int64_t max_per_group;
+  std::optional<double> top_p;
+  const OptionalTensor& top_p_per_token;
+  std::optional<double> threshold;
+  const OptionalTensor& threshold_per_token;
+  int64_t min_k;
+  const OptionalTensor& k_per_token;
+  int64_t num_null;
+};
 
-GateResults gate(Tensor logits, int64_t top_k, int64_t score, bool softmax_over_group, OptionalTensor bias,
-                 OptionalTensor mask, OptionalTensor noise, int64_t num_groups, int64_t topk_groups,
-                 int64_t group_score, int64_t max_per_group, double top_p, OptionalTensor top_p_per_token,
-                 double threshold, OptionalTensor threshold_per_token, int64_t min_k, OptionalTensor k_per_token,
-                 int64_t num_null, bool normalize, double scale, bool stats, bool keep_scores) {
+void check_options(const Options& options, int64_t top_k, ScalarType arithmetic) {
+  const char* arithmetic_name = arithmetic == ScalarType::Double ? "float64" : "float32";
+  check_range<int64_t>("topk_groups", options.topk_groups, 0, options.num_groups);
+  check_range<int64_t>("group_score", options.group_score, 0, 1);
+  check(options.max_per_group >= 0, "gate: max_per_group must be at least 0, got ", options.max_per_group);
+  check(options.max_per_group == 0 || options.num_null == 0, "gate: max_per_group must be 0 with null columns, got ",
+        options.max_per_group);
+  check_range<int64_t>("min_k", options.min_k, 0, top_k);
+  if (options.bias) check_dtype("gate", "bias", *options.bias, arithmetic, arithmetic_name);
+  if (options.mask) check_dtype("gate", "mask", *options.mask, ScalarType::Bool, "bool");
+  if (options.noise) check_dtype("gate", "noise", *options.noise, arithmetic, arithmetic_name);
+}
+
+// Everything but the outputs, checked.
+GateArgs checked_args(const Tensor& logits, int64_t top_k, const Options& options, ScalarType arithmetic) {
+  constexpr double kOff = std::numeric_limits<double>::infinity();
   GateArgs args{};
-  args.shape = checked_shape(logits, top_k, score, softmax_over_group, num_groups, num_null, normalize, scale);
+  args.shape = checked_shape(logits, top_k, options.score, options.softmax_over_group, options.num_groups,
+                             options.num_null, options.normalize, options.scale);
   args.dtype = float_dtype("gate", "logits", logits);
+  check_options(options, top_k, arithmetic);
   const int64_t num_tokens = args.shape.num_tokens;
-  const int64_t num_columns = args.shape.num_experts + num_null;
-  const ScalarType arithmetic = args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  const char* arithmetic_name = args.dtype == DType::kFloat64 ? "float64" : "float32";
-  check_range<int64_t>("topk_groups", topk_groups, 1, num_groups);
-  check_range<int64_t>("group_score", group_score, 0, 1);
-  check(max_per_group >= (num_null > 0 ? top_k : 1), "gate: max_per_group must be at least ", num_null > 0 ? top_k : 1,
-        ", got ", max_per_group);
-  check_range<int64_t>("min_k", min_k, 0, top_k);
-  if (bias) check_dtype("gate", "bias", *bias, arithmetic, arithmetic_name);
-  if (mask) check_dtype("gate", "mask", *mask, ScalarType::Bool, "bool");
-  if (noise) check_dtype("gate", "noise", *noise, arithmetic, arithmetic_name);
-
+  const int64_t num_columns = args.shape.num_experts + options.num_null;
   args.logits = strided(logits);
-  args.bias = per_column<void>("bias", bias, num_tokens, num_columns);
-  args.mask = per_column<bool>("mask", mask, num_tokens, num_columns);
-  args.noise = per_column<void>("noise", noise, num_tokens, num_columns);
-  args.topk_groups = topk_groups;
-  args.group_score = static_cast<GroupScore>(group_score);
-  args.max_per_group = max_per_group;
-  args.top_p = top_p;
-  args.top_p_per_token = per_token<float>("top_p", top_p_per_token, num_tokens, ScalarType::Float, "float32");
-  args.threshold = threshold;
+  args.bias = per_column<void>("bias", options.bias, num_tokens, num_columns);
+  args.mask = per_column<bool>("mask", options.mask, num_tokens, num_columns);
+  args.noise = per_column<void>("noise", options.noise, num_tokens, num_columns);
+  args.topk_groups = options.topk_groups > 0 ? options.topk_groups : options.num_groups;
+  args.group_score = static_cast<GroupScore>(options.group_score);
+  args.max_per_group = options.max_per_group > 0 ? options.max_per_group : top_k;
+  args.top_p = options.top_p.value_or(kOff);
+  args.top_p_per_token = per_token<float>("top_p", options.top_p_per_token, num_tokens, ScalarType::Float, "float32");
+  args.threshold = options.threshold.value_or(-kOff);
   args.threshold_per_token =
-      per_token<float>("threshold", threshold_per_token, num_tokens, ScalarType::Float, "float32");
-  args.min_k = min_k;
-  args.k_per_token = per_token<int32_t>("k_per_token", k_per_token, num_tokens, ScalarType::Int, "int32");
-  check_devices("gate", logits, bias, mask, noise, top_p_per_token, threshold_per_token, k_per_token);
-  const Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
-  const Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
-  const Tensor demand = empty(logits, {args.shape.num_experts}, ScalarType::Int);
-  const Tensor score_sum = empty(logits, {stats ? args.shape.num_experts : 0}, arithmetic);
-  const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
-  const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, args.shape.num_experts}, arithmetic);
+      per_token<float>("threshold", options.threshold_per_token, num_tokens, ScalarType::Float, "float32");
+  args.min_k = options.min_k;
+  args.k_per_token = per_token<int32_t>("k_per_token", options.k_per_token, num_tokens, ScalarType::Int, "int32");
+  check_devices("gate", logits, options.bias, options.mask, options.noise, options.top_p_per_token,
+                options.threshold_per_token, options.k_per_token);
+  return args;
+}
+
+ScalarType arithmetic_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+using Choice = std::tuple<Tensor, Tensor, Tensor>;
+
+// Allocates weights, experts and demand, and runs the kernel.
+Choice choose(const Tensor& logits, GateArgs& args, ScalarType arithmetic) {
+  const int64_t num_tokens = args.shape.num_tokens, top_k = args.shape.top_k;
+  Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
+  Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
+  Tensor demand = empty(logits, {args.shape.num_experts}, ScalarType::Int);
   args.weights = weights.mutable_data_ptr();
   args.experts = static_cast<int32_t*>(experts.mutable_data_ptr());
   args.demand = static_cast<int32_t*>(demand.mutable_data_ptr());
+  launch("gate", &kernels::gate, args, logits);
+  return {std::move(weights), std::move(experts), std::move(demand)};
+}
+
+Choice gate_forward(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
+                    const OptionalTensor& bias, int64_t num_groups, int64_t topk_groups, int64_t group_score,
+                    const OptionalTensor& mask, const OptionalTensor& noise, bool softmax_over_group,
+                    int64_t max_per_group, std::optional<double> top_p, const OptionalTensor& top_p_per_token,
+                    std::optional<double> threshold, const OptionalTensor& threshold_per_token, int64_t min_k,
+                    const OptionalTensor& k_per_token, int64_t num_null) {
+  const Options options{score,
+                        normalize,
+                        scale,
+                        bias,
+                        num_groups,
+                        topk_groups,
+                        group_score,
+                        mask,
+                        noise,
+                        softmax_over_group,
+                        max_per_group,
+                        top_p,
+                        top_p_per_token,
+                        threshold,
+                        threshold_per_token,
+                        min_k,
+                        k_per_token,
+                        num_null};
+  const ScalarType arithmetic = arithmetic_of(logits);
+  GateArgs args = checked_args(logits, top_k, options, arithmetic);
+  return choose(logits, args, arithmetic);
+}
+
+using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+GateResults gate(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
+                 const OptionalTensor& bias, int64_t num_groups, int64_t topk_groups, int64_t group_score,
+                 const OptionalTensor& mask, const OptionalTensor& noise, bool softmax_over_group,
+                 int64_t max_per_group, std::optional<double> top_p, const OptionalTensor& top_p_per_token,
+                 std::optional<double> threshold, const OptionalTensor& threshold_per_token, int64_t min_k,
+                 const OptionalTensor& k_per_token, int64_t num_null, bool stats, bool keep_scores) {
+  const Options options{score,
+                        normalize,
+                        scale,
+                        bias,
+                        num_groups,
+                        topk_groups,
+                        group_score,
+                        mask,
+                        noise,
+                        softmax_over_group,
+                        max_per_group,
+                        top_p,
+                        top_p_per_token,
+                        threshold,
+                        threshold_per_token,
+                        min_k,
+                        k_per_token,
+                        num_null};
+  const ScalarType arithmetic = arithmetic_of(logits);
+  GateArgs args = checked_args(logits, top_k, options, arithmetic);
+  const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
+  const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
+  const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
+  const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, num_experts}, arithmetic);
   args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
   args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
   args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
-  launch("gate", &kernels::gate, args, logits);
+  const auto [weights, experts, demand] = choose(logits, args, arithmetic);
   return {weights, score_sum, logsumexp, scores, experts, demand};
 }
 
@@ -155,6 +252,7 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("gate", TORCH_BOX(&fastmoe_route::gate));
-  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::gate));
+  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::gate_forward));
+  m.impl("gate_stats_forward", TORCH_BOX(&fastmoe_route::gate));
   m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));
 }

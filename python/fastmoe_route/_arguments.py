@@ -63,7 +63,9 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
 
 def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> None:
     """Requires an int in [low, high]; bools are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if type(value) is not int and (
+        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
+    ):
         fail(TypeError, op, argument, "be an int", describe(value))
     if value < low or (high is not None and value > high):
         rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
@@ -84,6 +86,8 @@ def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see this call; without, the cheaper bare op is called."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

@@ -137,6 +137,20 @@ struct Keys {
   }
   friend Keys select(Mask m, Keys yes, Keys no) { return {_mm512_mask_mov_epi32(no.v, m.bits, yes.v)}; }
   static Keys of_bits(Vec x) { return {_mm512_castps_si512(x.v)}; }
+  // 0, 1, 2, ...
+  static Keys count() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+  friend Keys operator+(Keys a, Keys b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  friend Keys operator-(Keys a, Keys b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  friend Keys operator~(Keys a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi32(-1))}; }
+  friend uint32_t greater_lanes(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
+  // x, plus 1 in the lanes where a > b.
+  friend Keys count_greater(Keys x, Keys a, Keys b) {
+    return {_mm512_mask_add_epi32(x.v, _mm512_cmpgt_epi32_mask(a.v, b.v), x.v, _mm512_set1_epi32(1))};
+  }
+  // The lanes of the mask, in order, to p[0 ...]; up to kLanes elements of p are written.
+  void store_lanes(uint32_t lanes, int32_t* p) const {
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), v));
+  }
   Keys flip_negative() const {
     const __m512i sign = _mm512_srai_epi32(v, 31);
     return {_mm512_xor_si512(v, _mm512_srli_epi32(sign, 1))};
@@ -281,6 +295,19 @@ struct Keys {
     return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.bits))};
   }
   static Keys of_bits(Vec x) { return {_mm256_castps_si256(x.v)}; }
+  static Keys count() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  friend Keys operator+(Keys a, Keys b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  friend Keys operator-(Keys a, Keys b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+  friend Keys operator~(Keys a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
+  friend uint32_t greater_lanes(Keys a, Keys b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, b.v))));
+  }
+  friend Keys count_greater(Keys x, Keys a, Keys b) { return {_mm256_sub_epi32(x.v, _mm256_cmpgt_epi32(a.v, b.v))}; }
+  void store_lanes(uint32_t lanes, int32_t* p) const {
+    alignas(32) int32_t all[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
+    for (; lanes != 0; lanes &= lanes - 1) *p++ = all[__builtin_ctz(lanes)];
+  }
   Keys flip_negative() const { return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))}; }
 };
 
@@ -419,6 +446,15 @@ struct Keys {
     return no;
   }
   friend Keys select(Mask m, Keys yes, Keys no) { return {m.bits ? yes.v : no.v}; }
+  static Keys count() { return {Int8{0, 1, 2, 3, 4, 5, 6, 7}}; }
+  friend Keys operator+(Keys a, Keys b) { return {a.v + b.v}; }
+  friend Keys operator-(Keys a, Keys b) { return {a.v - b.v}; }
+  friend Keys operator~(Keys a) { return {~a.v}; }
+  friend uint32_t greater_lanes(Keys a, Keys b) { return Mask{a.v > b.v}.lanes(); }
+  friend Keys count_greater(Keys x, Keys a, Keys b) { return {x.v - (a.v > b.v)}; }
+  void store_lanes(uint32_t lanes, int32_t* p) const {
+    for (; lanes != 0; lanes &= lanes - 1) *p++ = v[__builtin_ctz(lanes)];
+  }
   static Keys of_bits(Vec x) {
     Keys result;
     std::memcpy(&result.v, &x.v, sizeof result.v);

@@ -36,6 +36,7 @@ struct Vec64 {
   friend Vec64 sqrt(Vec64 a) { return {std::sqrt(a.v)}; }
   friend Vec64 abs(Vec64 a) { return {std::fabs(a.v)}; }
   friend Vec64 exp(Vec64 a) { return {std::exp(a.v)}; }
+  friend Vec64 exp_nonpositive(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 log_positive(Vec64 a) { return {std::log(a.v)}; }
   friend Vec64 log1p_positive(Vec64 a) { return {std::log1p(a.v)}; }
 

@@ -31,6 +31,13 @@ def gate_softmax(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights / weights.sum(-1, keepdim=True), experts
 
 
+def gate_with_statistics(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gate_softmax` without renormalising, plus the sum of the scores and the logsumexp."""
+    scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, experts = scores.topk(top_k, dim=-1)
+    return weights, experts, scores.sum(0), logits.float().logsumexp(-1)
+
+
 def gate_dsv3(logits: Tensor, top_k: int, bias: Tensor) -> tuple[Tensor, Tensor]:
     """DeepSeek-V3's router: sigmoid, bias, the 4 best of 8 groups by their two best, scale 2.5."""
     num_tokens, num_experts = logits.shape

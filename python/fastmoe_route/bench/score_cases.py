@@ -30,8 +30,12 @@ def _row_case(
     flops: float,
     grad_columns: int,
     ids: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    variants: dict[str, Function] | None = None,
 ) -> Case:
-    """Softmax-like ops: contenders, gradients and check from functions of the rows."""
+    """Softmax-like ops: contenders, gradients and check from functions of the rows.
+
+    `variants` are other forms of ours, timed beside it and no baseline.
+    """
     dtype: torch.dtype = getattr(torch, row.dtype)
     copies, cached = copies_for(num_bytes, limits.cached_set, limits.rotation_bytes)
     first = random_tensor((row.tokens, columns), dtype, seed, 2.0)
@@ -70,6 +74,8 @@ def _row_case(
 
     contenders = {"fastmoe_route": contender(ours)}
     contenders.update({name: contender(function) for name, function in plain.items()})
+    for name, function in (variants or {}).items():
+        contenders[f"fastmoe_route {name}"] = contender(function)
     return Case(
         row,
         contenders,
@@ -82,22 +88,38 @@ def _row_case(
     )
 
 
+# From this many columns on, the methods of softmax are timed beside each other.
+METHOD_COLUMNS = 1 << 20
+
+
 def softmax_case(row: Row, limits: Limits, seed: int) -> Case:
-    """Softmax over the last dimension."""
+    """Softmax over the last dimension; forward into a given tensor, which calls write again."""
     columns = row.shape.num_experts
     elements = row.tokens * columns
-    size: int = getattr(torch, row.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, row.dtype)
+    out = None if row.training else torch.empty(row.tokens, columns, dtype=dtype)
+
+    def into(x: Tensor) -> Tensor | None:
+        return out if x.dtype == dtype else None
+
+    def by_method(method: str) -> Function:
+        return lambda x: fr.softmax(x, method=method, out=into(x))
+
+    variants = {}
+    if columns >= METHOD_COLUMNS and not row.training:
+        variants = {name: by_method(name) for name in ("three_pass", "online", "two_pass")}
     return _row_case(
         row,
         limits,
         seed,
-        ours=fr.softmax,
-        plain={"torch.softmax": lambda x: torch.softmax(x, -1)},
+        ours=by_method("auto"),
+        plain={"torch.softmax": lambda x: torch.softmax(x, -1, out=into(x))},
         exact_function=lambda x: torch.softmax(x, -1),
         columns=columns,
-        num_bytes=(5 if row.training else 2) * elements * size,
+        num_bytes=(5 if row.training else 2) * elements * dtype.itemsize,
         flops=(EXP_FLOPS + 4 if row.training else EXP_FLOPS) * elements,
         grad_columns=columns,
+        variants=variants,
     )
 
 
@@ -129,10 +151,11 @@ def softmax_topk_case(row: Row, limits: Limits, seed: int) -> Case:
 
 
 def gate_case(row: Row, limits: Limits, seed: int) -> Case:
-    """Softmax and renormalise, or DeepSeek-V3's recipe."""
+    """Softmax and renormalise, softmax with statistics, or DeepSeek-V3's recipe."""
     columns, k = row.shape.num_experts, row.shape.top_k
     elements = row.tokens * columns
     size: int = getattr(torch, row.dtype).itemsize
+    variants: dict[str, Function] = {}
     if row.shape.gate == "dsv3":
         bias = 0.1 * torch.randn(columns, generator=torch.Generator().manual_seed(seed))
 
@@ -154,19 +177,25 @@ def gate_case(row: Row, limits: Limits, seed: int) -> Case:
             return chosen / chosen.sum(-1, keepdim=True) * 2.5
 
     else:
+        has_stats = row.shape.gate == "stats"
+        composition = baselines.gate_with_statistics if has_stats else baselines.gate_softmax
 
         def routing(x: Tensor) -> fr.Routing:
-            return fr.gate(x, k, normalize=True)
+            return fr.gate(x, k, normalize=not has_stats, stats=has_stats)
 
         def plain(x: Tensor) -> Tensor:
-            return baselines.gate_softmax(x, k)[0]
+            weights: Tensor = composition(x, k)[0]
+            return weights
 
         def plain_ids(x: Tensor) -> Tensor:
             return x.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
 
         def wide(x: Tensor) -> Tensor:
             chosen = torch.softmax(x, -1).gather(1, plain_ids(x).long())
-            return chosen / chosen.sum(-1, keepdim=True)
+            return chosen if has_stats else chosen / chosen.sum(-1, keepdim=True)
+
+        if has_stats:
+            variants["without statistics"] = lambda x: fr.gate(x, k).weights
 
     return _row_case(
         row,
@@ -180,4 +209,5 @@ def gate_case(row: Row, limits: Limits, seed: int) -> Case:
         flops=EXP_FLOPS * elements * (2 if row.training else 1),
         grad_columns=k,
         ids=(lambda x: routing(x).experts, plain_ids),
+        variants=variants,
     )

@@ -69,15 +69,32 @@ GATES = {
         Shape("e128", 0, 0, 128, 8),
         Shape("e256", 0, 0, 256, 8),
         Shape("e256-dsv3", 0, 0, 256, 8, gate="dsv3"),
+        Shape("e64-stats", 0, 0, 64, 8, gate="stats"),
+        Shape("e256-stats", 0, 0, 256, 8, gate="stats"),
+    )
+}
+# The rows whose nanoseconds on one thread are quoted: `--shapes e64-k5,... --threads 1`.
+FEW_SLOTS = {
+    shape.name: shape
+    for shape in (
+        Shape("e64-k5", 0, 0, 64, 5),
+        Shape("e128-k5", 0, 0, 128, 5),
+        Shape("e256-k5", 0, 0, 256, 5),
     )
 }
 VOCABULARIES = {
     shape.name: shape
-    for shape in (Shape("vocab32k", 0, 0, 32_000, 50), Shape("vocab152k", 0, 0, 151_936, 50))
+    for shape in (
+        Shape("vocab25k", 0, 0, 25_600, 5),
+        Shape("vocab32k", 0, 0, 32_000, 50),
+        Shape("vocab128k", 0, 0, 128_256, 5),
+        Shape("vocab152k", 0, 0, 151_936, 50),
+    )
 }
-SHAPES = {**LAYERS, **GATES, **VOCABULARIES}
+LONG_ROWS = {shape.name: shape for shape in (Shape("row16m", 0, 0, 1 << 24, 1),)}
+SHAPES = {**LAYERS, **GATES, **FEW_SLOTS, **VOCABULARIES, **LONG_ROWS}
 LAYER_TOKENS = (1, 4, 16, 64, 512, 2048)
-GATE_TOKENS = (2048,)
+GATE_TOKENS = (1, 2048)
 VOCABULARY_TOKENS = (1, 16, 64)
 TRAINING_TOKENS = (64, 512, 2048)
 
@@ -141,13 +158,15 @@ def _default_shapes(op: str) -> list[Shape]:
     if op == "gate":
         return list(GATES.values())
     if op == "softmax":
-        return [GATES["e64"], GATES["e256"], *VOCABULARIES.values()]
+        return [GATES["e64"], GATES["e256"], *VOCABULARIES.values(), *LONG_ROWS.values()]
     if op == "softmax_topk":
         return list(VOCABULARIES.values())
     return list(LAYERS.values())
 
 
 def _default_tokens(shape: Shape) -> Sequence[int]:
+    if shape.name in LONG_ROWS:
+        return (1,)
     if shape.name in VOCABULARIES:
         return VOCABULARY_TOKENS
     return GATE_TOKENS if shape.hidden == 0 else LAYER_TOKENS

@@ -54,8 +54,10 @@ class Timing:
 
     @property
     def best(self) -> str:
-        """The fastest contender after the first."""
-        return min(self.ratios, key=lambda name: self.seconds[name].median)
+        """The fastest contender that is not a form of ours; those bear the first one's name."""
+        first = next(iter(self.seconds))
+        theirs = [name for name in self.ratios if not name.startswith(f"{first} ")]
+        return min(theirs, key=lambda name: self.seconds[name].median)
 
 
 def interleave(
