@@ -97,13 +97,14 @@ def softmax_case(row: Row, limits: Limits, seed: int) -> Case:
     columns = row.shape.num_experts
     elements = row.tokens * columns
     dtype: torch.dtype = getattr(torch, row.dtype)
-    out = None if row.training else torch.empty(row.tokens, columns, dtype=dtype)
+    shape = (row.tokens, columns)
+    ours_out, plain_out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
-    def into(x: Tensor) -> Tensor | None:
-        return out if x.dtype == dtype else None
+    def into(out: Tensor, x: Tensor) -> Tensor | None:
+        return None if row.training or x.dtype != out.dtype else out
 
     def by_method(method: str) -> Function:
-        return lambda x: fr.softmax(x, method=method, out=into(x))
+        return lambda x: fr.softmax(x, method=method, out=into(ours_out, x))
 
     variants = {}
     if columns >= METHOD_COLUMNS and not row.training:
@@ -113,7 +114,7 @@ def softmax_case(row: Row, limits: Limits, seed: int) -> Case:
         limits,
         seed,
         ours=by_method("auto"),
-        plain={"torch.softmax": lambda x: torch.softmax(x, -1, out=into(x))},
+        plain={"torch.softmax": lambda x: torch.softmax(x, -1, out=into(plain_out, x))},
         exact_function=lambda x: torch.softmax(x, -1),
         columns=columns,
         num_bytes=(5 if row.training else 2) * elements * dtype.itemsize,
