@@ -116,8 +116,8 @@ class Selector {
 
 // The `count` best of a row without taking them out one by one, in steps that are free of branches and of long chains,
 // so that the steps of several rows overlap:
-//   1. the row is dealt out to kWidth piles, and a pile's largest key is found; the count-th largest of these is a bound
-//      that at least `count` keys reach;
+//   1. the row is dealt out to kWidth piles; the count-th largest of the piles' largest keys is a bound that at least
+//      `count` keys reach;
 //   2. the keys that reach it, about 1.3 * count of them on random rows, are moved together;
 //   3. each is compared with every other: the number that beat it is its place.
 // Rows with more than kWidth keys on the list (the large keys shared few piles) are left to Selector.
