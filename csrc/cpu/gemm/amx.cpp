@@ -217,7 +217,7 @@ void multiply_rows(const char* packed, int64_t m, const char* w, int64_t w_strid
 
 template <bool kOuter>
 void multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-              int64_t c_stride) {
+              int64_t c_stride, const void*) {
   constexpr int64_t kPanelBytes = kSlices * kSliceBytes;
   const int64_t rows = smaller(divide_up(m, kPair) * kPair, kMaxRows);
   char* panel =

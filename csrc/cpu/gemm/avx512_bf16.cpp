@@ -1,10 +1,6 @@
 // bfloat16 matrix micro-kernels on vdpbf16ps: 16 lanes, each adds the products of one pair of neighbours to a float.
 //
-// Dot form (the reduction is contiguous): no copy of the weights. A tile of 6 rows of x by 4 weight rows holds one
-// accumulator per product; blocks of 2048 elements (4 KB a row: six rows of x stay in L1) are reduced by one tree and
-// added in order. One or two rows of x read the weights as two long streams instead, which memory serves best.
-// Order of summation: lane l takes pairs l, l + 16, ... of a block; lanes as ((0 + 2) + (1 + 3)) within four and then
-// between fours; blocks ascending.
+// Dot form (the reduction is contiguous): gemm/dot.h, its vectors holding 16 pairs.
 // Outer form and weight gradients: pairs of weight rows (rows of y) are interleaved into an L1 panel, pairs of x are
 // broadcast against it. Order of summation: pairs ascending, one accumulator per product.
 // Past the end of the reduction zeros meet zeros. The instruction treats subnormals as zeros.
@@ -12,16 +8,14 @@
 
 #include "common/workspace.h"
 #include "cpu/gemm/bf16_tiles.h"
-#include "cpu/gemm/micro.h"
+#include "cpu/gemm/dot.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int kRows = 6;            // rows of x in a register tile
-constexpr int kCols = 4;            // weight rows (dot) or vectors of outputs of a register tile
-constexpr int64_t kBlock = 2048;    // reduction elements of one dot block
-constexpr int64_t kPanelRows = 96;  // weight rows that stay in L2 while x passes
+constexpr int kRows = 6;  // rows of x in a register tile
+constexpr int kCols = 4;  // vectors of outputs of a register tile
 constexpr int64_t kTileCols = kCols * 16;
 
 int64_t divide_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit; }
@@ -47,130 +41,27 @@ inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<const __m512bh&>(a), reinterpret_cast<const __m512bh&>(b));
 }
 
-// ---- Dot form
+// ---- Dot form: gemm/dot.h on pairs of bfloat16
 
-// The sums of the lanes of four vectors.
-inline __m128 reduce(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 quads = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
+struct PairMath {
+  using Element = BFloat16;
+  using Packed = BFloat16;
+  using Value = __m512i;
+  static constexpr int64_t kStep = 32;
+  static constexpr int64_t kMaxBlock = 2048;
 
-struct DotTile {
-  const char* x;     // packed rows
-  int64_t x_stride;  // bytes
-  const char* w;
-  int64_t w_stride;  // bytes between the weight rows of the tile
-  int64_t depth;     // reduction elements
-  int64_t ahead;     // bytes to the weights that come next
-  bool first;        // the first block is stored, the others are added
-  float* c;
-  int64_t c_stride;
-  int64_t c_step;  // between the columns of the tile
+  static __m512i load(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static __m512i load(const BFloat16* p, int count) { return load_words(p, count); }
+  static __m512i load_packed(const BFloat16* p) { return _mm512_load_si512(p); }
+  static Vec add_products(__m512i row, __m512i weight, Vec sum) { return {bf16::add_products(sum.v, row, weight)}; }
+  static void keep(__m512i& value) { __asm__("" : "+v"(value)); }
+  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, BFloat16* to) {
+    const char* source = static_cast<const char*>(rows[i]) + q * 2;
+    const float* factors = static_cast<const float*>(scales);
+    _mm512_store_si512(to,
+                       factors != nullptr ? load_scaled_words(source, count, factors[i]) : load_words(source, count));
+  }
 };
-
-template <int kM, int kN>
-void dot_tile(const DotTile& t) {
-  __m512 sum[kM][4];
-  for (int i = 0; i < kM; ++i)
-    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
-  int64_t q = 0;
-  for (; q + 32 <= t.depth; q += 32) {
-    __m512i w[kN];
-    for (int j = 0; j < kN; ++j) {
-      w[j] = _mm512_loadu_si512(t.w + j * t.w_stride + q * 2);
-      __asm__("" : "+v"(w[j]));  // one load, not one per row of x
-      _mm_prefetch(t.w + j * t.w_stride + q * 2 + t.ahead, _MM_HINT_T1);
-    }
-    for (int i = 0; i < kM; ++i) {
-      const __m512i x = _mm512_load_si512(t.x + i * t.x_stride + q * 2);
-      for (int j = 0; j < kN; ++j) sum[i][j] = add_products(sum[i][j], x, w[j]);
-    }
-  }
-  if (q < t.depth)
-    for (int j = 0; j < kN; ++j) {
-      const __m512i w = load_words(t.w + j * t.w_stride + q * 2, t.depth - q);
-      for (int i = 0; i < kM; ++i)
-        sum[i][j] = add_products(sum[i][j], _mm512_load_si512(t.x + i * t.x_stride + q * 2), w);
-    }
-  for (int i = 0; i < kM; ++i) {
-    alignas(16) float total[4];
-    _mm_store_ps(total, reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
-    float* c = t.c + i * t.c_stride;
-    for (int j = 0; j < kN; ++j) c[j * t.c_step] = t.first ? total[j] : c[j * t.c_step] + total[j];
-  }
-}
-
-template <int kN>
-void dot_tile(int64_t rows, const DotTile& t) {
-  switch (rows) {
-    case 1: return dot_tile<1, kN>(t);
-    case 2: return dot_tile<2, kN>(t);
-    case 3: return dot_tile<3, kN>(t);
-    case 4: return dot_tile<4, kN>(t);
-    case 5: return dot_tile<5, kN>(t);
-    default: return dot_tile<6, kN>(t);
-  }
-}
-
-// At most two rows of x: two streams of weight rows, each from its end of the matrix.
-void dot_streams(int64_t m, DotTile t, int64_t n, int64_t k, int64_t stride_bytes) {
-  const DotTile start = t;
-  const int64_t half = n / 2;
-  for (int64_t j = 0; j < n - half; ++j)
-    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-      t.x = start.x + k0 * 2;
-      t.depth = smaller(k - k0, kBlock);
-      t.first = k0 == 0;
-      t.w = start.w + j * stride_bytes + k0 * 2;
-      t.c = start.c + j;
-      if (j < half) {
-        t.w_stride = (n - half) * stride_bytes;
-        t.c_step = n - half;
-        dot_tile<2>(m, t);
-      } else {
-        dot_tile<1>(m, t);
-      }
-    }
-}
-
-void multiply_dot(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                  int64_t c_stride) {
-  const int64_t stride_bytes = w_stride * 2;
-  DotTile t{static_cast<const char*>(packed),
-            packed_stride(k),
-            static_cast<const char*>(w),
-            stride_bytes,
-            0,
-            0,
-            true,
-            static_cast<float*>(c),
-            c_stride,
-            1};
-  if (m <= 2) return dot_streams(m, t, n, k, stride_bytes);
-  for (int64_t n0 = 0; n0 < n; n0 += kPanelRows)
-    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-      t.depth = smaller(k - k0, kBlock);
-      t.first = k0 == 0;
-      for (int64_t i = 0; i < m; i += kRows)
-        for (int64_t j = n0; j < smaller(n, n0 + kPanelRows); j += kCols) {
-          t.x = static_cast<const char*>(packed) + i * packed_stride(k) + k0 * 2;
-          t.w = static_cast<const char*>(w) + j * stride_bytes + k0 * 2;
-          // Few rows of x wait for memory: fetch the tile after next while this one is multiplied.
-          t.ahead = 2 * kCols * stride_bytes;
-          t.c = static_cast<float*>(c) + i * c_stride + j;
-          const int64_t rows = smaller(m - i, kRows);
-          if (n - j >= kCols) {
-            dot_tile<kCols>(rows, t);
-            continue;
-          }
-          for (int64_t s = 0; s < n - j; ++s, t.w += stride_bytes, ++t.c) dot_tile<1>(rows, t);
-        }
-    }
-}
 
 // ---- Outer form and weight gradients: pairs of x broadcast against a panel of interleaved pairs [pair][4 vectors]
 
@@ -226,7 +117,7 @@ constexpr int64_t kOuterDepth = 128;  // weight rows of a panel
 constexpr int64_t kOuterCols = 256;   // columns of a panel: four groups of 16 KB
 
 void multiply_outer(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                    int64_t c_stride) {
+                    int64_t c_stride, const void*) {
   constexpr int64_t kGroupBytes = kOuterDepth / 2 * kTileCols * 4;
   alignas(64) char panel[kOuterCols / kTileCols * kGroupBytes];
   alignas(64) float edge[kRows * kTileCols];
@@ -299,7 +190,7 @@ void weight_gradient(const void* const* x, const void* const* y, int64_t rows, i
 
 void use_avx512_bf16(MicroKernels& micro) {
   const int type = static_cast<int>(DType::kBFloat16);
-  micro.dot[type] = {packed_bytes, pack, multiply_dot};
+  micro.dot[type] = dot_kernel<PairMath>();
   micro.outer[type] = {packed_bytes, pack, multiply_outer};
   micro.wgrad[type] = {weight_gradient};
 }

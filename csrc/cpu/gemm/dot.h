@@ -1,14 +1,16 @@
 // Products with reduction-contiguous weights (nn.Linear's layout): vectors run along k, one accumulator per output, so
 // weights are read in place, in order, and never packed.
 //
-// Order of summation: k is cut into equal blocks of at most 1024. In a block, lane l of an accumulator sums elements
-// l, l + kLanes, ... with one fma each, from +0; the lanes are added by one fixed tree; block sums are added in order.
-// Every tile shape follows it, so a row's result depends on nothing but its own elements. It also errs 3 to 10 times
-// less than one running sum.
+// Order of summation: k is cut into equal blocks of at most 4 KB of packed row. In a block, lane l of an accumulator
+// sums lanes l of the block's vectors, ascending, from +0; the lanes are added by one fixed tree; block sums are added
+// in order. Every tile shape follows it, so a row's result depends on nothing but its own elements. It also errs 3 to
+// 10 times less than one running sum.
 //
-// Tiles of kDotRows rows by 4 weights. Rows are packed, widened to float, as [tile][k / kLanes][row][lane]: a tile's k
-// block is 24 KB that stays in L1 while a panel of weights passes from L2. Few rows (one tile) go through the weights
-// in long runs instead, at the speed of memory.
+// `Math` is what a vector holds: WidenedMath below, floats; or pairs of bfloat16 (avx512_bf16.cpp).
+//
+// Tiles of kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is 24 KB
+// that passes through L1 again and again while a panel of weights passes from L2. Few rows (one tile) go through the
+// weights in two or four long streams instead, at the speed of memory.
 #pragma once
 
 #include "cpu/gemm/tile.h"
@@ -17,11 +19,35 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 constexpr int kDotRows = Vec::kLanes == 16 ? 6 : 3;
 constexpr int kDotCols = 4;
-constexpr int64_t kDotMaxBlock = 1024;  // elements of k summed before the lanes are added, at most
-constexpr int64_t kDotPanel = 96;       // weights whose k block stays in L2 while all rows pass
-constexpr int64_t kDotSegment = 8;      // steps of k between two fetches of what is multiplied later
-constexpr int kDotAhead = 320;          // bytes of a weight row on their way from L2 to L1
-constexpr int64_t kDotRowBlock = 192;   // rows whose k block stays in L2 beside them: whole tiles
+constexpr int64_t kDotPanel = 96;      // weights whose k block stays in L2 while all rows pass
+constexpr int64_t kDotSegment = 8;     // steps of k between two fetches of what is multiplied later
+constexpr int kDotAhead = 320;         // bytes of a weight row on their way from L2 to L1
+constexpr int64_t kDotRowBlock = 192;  // rows whose k block stays in L2 beside them: whole tiles
+// Few rows: memory is asked for this far ahead in each stream. The processor follows a stream by itself, but stops at
+// the end of a 4 KB page and then waits for the next page's address: a line touched three pages ahead hides that.
+// Where rows take arithmetic as well, every line is fetched.
+constexpr int64_t kDotTouchAhead = 12288;
+constexpr int64_t kDotStreamAhead = 4096;
+
+// Elements of T widened to floats as they are loaded.
+template <class T>
+struct WidenedMath {
+  using Element = T;
+  using Packed = float;
+  using Value = Vec;
+  static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a vector
+  static constexpr int64_t kMaxBlock = 1024;
+
+  static Vec load(const T* p) { return Vec::load(p); }
+  static Vec load(const T* p, int count) { return Vec::load(p, count); }
+  static Vec load_packed(const float* p) { return Vec::load(p); }
+  static Vec add_products(Vec row, Vec weight, Vec sum) { return fma(row, weight, sum); }
+  static void keep(Vec& value) { keep_in_register(value); }
+  // The count elements of row i from q on, the rest zero.
+  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, float* to) {
+    RowReader<T>(rows, scales, i).load(q, count).store(to);
+  }
+};
 
 // Lane sums of four accumulators. One tree for all widths of tile: (0 + 2) + (1 + 3) inside quads, then quads alike.
 #if defined(__AVX512F__)
@@ -46,12 +72,12 @@ inline float lane_sum(Vec a) {
 }
 #endif
 
-// Writes (first block of k) or adds (later blocks) the lane sums of one row's accumulators.
-template <int C>
+// Writes (first block of k) or adds (later blocks) the lane sums of one row's accumulators; kAside: to neighbours.
+template <int C, bool kAside>
 inline void finish_dots(const Vec* sums, float* const* c, int count, bool add) {
 #if defined(__AVX2__)
   const __m128 dots = lane_sums(sums[0], sums[C > 1 ? 1 : 0], sums[C > 2 ? 2 : 0], sums[C > 3 ? 3 : 0]);
-  if (C == 4 && count == 4) {
+  if (C == 4 && kAside && count == 4) {
     _mm_storeu_ps(c[0], add ? _mm_add_ps(_mm_loadu_ps(c[0]), dots) : dots);
     return;
   }
@@ -63,8 +89,8 @@ inline void finish_dots(const Vec* sums, float* const* c, int count, bool add) {
 #endif
 }
 
-// C weights against the R rows of a tile over one block of k. With C == 4 the outputs are neighbours; count <= C of
-// them exist (the pointers of the others repeat a valid one).
+// C weights against the R rows of a tile over one block of k; count <= C of the outputs exist (the pointers of the
+// others repeat a valid one).
 struct DotOutput {
   float* c[kDotCols];  // row 0
   int64_t stride;
@@ -95,54 +121,65 @@ struct LineFetcher {
   }
 };
 
-// `lines` lines of what comes later are fetched per kDotSegment steps of k: at even distances, because a burst would
-// fill the queue to memory and hold up the loads from L2. The weights themselves are asked for kAhead bytes before they
-// are used, from L2 to L1, and the results' lines at the start, unless kAhead is 0.
-template <int R, int C, int kAhead, class T>
-inline __attribute__((always_inline)) void dot_tile(const float* a, const T* const* w, int64_t k, LineFetcher& later,
-                                                    int64_t lines, const DotOutput& out) {
-  constexpr int L = Vec::kLanes;
-  if (kAhead > 0)
+// What a tile asks for before it is needed.
+enum class DotFetch {
+  kPanel,  // the tile's weights, from L2 to L1; `lines` lines of `later` per kDotSegment steps of k, at even distances,
+           // because a burst would fill the queue to memory and hold up the loads from L2; and the results' lines
+  kTouch,  // one line of each stream, kDotTouchAhead bytes on, at the start
+  kStream  // every line, kDotStreamAhead bytes on, and as kTouch
+};
+
+template <int R, int C, DotFetch kFetch, class Math>
+inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed* a,
+                                                    const typename Math::Element* const* w, int64_t k,
+                                                    LineFetcher& later, int64_t lines, const DotOutput& out) {
+  constexpr int64_t L = Math::kStep;
+  const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q); };
+  if (kFetch == DotFetch::kPanel)
     for (int i = 0; i < R; ++i) __builtin_prefetch(out.c[0] + i * out.stride, 1, 3);
+  else
+    for (int j = 0; j < C; ++j) prefetch_soon(bytes(j, 0) + kDotTouchAhead);
   Vec sums[R][C];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) sums[i][j] = Vec::zero();
-  const auto step = [&](const Vec* weights, const float* rows) __attribute__((always_inline)) {
+  const auto step = [&](const typename Math::Value* weights, const typename Math::Packed* rows)
+                        __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      Vec row = Vec::load(rows + i * L);
-      keep_in_register(row);
+                          for (int i = 0; i < R; ++i) {
+                            typename Math::Value row = Math::load_packed(rows + i * L);
+                            Math::keep(row);
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) sums[i][j] = fma(row, weights[j], sums[i][j]);
-    }
-  };
+                            for (int j = 0; j < C; ++j) sums[i][j] = Math::add_products(row, weights[j], sums[i][j]);
+                          }
+                        };
   int64_t q = 0;
   while (q + L <= k) {
-    later.fetch(lines);
+    if (kFetch == DotFetch::kPanel) later.fetch(lines);
     const int64_t end = k - q < kDotSegment * L ? k / L * L : q + kDotSegment * L;
     for (; q < end; q += L) {
-      Vec weights[C];
+      typename Math::Value weights[C];
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) {
-        weights[j] = Vec::load(w[j] + q);
-        keep_in_register(weights[j]);
-        if (kAhead > 0) prefetch_soon(reinterpret_cast<const char*>(w[j] + q) + kAhead);
+        weights[j] = Math::load(w[j] + q);
+        Math::keep(weights[j]);
+        if (kFetch == DotFetch::kPanel) prefetch_soon(bytes(j, q) + kDotAhead);
+        if (kFetch == DotFetch::kStream) prefetch_later(bytes(j, q) + kDotStreamAhead);
       }
       step(weights, a + q * R);
     }
   }
   if (q < k) {
-    Vec weights[C];
-    for (int j = 0; j < C; ++j) weights[j] = Vec::load(w[j] + q, static_cast<int>(k - q));
+    typename Math::Value weights[C];
+    for (int j = 0; j < C; ++j) weights[j] = Math::load(w[j] + q, static_cast<int>(k - q));
     step(weights, a + q * R);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     float* c[kDotCols];
     for (int j = 0; j < C; ++j) c[j] = out.c[j] + i * out.stride;
-    finish_dots<C>(sums[i], c, out.count, out.add);
+    finish_dots<C, kFetch == DotFetch::kPanel>(sums[i], c, out.count, out.add);
   }
 }
 
@@ -163,30 +200,35 @@ inline void with_rows(int64_t rows, const F& f) {
   }
 }
 
-template <class T>
+template <class Math>
 struct DotProblem {
-  const float* a;  // packed
-  const T* w;
+  const typename Math::Packed* a;
+  const typename Math::Element* w;
   int64_t w_stride, n, k;
   float* c;
   int64_t c_stride;
-  int64_t block;  // elements of k in a block: whole vectors, a function of k alone
+  int64_t block;                        // elements of k in a block: whole vectors, a function of k alone
+  const typename Math::Element* after;  // weights that come after these, or null
 };
 
+// Row tiles of m rows: tile t of n holds rows [m t / n, m (t + 1) / n). Even tiles, because a tile of one or two rows
+// would wait for its weights.
+inline int64_t dot_tiles(int64_t m) { return (m + kDotRows - 1) / kDotRows; }
+
+template <class Math>
 inline int64_t dot_block(int64_t k) {
-  const int64_t blocks = (k + kDotMaxBlock - 1) / kDotMaxBlock;
-  return round_up((k + blocks - 1) / blocks, Vec::kLanes);
+  const int64_t blocks = (k + Math::kMaxBlock - 1) / Math::kMaxBlock;
+  return round_up((k + blocks - 1) / blocks, Math::kStep);
 }
 
-// All of k for four neighbouring weights at a time, or for two at a time that lie half the weights apart: two long
-// streams keep one core's memory reads busy, and more rows need the wider tile.
-template <int R, class T>
-void dot_few_rows(const DotProblem<T>& p) {
+// All of k for two or four weights at a time that lie far apart: long streams keep one core's memory reads busy.
+template <int R, class Math>
+void dot_few_rows(const DotProblem<Math>& p) {
   constexpr int C = R <= 2 ? 2 : 4;
-  const int64_t apart = C == 2 ? (p.n + 1) / 2 : 1;
-  const int64_t count = C == 2 ? apart : p.n;
-  for (int64_t j = 0; j < count; j += C == 2 ? 1 : 4) {
-    const T* w[C];
+  const int64_t apart = (p.n + C - 1) / C;
+  LineFetcher none(p.w, 0, p.w_stride, p.k);
+  for (int64_t j = 0; j < apart; ++j) {
+    const typename Math::Element* w[C];
     DotOutput out{{}, p.c_stride, 0, false};
     for (int i = 0; i < C; ++i) {
       const int64_t column = j + i * apart;
@@ -197,77 +239,82 @@ void dot_few_rows(const DotProblem<T>& p) {
     }
     for (int64_t q = 0; q < p.k; q += p.block) {
       const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
-      const T* block[C];
+      const typename Math::Element* block[C];
       for (int i = 0; i < C; ++i) block[i] = w[i] + q;
       out.add = q > 0;
-      // The next four rows' block of k.
-      LineFetcher later(block[0] + C * p.w_stride, R <= 2 || j + 2 * C > p.n ? 0 : C, p.w_stride, depth);
-      dot_tile<R, C, 0>(p.a + q * R, block, depth, later, C * kDotSegment, out);
+      dot_tile<R, C, R <= 2 ? DotFetch::kTouch : DotFetch::kStream, Math>(p.a + q * R, block, depth, none, 0, out);
     }
   }
 }
 
 // One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
 // The `next_rows` rows from `next` on, multiplied next, are fetched into L2 meanwhile.
-template <class T>
-void dot_panel(const DotProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
-               const T* next, int64_t next_rows) {
-  const int64_t padded = round_up(p.k, Vec::kLanes), tiles = (m + kDotRows - 1) / kDotRows;
+template <class Math>
+void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
+               const typename Math::Element* next, int64_t next_rows) {
+  const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
   LineFetcher later(next, next_rows, p.w_stride, depth);
-  const int64_t segments = tiles * ((columns + kDotCols - 1) / kDotCols) *
-                           ((depth + kDotSegment * Vec::kLanes - 1) / (kDotSegment * Vec::kLanes));
-  const int64_t lines = (next_rows * ((later.row_bytes + 63) / 64) + segments - 1) / segments;
+  const int64_t row_segments = m * ((columns + kDotCols - 1) / kDotCols) *
+                               ((depth + kDotSegment * Math::kStep - 1) / (kDotSegment * Math::kStep));
+  const int64_t next_lines = next_rows * ((later.row_bytes + 63) / 64);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = tile * kDotRows, rows = m - first < kDotRows ? m - first : kDotRows;
-    const float* a = p.a + first * padded + q * rows;
+    const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
+    const int64_t lines = (next_lines * rows + row_segments - 1) / row_segments;
+    const typename Math::Packed* a = p.a + first * padded + q * rows;
     with_rows(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
-        const T* w[kDotCols];
+        const typename Math::Element* w[kDotCols];
         DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), q > 0};
         for (int i = 0; i < kDotCols; ++i) {
           const int64_t column = panel + j + (i < out.count ? i : 0);
           w[i] = p.w + column * p.w_stride + q;
           out.c[i] = p.c + first * p.c_stride + column;
         }
-        dot_tile<R, kDotCols, kDotAhead>(a, w, depth, later, lines, out);
+        dot_tile<R, kDotCols, DotFetch::kPanel, Math>(a, w, depth, later, lines, out);
       }
     });
   }
 }
 
 // Blocks of k, then panels of weights: the rows' block and the panel share L2.
-template <class T>
-void dot_many_rows(const DotProblem<T>& p, int64_t m) {
+template <class Math>
+void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
   for (int64_t q = 0; q < p.k; q += p.block) {
     const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
     for (int64_t panel = 0; panel < p.n; panel += kDotPanel) {
       const int64_t columns = p.n - panel < kDotPanel ? p.n - panel : kDotPanel;
-      const bool is_last = panel + kDotPanel >= p.n;
-      const T* next = is_last ? p.w + q + p.block : p.w + (panel + kDotPanel) * p.w_stride + q;
-      const int64_t left = is_last ? (q + p.block < p.k ? p.n : 0) : p.n - panel - kDotPanel;
+      const typename Math::Element* next = p.w + (panel + kDotPanel) * p.w_stride + q;
+      int64_t left = p.n - panel - kDotPanel;
+      if (left <= 0) {
+        next = q + p.block < p.k ? p.w + q + p.block : p.after;
+        left = next != nullptr ? p.n : 0;
+      }
       dot_panel(p, m, q, depth, panel, columns, next, left < kDotPanel ? left : kDotPanel);
     }
   }
 }
 
-template <class T>
+template <class Math>
 void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                  int64_t c_stride) {
-  const DotProblem<T> problem{static_cast<const float*>(packed),
-                              static_cast<const T*>(w),
-                              w_stride,
-                              n,
-                              k,
-                              static_cast<float*>(c),
-                              c_stride,
-                              dot_block(k)};
+                  int64_t c_stride, const void* after) {
+  using Element = typename Math::Element;
+  const DotProblem<Math> problem{static_cast<const typename Math::Packed*>(packed),
+                                 static_cast<const Element*>(w),
+                                 w_stride,
+                                 n,
+                                 k,
+                                 static_cast<float*>(c),
+                                 c_stride,
+                                 dot_block<Math>(k),
+                                 static_cast<const Element*>(after)};
   if (m > kDotRows) {
-    const int64_t padded = round_up(k, Vec::kLanes);
+    const int64_t padded = round_up(k, Math::kStep);
     for (int64_t first = 0; first < m; first += kDotRowBlock) {
-      DotProblem<T> part = problem;
+      DotProblem<Math> part = problem;
       part.a += first * padded;
       part.c += first * c_stride;
+      if (first + kDotRowBlock < m) part.after = part.w;
       dot_many_rows(part, m - first < kDotRowBlock ? m - first : kDotRowBlock);
     }
     return;
@@ -275,20 +322,30 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
   with_rows(m, [&](auto count) { dot_few_rows<decltype(count)::value>(problem); });
 }
 
-inline int64_t dot_packed_bytes(int64_t m, int64_t k) {
-  return m * round_up(k, Vec::kLanes) * static_cast<int64_t>(sizeof(float));
+template <class Math>
+int64_t dot_packed_bytes(int64_t m, int64_t k) {
+  return m * round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
 }
 
-template <class T>
+template <class Math>
 void dot_pack(const void* const* rows, const void* scale, int64_t m, int64_t k, void* packed) {
-  constexpr int64_t L = Vec::kLanes;
+  constexpr int64_t L = Math::kStep;
   const int64_t padded = round_up(k, L);
-  for (int64_t i = 0; i < m; ++i) {
-    const int64_t first = i / kDotRows * kDotRows, tile_rows = m - first < kDotRows ? m - first : kDotRows;
-    float* to = static_cast<float*>(packed) + first * padded + (i - first) * L;
-    const RowReader<T> row(rows, scale, i);
-    for (int64_t q = 0; q < k; q += L) row.load(q, static_cast<int>(k - q < L ? k - q : L)).store(to + q * tile_rows);
+  for (int64_t block = 0; block < m; block += kDotRowBlock) {
+    const int64_t block_rows = m - block < kDotRowBlock ? m - block : kDotRowBlock, tiles = dot_tiles(block_rows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = block + block_rows * tile / tiles, end = block + block_rows * (tile + 1) / tiles;
+      typename Math::Packed* to = static_cast<typename Math::Packed*>(packed) + first * padded;
+      for (int64_t i = first; i < end; ++i, to += L)
+        for (int64_t q = 0; q < k; q += L)
+          Math::pack(rows, scale, i, q, static_cast<int>(k - q < L ? k - q : L), to + q * (end - first));
+    }
   }
+}
+
+template <class Math>
+MicroKernel dot_kernel() {
+  return {dot_packed_bytes<Math>, dot_pack<Math>, dot_multiply<Math>};
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -191,7 +191,12 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
           A* to = done.tile + side * width;
           if (product.k > 0) {
             const void* w = product.weights.at(block.expert, column + side * product.partner);
-            product.weights.kernel.multiply(packed, m, w, product.weights.stride, width, product.k, to, done.stride);
+            const void* after = nullptr;
+            if (side + 1 < widths) after = product.weights.at(block.expert, column + product.partner);
+            else if (task + 1 < runs[victim].end)
+              after = product.weights.at(blocks[(task + 1) / chunks].expert, (task + 1) % chunks * chunk);
+            product.weights.kernel.multiply(packed, m, w, product.weights.stride, width, product.k, to, done.stride,
+                                            after);
           } else {
             for (int64_t i = 0; i < m; ++i)
               for (int64_t j = 0; j < width; ++j) to[i * done.stride + j] = A(0);

@@ -20,8 +20,9 @@ struct MicroKernel {
   // and rounded to the element type when scale is not null. scale points at floats (at doubles for float64).
   void (*pack)(const void* const* rows, const void* scale, int64_t m, int64_t k, void* packed);
   // c[i * c_stride + j] = sum over q of a[i, q] * w(q, j): float (double) results, overwritten, i < m, j < n.
+  // `after`: weights of the same stride that this thread multiplies next, or null; a hint to fetch them in time.
   void (*multiply)(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                   int64_t c_stride);
+                   int64_t c_stride, const void* after);
 };
 
 // out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j]: a weight gradient, rounded once to the element type.

@@ -163,7 +163,7 @@ void outer_few_rows(const OuterProblem<T>& p, int64_t q, int64_t depth, int64_t 
 
 template <class T>
 void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                    int64_t c_stride) {
+                    int64_t c_stride, const void*) {
   const OuterProblem<T> p{
       static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k, static_cast<float*>(c), c_stride};
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;

@@ -21,7 +21,7 @@ void double_pack(const void* const* rows, const void* scale, int64_t m, int64_t 
 
 // Sums element l, l + 8, ... in lane l, then the lanes in order.
 void double_dot(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                int64_t c_stride) {
+                int64_t c_stride, const void*) {
   for (int64_t i = 0; i < m; ++i) {
     const double* a = static_cast<const double*>(packed) + i * k;
     for (int64_t j = 0; j < n; ++j) {
@@ -39,7 +39,7 @@ void double_dot(const void* packed, int64_t m, const void* w, int64_t w_stride, 
 }
 
 void double_outer(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                  int64_t c_stride) {
+                  int64_t c_stride, const void*) {
   for (int64_t i = 0; i < m; ++i) {
     const double* a = static_cast<const double*>(packed) + i * k;
     double* out = static_cast<double*>(c) + i * c_stride;
@@ -53,7 +53,7 @@ void double_outer(const void* packed, int64_t m, const void* w, int64_t w_stride
 
 template <class T>
 void fill(MicroKernels& micro, DType dtype) {
-  micro.dot[static_cast<int>(dtype)] = {dot_packed_bytes, dot_pack<T>, dot_multiply<T>};
+  micro.dot[static_cast<int>(dtype)] = dot_kernel<WidenedMath<T>>();
   micro.outer[static_cast<int>(dtype)] = {outer_packed_bytes, outer_pack<T>, outer_multiply<T>};
 }
 
