@@ -252,21 +252,19 @@ class TestPeers:
         assert "other is left out: " in capsys.readouterr().out
 
     def test_lost_rows_are_named(self, capsys):
-        result = self.run_beside(
-            lambda x, ids, w, weights: baselines.experts_grouped(
-                x, ids, w, weights.ups[0], weights.downs[0]
-            )
-        )
-        slower = timing.Summary(0.8, 0.7, 0.9, 5)
+        def summary(value: float) -> timing.Summary:
+            return timing.Summary(value, value, value, 5)
+
+        result = runner.Result(self.row)
         result.timing = timing.Timing(
-            result.timing.seconds, {**result.timing.ratios, "other": slower}, {}
+            seconds={"fastmoe_route": summary(1.0), "other": summary(0.8), "loop": summary(3.0)},
+            ratios={"other": summary(0.8), "loop": summary(3.0)},
+            calls_per_sample={},
         )
-        seconds = {**result.timing.seconds, "other": timing.Summary(1e-9, 1e-9, 1e-9, 5)}
-        result.timing = timing.Timing(seconds, result.timing.ratios, {})
         Reporter(1).tail([result], 1.0, None, None)
         out = capsys.readouterr().out
         assert "1 slower than the fastest beside" in out
-        assert f"behind: {self.row}: other takes 0.80 of our time" in out
+        assert f"behind: {self.row}: other takes 0.80 of our time\n" in out
 
     def test_none_installed_says_what_to_do(self, monkeypatch, capsys):
         monkeypatch.setattr(runner.peers, "installed", lambda: [])

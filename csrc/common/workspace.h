@@ -17,6 +17,7 @@ enum class Scratch {
   kExpertRows3,
   kPackedRows,
   kReduction,
+  kRowLists,
   kExpertTasks,
   kMicroKernel,
   kCount

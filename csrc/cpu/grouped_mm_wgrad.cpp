@@ -1,141 +1,142 @@
-// Weight and bias gradients of grouped_mm.
+// Weight and bias gradients of expert products (gemm/gradients.h), and those of grouped_mm.
 //
 // Every block of a weight gradient is one task: an expert, a range of its rows and a range of its columns. Workers take
 // tasks from a counter, so experts of any size balance. An element is summed by one worker over the expert's rows in
 // ascending order, so bits depend neither on the number of threads nor on the blocks. Experts without rows are zeros.
 // The transposed layout is the same product with the operands exchanged.
-// Reads x and grad_y once per block row and column, writes the gradients once.
+// Reads both factors once per block row and column, writes the gradients once.
 #include <cstring>
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "cpu/isa/kernels.h"
-#include "cpu/isa/vec.h"
+#include "cpu/gemm/gradients.h"
+#include "cpu/isa/activation.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int64_t kBlockRows = 256;  // of a weight gradient
-constexpr int64_t kBlockCols = 1024;
-constexpr int64_t kMinBlockCols = 256;
+constexpr int64_t kBlockRows = 256;     // of a weight gradient; whole rows, so that a block is one piece of memory,
+constexpr int64_t kMinBlockCols = 256;  // unless there are too few blocks for the threads
 constexpr int64_t kBiasCols = 256;
 constexpr int64_t kBiasRows = 64;  // partial sums of this many rows bound the error of long segments
 
-struct Operand {
-  const char* data;
-  int64_t row_bytes;
-  int64_t cols;
-};
-
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// sum[j] += column sums of `count` rows of `width` columns.
+// sum[j] += column sums of `count` rows from column `first`, `width` columns.
 template <class T>
-void add_rows(const char* rows, int64_t row_bytes, int64_t count, int64_t width, float* sum) {
-  for (int64_t j = 0; j < width; j += Vec::kLanes) {
-    const int lanes = width - j < Vec::kLanes ? static_cast<int>(width - j) : Vec::kLanes;
-    Vec partial = Vec::zero();
+void add_rows(const void* const* rows, const accumulate_t<T>* factors, int64_t count, int64_t first, int64_t width,
+              accumulate_t<T>* sum) {
+  using V = vector_t<accumulate_t<T>>;
+  for (int64_t j = 0; j < width; j += V::kLanes) {
+    const int lanes = width - j < V::kLanes ? static_cast<int>(width - j) : V::kLanes;
+    V partial = V::zero();
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = reinterpret_cast<const T*>(rows + r * row_bytes) + j;
-      partial = partial + (lanes == Vec::kLanes ? Vec::load(row) : Vec::load(row, lanes));
+      const T* row = static_cast<const T*>(rows[r]) + first + j;
+      const V value = lanes == V::kLanes ? V::load(row) : V::load(row, lanes);
+      partial = factors == nullptr ? partial + value : fma(V::all(factors[r]), value, partial);
     }
-    (Vec::load(sum + j) + partial).store(sum + j);
+    (V::load(sum + j, lanes) + partial).store(sum + j, lanes);
   }
-}
-
-void add_rows_double(const char* rows, int64_t row_bytes, int64_t count, int64_t width, double* sum) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t j = 0; j < width; ++j) sum[j] += reinterpret_cast<const double*>(rows + r * row_bytes)[j];
 }
 
 template <class T>
-void bias_block(const char* rows, int64_t row_bytes, int64_t count, int64_t width, T* out) {
-  alignas(64) accumulate_t<T> sum[kBiasCols] = {};
-  for (int64_t r = 0; r < count; r += kBiasRows) {
-    const int64_t block = count - r < kBiasRows ? count - r : kBiasRows;
-    if constexpr (sizeof(T) == 8) add_rows_double(rows + r * row_bytes, row_bytes, block, width, sum);
-    else add_rows<T>(rows + r * row_bytes, row_bytes, block, width, sum);
+void bias_block(const BiasGradient& g, int64_t expert, int64_t first) {
+  using A = accumulate_t<T>;
+  const int64_t width = g.n - first < kBiasCols ? g.n - first : kBiasCols;
+  alignas(64) A sum[kBiasCols] = {};
+  for (int64_t r = g.starts[expert]; r < g.starts[expert + 1]; r += kBiasRows) {
+    const int64_t left = g.starts[expert + 1] - r;
+    add_rows<T>(g.rows + r, g.factors == nullptr ? nullptr : static_cast<const A*>(g.factors) + r,
+                left < kBiasRows ? left : kBiasRows, first, width, sum);
   }
+  T* out = static_cast<T*>(g.result) + expert * g.n + first;
   for (int64_t j = 0; j < width; ++j) out[j] = from_float<T>(sum[j]);
 }
 
-// One block of grad_w. `pointers` holds two row-pointer arrays of the expert's size.
-void weight_block(const WgradKernel& kernel, const Operand& left, const Operand& right, int64_t element, int64_t begin,
-                  int64_t count, int64_t i0, int64_t j0, int64_t block_cols, char* grad, const void** pointers) {
-  const int64_t height = left.cols - i0 < kBlockRows ? left.cols - i0 : kBlockRows;
-  const int64_t width = right.cols - j0 < block_cols ? right.cols - j0 : block_cols;
-  char* out = grad + (i0 * right.cols + j0) * element;
+// Block (i0, j0) of one expert's gradient. `pointers` holds two row-pointer arrays of the expert's size.
+void weight_block(const WeightGradient& g, const WgradKernel& kernel, int64_t expert, int64_t i0, int64_t j0,
+                  int64_t block_cols, const void** pointers) {
+  const int64_t element = element_size(g.dtype), begin = g.starts[expert], count = g.starts[expert + 1] - begin;
+  const int64_t height = g.a - i0 < kBlockRows ? g.a - i0 : kBlockRows;
+  const int64_t width = g.b - j0 < block_cols ? g.b - j0 : block_cols;
+  char* out = static_cast<char*>(g.result) + ((expert * g.a + i0) * g.b + j0) * element;
+  if (width == g.b) populate_pages(out, static_cast<size_t>(height * width * element));
   if (count == 0) {
-    for (int64_t i = 0; i < height; ++i) std::memset(out + i * right.cols * element, 0, width * element);
+    for (int64_t i = 0; i < height; ++i) std::memset(out + i * g.b * element, 0, static_cast<size_t>(width * element));
     return;
   }
   const void** x = pointers;
   const void** y = pointers + count;
   for (int64_t r = 0; r < count; ++r) {
-    x[r] = left.data + (begin + r) * left.row_bytes + i0 * element;
-    y[r] = right.data + (begin + r) * right.row_bytes + j0 * element;
+    x[r] = static_cast<const char*>(g.left[begin + r]) + i0 * element;
+    y[r] = static_cast<const char*>(g.right[begin + r]) + j0 * element;
   }
-  kernel.multiply(x, y, count, height, width, out, right.cols);
+  kernel.multiply(x, y, count, height, width, out, g.b);
 }
 
 }  // namespace
 
-void grouped_mm_wgrad(const GroupedMmWgradArgs& args) {
-  const int64_t element = element_size(args.dtype);
-  const Operand x{static_cast<const char*>(args.x), args.x_stride * element, args.in};
-  const Operand y{static_cast<const char*>(args.grad_y), args.grad_y_stride * element, args.out};
-  const Operand& left = args.transposed ? y : x;
-  const Operand& right = args.transposed ? x : y;
-  const WgradKernel kernel = kernels().micro.wgrad[static_cast<int>(args.dtype)];
-
-  const bool wants_weight = args.grad_w != nullptr && args.in > 0 && args.out > 0;
-  const int64_t block_rows = wants_weight ? blocks(left.cols, kBlockRows) : 0;
-  int64_t block_width = kBlockCols;
-  const int64_t enough = 8 * num_threads();
-  while (block_width > kMinBlockCols && args.num_experts * block_rows * blocks(right.cols, block_width) < enough)
-    block_width /= 2;
-  const int64_t block_cols = blocks(right.cols, block_width);
-  const int64_t per_expert = block_rows * block_cols;
-  const int64_t weight_tasks = args.num_experts * per_expert;
-  const int64_t bias_blocks = args.grad_bias != nullptr ? blocks(args.out, kBiasCols) : 0;
-  const int64_t tasks = weight_tasks + args.num_experts * bias_blocks;
-  if (tasks == 0) return;
-
+void weight_gradient(const WeightGradient& gradient) {
+  WeightGradient g = gradient;
+  if (g.transposed) {
+    g.left = gradient.right;
+    g.right = gradient.left;
+    g.a = gradient.b;
+    g.b = gradient.a;
+  }
+  if (g.num_experts == 0 || g.a == 0 || g.b == 0) return;
+  const WgradKernel kernel = kernels().micro.wgrad[static_cast<int>(g.dtype)];
+  const int64_t high = blocks(g.a, kBlockRows);
+  int64_t block_cols = g.b;
+  while (block_cols > kMinBlockCols && g.num_experts * high * blocks(g.b, block_cols) < 8 * num_threads())
+    block_cols = blocks(block_cols / 2, 64) * 64;
+  const int64_t wide = blocks(g.b, block_cols), per_expert = high * wide, num_tasks = g.num_experts * per_expert;
   int64_t most_rows = 0;
-  for (int64_t e = 0; e < args.num_experts; ++e) {
-    const int64_t count = args.offsets[e + 1] - args.offsets[e];
+  for (int64_t e = 0; e < g.num_experts; ++e) {
+    const int64_t count = g.starts[e + 1] - g.starts[e];
     most_rows = count > most_rows ? count : most_rows;
   }
-  const int64_t workers = tasks < num_threads() ? tasks : num_threads();
-  const void** pointers =
-      static_cast<const void**>(scratch(Scratch::kReduction, workers * 2 * most_rows * sizeof(void*)));
-
+  const int64_t workers = num_tasks < num_threads() ? num_tasks : num_threads();
+  const void** pointers = static_cast<const void**>(
+      scratch(Scratch::kPackedRows, static_cast<size_t>(workers * 2 * most_rows) * sizeof(void*)));
   int64_t next = 0;
   parallel_workers(workers, [&](int worker) {
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) return;
-      if (task < weight_tasks) {
-        const int64_t e = task / per_expert, block = task % per_expert;
-        const int64_t begin = args.offsets[e], count = args.offsets[e + 1] - begin;
-        weight_block(kernel, left, right, element, begin, count, block / block_cols * kBlockRows,
-                     block % block_cols * block_width, block_width,
-                     static_cast<char*>(args.grad_w) + e * args.in * args.out * element,
-                     pointers + worker * 2 * most_rows);
-      } else {
-        const int64_t e = (task - weight_tasks) / bias_blocks;
-        const int64_t j0 = (task - weight_tasks) % bias_blocks * kBiasCols;
-        const int64_t begin = args.offsets[e], count = args.offsets[e + 1] - begin;
-        const int64_t width = args.out - j0 < kBiasCols ? args.out - j0 : kBiasCols;
-        dispatch_float(args.dtype, [&](auto type) {
-          using T = decltype(type);
-          bias_block<T>(y.data + begin * y.row_bytes + j0 * element, y.row_bytes, count, width,
-                        static_cast<T*>(args.grad_bias) + e * args.out + j0);
-        });
-      }
+      if (task >= num_tasks) return;
+      const int64_t block = task % per_expert;
+      weight_block(g, kernel, task / per_expert, block / wide * kBlockRows, block % wide * block_cols, block_cols,
+                   pointers + worker * 2 * most_rows);
     }
   });
+}
+
+void bias_gradient(const BiasGradient& g) {
+  const int64_t parts = blocks(g.n, kBiasCols);
+  parallel_for(g.num_experts * parts, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      dispatch_float(g.dtype,
+                     [&](auto type) { bias_block<decltype(type)>(g, task / parts, task % parts * kBiasCols); });
+  });
+}
+
+void grouped_mm_wgrad(const GroupedMmWgradArgs& args) {
+  const int64_t element = element_size(args.dtype);
+  const int64_t rows = args.num_experts > 0 ? args.offsets[args.num_experts] : 0;
+  const void** x =
+      static_cast<const void**>(scratch(Scratch::kRowLists, static_cast<size_t>(2 * rows) * sizeof(void*)));
+  const void** y = x + rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    x[r] = static_cast<const char*>(args.x) + r * args.x_stride * element;
+    y[r] = static_cast<const char*>(args.grad_y) + r * args.grad_y_stride * element;
+  }
+  if (args.grad_w != nullptr)
+    weight_gradient(
+        {args.dtype, args.num_experts, args.offsets, x, y, args.in, args.out, args.grad_w, args.transposed});
+  if (args.grad_bias != nullptr)
+    bias_gradient({args.dtype, args.num_experts, args.offsets, y, nullptr, args.out, args.grad_bias});
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -8,6 +8,7 @@
 // with dx' = d_pre w_up^T: grad_x = sum of w dx', dS = <dx', x>.
 // dS is summed per kUnit columns and then over those, so it depends on no task or thread.
 #include "cpu/expert_rows.h"
+#include "cpu/gemm/gradients.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
@@ -147,106 +148,70 @@ struct Backward {
     });
   }
 
-  // grad_w[e] = left^T right over the rows of e; [a, b], or [b, a] when transposed.
-  template <class Left, class Right>
-  void weight_gradient(void* grad_w, bool is_transposed, int64_t a, int64_t b, const Left& left,
-                       const Right& right) const {
-    if (is_transposed) return weight_gradient(grad_w, false, b, a, right, left);
-    constexpr int64_t kBlockRows = 256, kBlockCols = 1024, kMinBlockCols = 256;
-    const WgradKernel kernel = fastmoe_route::kernels().micro.wgrad[static_cast<int>(shape.dtype)];
-    int64_t most = 1;
+  // Pointers to the used rows, expert by expert, in the order of the sums over rows.
+  struct Lists {
+    int32_t* starts;  // [E + 1]
+    const void** grads;
+    const void** inputs;  // x, or round(w x)
+    const void** activated;
+    const void** grads_pre;
+    A* factors;  // what the bias of the down projection was weighted with
+  };
+
+  Lists lists() const {
+    const size_t count = static_cast<size_t>(shape.num_rows), line = (count * sizeof(void*) + 63) / 64 * 64;
+    const size_t starts_bytes = (static_cast<size_t>(shape.num_experts + 1) * sizeof(int32_t) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(Scratch::kRowLists, starts_bytes + 5 * line));
+    const auto pointers = [&](int i) { return reinterpret_cast<const void**>(memory + starts_bytes + i * line); };
+    Lists result{reinterpret_cast<int32_t*>(memory),
+                 pointers(0),
+                 pointers(1),
+                 pointers(2),
+                 pointers(3),
+                 reinterpret_cast<A*>(memory + starts_bytes + 4 * line)};
+    int32_t used = 0;
     for (int64_t e = 0; e < shape.num_experts; ++e) {
-      const int64_t count = plan.ends[e] - args.offsets[e];
-      most = count > most ? count : most;
-    }
-    const int64_t high = (a + kBlockRows - 1) / kBlockRows;
-    int64_t block_cols = kBlockCols;
-    const auto wide = [&] { return (b + block_cols - 1) / block_cols; };
-    while (block_cols > kMinBlockCols && shape.num_experts * high * wide() < 8 * num_threads()) block_cols /= 2;
-    const int64_t per_expert = high * wide(), num_tasks = shape.num_experts * per_expert;
-    const int64_t workers = num_tasks < num_threads() ? num_tasks : num_threads();
-    const size_t pointer_bytes = static_cast<size_t>(2 * most * workers) * sizeof(void*);
-    const void** base = static_cast<const void**>(scratch(Scratch::kPackedRows, pointer_bytes));
-    int64_t next = 0;
-    parallel_workers(workers, [&](int worker) {
-      const void** x = base + 2 * most * worker;
-      const void** y = x + most;
-      for (;;) {
-        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (task >= num_tasks) return;
-        const int64_t e = task / per_expert, block = task % per_expert;
-        const int64_t i = block / wide() * kBlockRows, j = block % wide() * block_cols;
-        int64_t count = 0;
-        for (int64_t r = args.offsets[e]; r < plan.ends[e]; ++r) {
-          if (!plan.is_used(r)) continue;
-          x[count] = left(r) + i;
-          y[count++] = right(r) + j;
-        }
-        const int64_t block_high = a - i < kBlockRows ? a - i : kBlockRows;
-        const int64_t block_wide = b - j < block_cols ? b - j : block_cols;
-        T* out = static_cast<T*>(grad_w) + (e * a + i) * b + j;
-        if (count > 0) {
-          kernel.multiply(x, y, count, block_high, block_wide, out, b);
-        } else {
-          const size_t line = static_cast<size_t>(block_wide) * sizeof(T);
-          for (int64_t q = 0; q < block_high; ++q) std::memset(out + q * b, 0, line);
-        }
+      result.starts[e] = used;
+      for (int64_t r = args.offsets[e]; r < plan.ends[e]; ++r) {
+        if (!plan.is_used(r)) continue;
+        result.grads[used] = grad_row(r);
+        result.inputs[used] = shape.weights_on_input ? scaled_x_row(r) : x_row(r);
+        result.activated[used] = scaled + r * inter;
+        result.grads_pre[used] = grad_pre + r * up_size;
+        result.factors[used++] = shape.weights_on_input ? A(1) : weights[args.row_to_slot[r]];
       }
-    });
+    }
+    result.starts[shape.num_experts] = used;
+    return result;
   }
 
-  // result[e] = sum over the rows of e, ascending, of weight(r) * row(r), n columns.
-  template <class Row, class Weight>
-  void bias_gradient(void* result, int64_t n, const Row& row, const Weight& weight) const {
-    constexpr int64_t kPart = 256;
-    const int64_t parts = (n + kPart - 1) / kPart;
-    parallel_for(shape.num_experts * parts, 4, [&](int64_t begin, int64_t end) {
-      using V = vector_t<A>;
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t e = t / parts, i = t % parts * kPart, count = n - i < kPart ? n - i : kPart;
-        A sums[kPart] = {};
-        for (int64_t r = args.offsets[e]; r < plan.ends[e]; ++r) {
-          if (!plan.is_used(r)) continue;
-          const V factor = V::all(weight(r));
-          const T* from = row(r) + i;
-          for_lanes<V>(count, [&](int64_t q, int lanes) {
-            fma(factor, V::load(from + q, lanes), V::load(sums + q, lanes)).store(sums + q, lanes);
-          });
-        }
-        convert(sums, static_cast<T*>(result) + e * n + i, count);
-      }
-    });
+  void parameter_gradients() const {
+    const int64_t hidden = shape.hidden, experts = shape.num_experts;
+    const DType dtype = shape.dtype;
+    const Lists rows_of = lists();
+    const int32_t* starts = rows_of.starts;
+    if (args.grad_w_down != nullptr)
+      weight_gradient({dtype, experts, starts, rows_of.activated, rows_of.grads, inter, hidden, args.grad_w_down,
+                       args.grad_w_down_transposed});
+    if (args.grad_w_up != nullptr) {
+      if (shape.weights_on_input) scale_x();
+      weight_gradient({dtype, experts, starts, rows_of.inputs, rows_of.grads_pre, hidden, up_size, args.grad_w_up,
+                       args.grad_w_up_transposed});
+    }
+    if (args.grad_bias_up != nullptr)
+      bias_gradient({dtype, experts, starts, rows_of.grads_pre, nullptr, up_size, args.grad_bias_up});
+    if (args.grad_bias_down != nullptr)
+      bias_gradient({dtype, experts, starts, rows_of.grads, rows_of.factors, hidden, args.grad_bias_down});
   }
 
   void run() const {
-    const int64_t hidden = shape.hidden;
     activation_gradients();
     if (wants_rows()) input_gradient_rows();
     if (args.grad_x != nullptr)
       combine_rows<T>(shape, rows, args.slot_to_row, shape.weights_on_input ? weights : nullptr,
                       static_cast<T*>(args.grad_x));
     if (args.grad_weights != nullptr) weight_gradients_of_routing();
-    const auto g = [&](int64_t r) { return grad_row(r); };
-    const auto d = [&](int64_t r) -> const T* { return grad_pre + r * up_size; };
-    if (args.grad_w_down != nullptr)
-      weight_gradient(
-          args.grad_w_down, args.grad_w_down_transposed, inter, hidden,
-          [&](int64_t r) -> const T* { return scaled + r * inter; }, g);
-    if (args.grad_w_up != nullptr) {
-      if (shape.weights_on_input) {
-        scale_x();
-        weight_gradient(
-            args.grad_w_up, args.grad_w_up_transposed, hidden, up_size,
-            [&](int64_t r) -> const T* { return scaled_x_row(r); }, d);
-      } else {
-        weight_gradient(
-            args.grad_w_up, args.grad_w_up_transposed, hidden, up_size, [&](int64_t r) { return x_row(r); }, d);
-      }
-    }
-    if (args.grad_bias_up != nullptr) bias_gradient(args.grad_bias_up, up_size, d, [](int64_t) { return A(1); });
-    if (args.grad_bias_down != nullptr)
-      bias_gradient(args.grad_bias_down, hidden, g,
-                    [&](int64_t r) { return shape.weights_on_input ? A(1) : weights[args.row_to_slot[r]]; });
+    parameter_gradients();
   }
 };
 

@@ -84,6 +84,14 @@ def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> 
     return choices.index(value)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What ``torch.autocast`` asks ``x`` and what meets it to be cast to; None for as they are."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # meta has none
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see this call; without, the cheaper bare op is called."""
     if torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    autocast_dtype,
     check_device,
     check_dtype,
     check_shape,
@@ -61,9 +62,8 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     check_tensor("grouped_mm", "offsets", offsets, 1)
     if bias is not None:
         check_tensor("grouped_mm", "bias", bias, 2)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, w = x.to(dtype), w.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     check_dtype("grouped_mm", "x", x, FLOAT_DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    autocast_dtype,
     check_choice,
     check_device,
     check_dtype,
@@ -29,7 +31,7 @@ WEIGHTS_ON = ("output", "input")
 
 def moe_mlp(
     x: Tensor,
-    routing: Routing | tuple[Tensor, Tensor],
+    routing: Routing | Sequence[Tensor],
     w_up: Tensor,
     w_down: Tensor,
     *,
@@ -58,8 +60,8 @@ def moe_mlp(
 
     Args:
         x: float `[T, H]`, rows may be strided.
-        routing: a `Routing`, or a pair `(experts [T, K], weights [T, K])` with weights of any float
-            dtype. `experts` is read only if `plan` is None.
+        routing: a `Routing`, or a pair `(experts [T, K], weights [T, K])`, tuple or list, with
+            weights of any float dtype. `experts` is read only if `plan` is None.
         w_up: `[E, H, 2I]` for gated activations, else `[E, H, I]`; the dtype of `x`. Any view whose
             last two dimensions are row- or column-major is used in place, so an `nn.Linear`-style
             `[E, out, in]` parameter is passed as `w.transpose(1, 2)`.
@@ -94,9 +96,8 @@ def moe_mlp(
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
     on_input = check_choice("moe_mlp", "weights_on", weights_on, WEIGHTS_ON) == 1
     check_tensor("moe_mlp", "x", x, 2)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, w_up, w_down = (_cast("moe_mlp", v, dtype) for v in (x, w_up, w_down))
         bias_up = None if bias_up is None else _cast("moe_mlp", bias_up, dtype)
         bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
@@ -137,7 +138,7 @@ def _fits(
     is_gated: bool,
 ) -> bool:
     """Whether nothing is wrong. One by one, the checks that can say what is take 15 us more."""
-    if not isinstance(routing, tuple) or len(routing) < 2 or bias_up is not None:
+    if not isinstance(routing, (tuple, list)) or len(routing) < 2 or bias_up is not None:
         return False
     experts, weights = routing[0], routing[1]
     if not (
@@ -182,8 +183,10 @@ def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
 
 
 def _check_routing(x: Tensor, routing: Any) -> None:
-    if not isinstance(routing, tuple) or len(routing) < 2:
-        fail(TypeError, "moe_mlp", "routing", "be a Routing or a pair (experts, weights)", routing)
+    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
+        rule, kind = "be a Routing or a pair (experts, weights)", type(routing).__name__
+        got = f"{kind} of {len(routing)}" if isinstance(routing, (tuple, list)) else kind
+        fail(TypeError, "moe_mlp", "routing", rule, got)
     experts, weights = routing[0], routing[1]
     check_tensor("moe_mlp", "experts", experts, 2)
     check_dtype("moe_mlp", "experts", experts, (torch.int32, torch.int64))

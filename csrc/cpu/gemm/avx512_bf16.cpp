@@ -68,35 +68,44 @@ struct PairMath {
 // sum[i][0 .. 63] over `pairs` pairs, continued unless `first`; pair p of row i at x[i * row_step + p * pair_step].
 template <int kM>
 void outer_tile(const int32_t* x, int64_t row_step, int64_t pair_step, const char* panel, int64_t pairs, bool first,
-                float* sum, int64_t sum_stride) {
+                float* sum, int64_t sum_stride, NextPanel next) {
   __m512 acc[kM][kCols];
+#pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < kCols; ++v)
       acc[i][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + i * sum_stride + v * 16);
   for (int64_t p = 0; p < pairs; ++p, x += pair_step, panel += kCols * 64) {
+    next.fetch();  // one row each
+    next.fetch();
     __m512i w[kCols];
     for (int v = 0; v < kCols; ++v) {
       w[v] = _mm512_load_si512(panel + v * 64);
       __asm__("" : "+v"(w[v]));
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
-      const __m512i value = _mm512_set1_epi32(x[i * row_step]);
+      __m512i value = _mm512_set1_epi32(x[i * row_step]);
+      __asm__("" : "+v"(value));  // one broadcast, not one per vector
+#pragma GCC unroll 4
       for (int v = 0; v < kCols; ++v) acc[i][v] = add_products(acc[i][v], value, w[v]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < kCols; ++v) _mm512_storeu_ps(sum + i * sum_stride + v * 16, acc[i][v]);
 }
 
 void outer_tile(int64_t rows, const int32_t* x, int64_t row_step, int64_t pair_step, const char* panel, int64_t pairs,
-                bool first, float* sum, int64_t sum_stride) {
+                bool first, float* sum, int64_t sum_stride, const NextPanel& next = {}) {
   switch (rows) {
-    case 1: return outer_tile<1>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
-    case 2: return outer_tile<2>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
-    case 3: return outer_tile<3>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
-    case 4: return outer_tile<4>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
-    case 5: return outer_tile<5>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
-    default: return outer_tile<6>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride);
+    case 1: return outer_tile<1>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
+    case 2: return outer_tile<2>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
+    case 3: return outer_tile<3>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
+    case 4: return outer_tile<4>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
+    case 5: return outer_tile<5>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
+    default: return outer_tile<6>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next);
   }
 }
 
@@ -116,73 +125,170 @@ void interleave_rows(const char* even, const char* odd, int64_t width, char* out
 constexpr int64_t kOuterDepth = 128;  // weight rows of a panel
 constexpr int64_t kOuterCols = 256;   // columns of a panel: four groups of 16 KB
 
+// One panel, interleaved: all rows of x against `width` columns of the weights over `depth` of their rows.
+struct OuterPanel {
+  const char* x;
+  int64_t x_stride;  // bytes
+  int64_t m;
+  const char* panel;
+  int64_t group_bytes;
+  int64_t width;
+  int64_t depth;
+  bool first;
+  NextPanel next;
+};
+
+void multiply_panel(const OuterPanel& p, float* c, int64_t c_stride) {
+  alignas(64) float edge[kRows * kTileCols];
+  const int64_t tiles = divide_up(p.m, kRows) * divide_up(p.width, kTileCols);
+  int64_t tile = 0;
+  for (int64_t j = 0; j < p.width; j += kTileCols)
+    for (int64_t i = 0; i < p.m; i += kRows, ++tile) {
+      float* out = c + i * c_stride + j;
+      const int64_t here = smaller(p.m - i, kRows), cols = smaller(p.width - j, kTileCols);
+      const bool whole = cols == kTileCols;
+      if (!whole && !p.first)
+        for (int64_t s = 0; s < here; ++s) std::memcpy(edge + s * kTileCols, out + s * c_stride, cols * 4);
+      outer_tile(here, reinterpret_cast<const int32_t*>(p.x + i * p.x_stride), p.x_stride / 4, 1,
+                 p.panel + j / kTileCols * p.group_bytes, divide_up(p.depth, 2), p.first, whole ? out : edge,
+                 whole ? c_stride : kTileCols, p.next.share(tile, tiles, divide_up(p.width * 2, 64)));
+      if (!whole)
+        for (int64_t s = 0; s < here; ++s) std::memcpy(out + s * c_stride, edge + s * kTileCols, cols * 4);
+    }
+}
+
+constexpr int64_t kSweep = 1024;   // outputs whose sums wait in L1 while few rows of x go through the weights
+constexpr int64_t kSweepStep = 8;  // weight rows of one sweep
+
+// Few rows of x: weight rows are interleaved in registers, in place, in runs as long as a sweep; `width` is whole tiles
+// and at most kSweep. The same order of summation.
+template <int kM>
+void outer_sweep(const char* x, int64_t x_stride, const char* w, int64_t w_stride, int64_t width, int64_t k, float* c,
+                 int64_t c_stride) {
+  alignas(64) float sums[kM * kSweep];
+  for (int64_t k0 = 0; k0 < k; k0 += kSweepStep)
+    for (int64_t j = 0; j < width; j += kTileCols) {
+      __m512 acc[kM][kCols];
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kCols; ++v)
+          acc[i][v] = k0 == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * kSweep + j + v * 16);
+      for (int64_t q = k0; q < smaller(k, k0 + kSweepStep); q += 2) {
+        const char* even = w + q * w_stride + j * 2;
+        const char* odd = even + w_stride;
+        __m512i pairs[kCols];
+        for (int half = 0; half < 2; ++half) {
+          prefetch_later(even + half * 64 + kSweepStep * w_stride);
+          prefetch_later(odd + half * 64 + kSweepStep * w_stride);
+          interleave(_mm512_loadu_si512(even + half * 64),
+                     q + 1 < k ? _mm512_loadu_si512(odd + half * 64) : _mm512_setzero_si512(), pairs[2 * half],
+                     pairs[2 * half + 1]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kM; ++i) {
+          int32_t pair;
+          std::memcpy(&pair, x + i * x_stride + q * 2, sizeof pair);
+          __m512i value = _mm512_set1_epi32(pair);
+          __asm__("" : "+v"(value));
+#pragma GCC unroll 4
+          for (int v = 0; v < kCols; ++v) acc[i][v] = add_products(acc[i][v], value, pairs[v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kCols; ++v) _mm512_store_ps(sums + i * kSweep + j + v * 16, acc[i][v]);
+    }
+  for (int i = 0; i < kM; ++i)
+    std::memcpy(c + i * c_stride, sums + i * kSweep, static_cast<size_t>(width) * sizeof(float));
+}
+
 void multiply_outer(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                    int64_t c_stride, const void*) {
+                    int64_t c_stride, const void* after) {
   constexpr int64_t kGroupBytes = kOuterDepth / 2 * kTileCols * 4;
   alignas(64) char panel[kOuterCols / kTileCols * kGroupBytes];
-  alignas(64) float edge[kRows * kTileCols];
-  for (int64_t n0 = 0; n0 < n; n0 += kOuterCols)
+  const char* weights = static_cast<const char*>(w);
+  int64_t swept = 0;
+  if (m <= kRows) {
+    const int64_t whole = n / kTileCols * kTileCols;
+    with_rows(m, [&](auto count) {
+      for (; swept < whole; swept += smaller(whole - swept, kSweep))
+        outer_sweep<decltype(count)::value>(static_cast<const char*>(packed), packed_stride(k), weights + swept * 2,
+                                            w_stride * 2, smaller(whole - swept, kSweep), k,
+                                            static_cast<float*>(c) + swept, c_stride);
+    });
+  }
+  for (int64_t n0 = swept; n0 < n; n0 += kOuterCols)
     for (int64_t k0 = 0; k0 < k; k0 += kOuterDepth) {
       const int64_t width = smaller(n - n0, kOuterCols), depth = smaller(k - k0, kOuterDepth);
-      const char* rows = static_cast<const char*>(w) + (k0 * w_stride + n0) * 2;
+      const char* rows = weights + (k0 * w_stride + n0) * 2;
       for (int64_t q = 0; q < depth; q += 2, rows += w_stride * 4)
         interleave_rows(rows, q + 1 < depth ? rows + w_stride * 2 : nullptr, width, panel + q / 2 * kTileCols * 4,
                         kGroupBytes);
-      for (int64_t j = 0; j < width; j += kTileCols)
-        for (int64_t i = 0; i < m; i += kRows) {
-          const char* x = static_cast<const char*>(packed) + i * packed_stride(k) + k0 * 2;
-          float* out = static_cast<float*>(c) + i * c_stride + n0 + j;
-          const int64_t here = smaller(m - i, kRows), cols = smaller(width - j, kTileCols);
-          const bool whole = cols == kTileCols;
-          if (!whole && k0 > 0)
-            for (int64_t s = 0; s < here; ++s) std::memcpy(edge + s * kTileCols, out + s * c_stride, cols * 4);
-          outer_tile(here, reinterpret_cast<const int32_t*>(x), packed_stride(k) / 4, 1,
-                     panel + j / kTileCols * kGroupBytes, divide_up(depth, 2), k0 == 0, whole ? out : edge,
-                     whole ? c_stride : kTileCols);
-          if (!whole)
-            for (int64_t s = 0; s < here; ++s) std::memcpy(out + s * c_stride, edge + s * kTileCols, cols * 4);
-        }
+      const char* next = k0 + kOuterDepth < k  ? weights + ((k0 + kOuterDepth) * w_stride + n0) * 2
+                         : n0 + kOuterCols < n ? weights + (n0 + kOuterCols) * 2
+                                               : static_cast<const char*>(after);
+      multiply_panel({static_cast<const char*>(packed) + k0 * 2, packed_stride(k), m, panel, kGroupBytes, width, depth,
+                      k0 == 0, NextPanel{next, w_stride * 2, 0}},
+                     static_cast<float*>(c) + n0, c_stride);
     }
 }
 
 constexpr int64_t kGradIn = 16 * kRows;  // inputs of a panel of x: 96, and whole vectors
-constexpr int64_t kGradRows = 256;
+constexpr int64_t kGradRows = 160;       // of a panel: 20 KB of y and 2 KB of x stay in an L1 of 32 KB
+constexpr int64_t kGradPairs = kGradRows / 2;
 
 struct GradientPanels {
-  alignas(64) int32_t x[kGradRows / 2 * 128];         // [pair of rows][input], two groups of 64
-  alignas(64) char y[kGradRows / 2 * kTileCols * 4];  // [pair of rows][64 outputs]
+  alignas(64) int32_t x[kGradIn * kGradPairs];     // [input / kRows][pair of rows][kRows]
+  alignas(64) char y[kGradPairs * kTileCols * 4];  // [pair of rows][64 outputs]
   alignas(64) float sum[kGradIn * kTileCols];
 };
+
+const char* row_at(const void* const* rows, int64_t r, int64_t count, int64_t column) {
+  return r < count ? static_cast<const char*>(rows[r]) + column * 2 : nullptr;
+}
+
+// `in` inputs from i0 on, dealt out to tiles.
+void interleave_inputs(const void* const* x, int64_t count, int64_t i0, int64_t in, int32_t* panel) {
+  alignas(64) char line[2 * kTileCols * 4];
+  for (int64_t r = 0; r < count; r += 2) {
+    interleave_rows(row_at(x, r, count, i0), row_at(x, r + 1, count, i0), in, line, kTileCols * 4);
+    for (int64_t i = 0; i < in; i += kRows)
+      std::memcpy(panel + i * kGradPairs + r / 2 * kRows, line + i * 4, kRows * 4);
+  }
+}
+
+// `in` rows of 64 sums, rounded.
+void store_gradient(const float* sum, int64_t in, int64_t width, char* out, int64_t out_stride) {
+  for (int64_t i = 0; i < in; ++i, sum += kTileCols, out += out_stride * 2)
+    for (int64_t j = 0; j < width; j += 16) store_rounded(_mm512_load_ps(sum + j), width - j, out + j * 2);
+}
 
 void weight_gradient(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
                      int64_t out_stride) {
   GradientPanels* panels = static_cast<GradientPanels*>(scratch(Scratch::kMicroKernel, sizeof(GradientPanels)));
-  const auto row = [](const void* const* base, int64_t r, int64_t column) {
-    return static_cast<const char*>(base[r]) + column * 2;
-  };
+  const int64_t blocks = divide_up(rows, kGradRows);
+  const int64_t block_rows = blocks > 0 ? divide_up(divide_up(rows, blocks), 2) * 2 : 0;  // pairs stay together
   for (int64_t i0 = 0; i0 < a; i0 += kGradIn)
     for (int64_t j0 = 0; j0 < b; j0 += kTileCols) {
       const int64_t in = smaller(a - i0, kGradIn), width = smaller(b - j0, kTileCols);
-      int64_t r0 = 0;
-      do {  // once without rows: zeros
-        const int64_t count = smaller(rows - r0, kGradRows);
-        for (int64_t r = r0; r < r0 + count; r += 2) {
-          const bool paired = r + 1 < r0 + count;
-          if (j0 == 0 || rows > kGradRows)  // one block of rows: x is interleaved once for all outputs
-            interleave_rows(row(x, r, i0), paired ? row(x, r + 1, i0) : nullptr, in,
-                            reinterpret_cast<char*>(panels->x + (r - r0) / 2 * 128), kTileCols * 4);
-          interleave_rows(row(y, r, j0), paired ? row(y, r + 1, j0) : nullptr, width,
-                          panels->y + (r - r0) / 2 * kTileCols * 4, 0);
+      char* result = static_cast<char*>(out) + (i0 * out_stride + j0) * 2;
+      for (int64_t r0 = 0; r0 < rows; r0 += block_rows) {
+        const int64_t count = smaller(rows - r0, block_rows);
+        if (j0 == 0 || blocks > 1)  // one block of rows: x is interleaved once for all outputs
+          interleave_inputs(x + r0, count, i0, in, panels->x);
+        for (int64_t r = 0; r < count; r += 2)
+          interleave_rows(row_at(y + r0, r, count, j0), row_at(y + r0, r + 1, count, j0), width,
+                          panels->y + r / 2 * kTileCols * 4, 0);
+        for (int64_t i = 0; i < in; i += kRows) {
+          float* sum = panels->sum + (blocks > 1 ? i * kTileCols : 0);
+          outer_tile(kRows, panels->x + i * kGradPairs, 1, kRows, panels->y, divide_up(count, 2), r0 == 0, sum,
+                     kTileCols);
+          if (r0 + block_rows >= rows)
+            store_gradient(sum, smaller(in - i, kRows), width, result + i * out_stride * 2, out_stride);
         }
-        for (int64_t i = 0; i < in; i += kRows)
-          outer_tile(smaller(in - i, kRows), panels->x + i, 1, 128, panels->y, divide_up(count, 2), r0 == 0,
-                     panels->sum + i * kTileCols, kTileCols);
-        r0 += kGradRows;
-      } while (r0 < rows);
-      for (int64_t i = 0; i < in; ++i)
-        for (int64_t j = 0; j < width; j += 16)
-          store_rounded(_mm512_load_ps(panels->sum + i * kTileCols + j), width - j,
-                        static_cast<char*>(out) + ((i0 + i) * out_stride + j0 + j) * 2);
+      }
     }
 }
 

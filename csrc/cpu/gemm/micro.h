@@ -26,7 +26,7 @@ struct MicroKernel {
 };
 
 // out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j]: a weight gradient, rounded once to the element type.
-// x[r] points at a elements, y[r] at b elements; out[i * out_stride + j] is overwritten. No rows gives zeros.
+// x[r] points at a elements, y[r] at b elements; out[i * out_stride + j] is overwritten; rows is at least 1.
 struct WgradKernel {
   void (*multiply)(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
                    int64_t out_stride);

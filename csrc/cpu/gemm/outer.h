@@ -28,11 +28,12 @@ enum class OuterEnd {
   kContinue,  // the running sums themselves are in c
 };
 
-// c[R, V vectors] against a[k][R] and w[k][V vectors]; the last of `count` outputs may end inside a vector, unless the
+// c[R, V vectors] against a[k][kStep], its first R, and w[k][V vectors]; the last of `count` outputs may end inside a vector, unless the
 // sums continue. kPrefetch asks for the same columns of the rows `k` further on.
-template <int R, int V, bool kPrefetch, class T>
+template <int R, int V, bool kPrefetch, int kStep, class T>
 inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
-                                                      int64_t c_stride, int64_t count, OuterEnd end) {
+                                                      int64_t c_stride, int64_t count, OuterEnd end,
+                                                      NextPanel next = {}) {
   constexpr int L = Vec::kLanes;
   Vec sums[R][V];
 #pragma GCC unroll 8
@@ -40,7 +41,8 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w
 #pragma GCC unroll 16
     for (int j = 0; j < V; ++j)
       sums[i][j] = end == OuterEnd::kContinue ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
-  for (int64_t q = 0; q < k; ++q, w += w_stride, a += R) {
+  for (int64_t q = 0; q < k; ++q, w += w_stride, a += kStep) {
+    if (!kPrefetch) next.fetch();
     if (kPrefetch) {
       const char* line = reinterpret_cast<const char*>(w + k * w_stride);
 #pragma GCC unroll 16
@@ -122,8 +124,13 @@ void outer_fill_panel(const T* w, int64_t w_stride, int64_t k, int64_t columns, 
 
 // All rows against columns [first, first + columns) of one block of k, by way of a panel.
 template <class T>
-void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t first, int64_t columns) {
+void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t first, int64_t columns,
+                 const T* after) {
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
+  constexpr int64_t kLines = kOuterPanel * static_cast<int64_t>(sizeof(T)) / 64;
+  const NextPanel next{reinterpret_cast<const char*>(after), p.w_stride * static_cast<int64_t>(sizeof(T)), 0};
+  const int64_t tiles = (m + kOuterRows - 1) / kOuterRows * ((columns + kWidth - 1) / kWidth);
+  int64_t tile = 0;
   alignas(64) float panel[kOuterBlock * kOuterPanel];
   outer_fill_panel(p.w + q * p.w_stride + first, p.w_stride, depth, columns, panel);
   for (int64_t row = 0; row < m; row += kOuterRows) {
@@ -131,9 +138,9 @@ void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, 
     with_outer_rows(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kWidth)
-        outer_tile<R, kOuterVecs, false>(p.a + row * p.k + q * R, panel + j * depth, kWidth, depth,
-                                         p.c + row * p.c_stride + first + j, p.c_stride, columns - j,
-                                         q > 0 ? OuterEnd::kAdd : OuterEnd::kStore);
+        outer_tile<R, kOuterVecs, false, R>(
+            p.a + row * p.k + q * R, panel + j * depth, kWidth, depth, p.c + row * p.c_stride + first + j, p.c_stride,
+            columns - j, q > 0 ? OuterEnd::kAdd : OuterEnd::kStore, next.share(tile++, tiles, kLines));
     });
   }
 }
@@ -149,8 +156,8 @@ void outer_few_rows(const OuterProblem<T>& p, int64_t q, int64_t depth, int64_t 
     const int64_t steps = depth - step < kOuterStep ? depth - step : kOuterStep;
     const T* w = p.w + (q + step) * p.w_stride + first;
     for (int64_t j = 0; j < columns; j += kWidth)
-      outer_tile<R, kOuterVecs, true>(p.a + (q + step) * R, w + j, p.w_stride, steps, sums + j, kOuterSweep, kWidth,
-                                      step > 0 ? OuterEnd::kContinue : OuterEnd::kStore);
+      outer_tile<R, kOuterVecs, true, R>(p.a + (q + step) * R, w + j, p.w_stride, steps, sums + j, kOuterSweep, kWidth,
+                                         step > 0 ? OuterEnd::kContinue : OuterEnd::kStore);
   }
   for (int64_t i = 0; i < R; ++i) {
     float* c = p.c + i * p.c_stride + first;
@@ -163,7 +170,7 @@ void outer_few_rows(const OuterProblem<T>& p, int64_t q, int64_t depth, int64_t 
 
 template <class T>
 void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
-                    int64_t c_stride, const void*) {
+                    int64_t c_stride, const void* after) {
   const OuterProblem<T> p{
       static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k, static_cast<float*>(c), c_stride};
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
@@ -179,8 +186,12 @@ void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stri
       });
       first = whole;
     }
-    for (; first < n; first += kOuterPanel)
-      outer_panel(p, m, q, depth, first, n - first < kOuterPanel ? n - first : kOuterPanel);
+    for (; first < n; first += kOuterPanel) {
+      const T* next = first + kOuterPanel < n ? p.w + q * w_stride + first + kOuterPanel
+                      : q + kOuterBlock < k   ? p.w + (q + kOuterBlock) * w_stride
+                                              : static_cast<const T*>(after);
+      outer_panel(p, m, q, depth, first, n - first < kOuterPanel ? n - first : kOuterPanel, next);
+    }
   }
 }
 

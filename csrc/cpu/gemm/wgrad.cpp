@@ -1,4 +1,4 @@
-// Weight gradients on float vectors: out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j].
+// Weight gradients on float vectors: out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j]; at least one row.
 //
 // The reduction runs over rows, so the native form is an outer product: a tile of 6 inputs by 4 (AVX-512) or 2 vectors
 // of outputs stays in registers while the rows go by, one broadcast of x against whole vectors of y. Both operands are
@@ -10,20 +10,18 @@
 #include <cstring>
 
 #include "common/workspace.h"
-#include "cpu/isa/kernels.h"
-#include "cpu/isa/vec.h"
+#include "cpu/gemm/outer.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr int kTileIn = 6;
-constexpr int kTileVecs = Vec::kLanes == 16 ? 4 : 2;
-constexpr int kTileOut = kTileVecs * Vec::kLanes;
+constexpr int kTileIn = kOuterRows;
+constexpr int kTileOut = kOuterVecs * Vec::kLanes;
 constexpr int kBlockIn = 144;   // inputs of a panel of x: whole tiles and whole vectors
 constexpr int kBlockOut = 64;   // outputs of a panel of y
 constexpr int kGroupOut = 256;  // outputs that share one copy of x
-constexpr int kBlockRows = 128;
+constexpr int kBlockRows = 96;  // of a panel: 24 KB of y and 2 KB of x stay in an L1 of 32 KB
 
 struct Panels {
   alignas(64) float x[kBlockRows * kBlockIn];   // [input / kTileIn][row][kTileIn]
@@ -60,37 +58,6 @@ void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64
   }
 }
 
-// Keeps the compiler from folding one load into several products, which would repeat it.
-inline void load_once(Vec& value) {
-#if defined(__AVX2__)
-  __asm__("" : "+v"(value.v));
-#else
-  (void)value;
-#endif
-}
-
-// One register tile over a block of rows: continues from `sum` unless `first`.
-void tile(const float* x, const float* y, int64_t num_rows, bool first, float* sum) {
-  Vec acc[kTileIn][kTileVecs];
-  for (int i = 0; i < kTileIn; ++i)
-    for (int v = 0; v < kTileVecs; ++v)
-      acc[i][v] = first ? Vec::zero() : Vec::load(sum + i * kGroupOut + v * Vec::kLanes);
-  for (int64_t r = 0; r < num_rows; ++r, x += kTileIn, y += kTileOut) {
-    Vec column[kTileVecs];
-    for (int v = 0; v < kTileVecs; ++v) {
-      column[v] = Vec::load(y + v * Vec::kLanes);
-      load_once(column[v]);
-    }
-    for (int i = 0; i < kTileIn; ++i) {
-      Vec value = Vec::all(x[i]);
-      load_once(value);
-      for (int v = 0; v < kTileVecs; ++v) acc[i][v] = fma(value, column[v], acc[i][v]);
-    }
-  }
-  for (int i = 0; i < kTileIn; ++i)
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v].store(sum + i * kGroupOut + v * Vec::kLanes);
-}
-
 template <class T>
 void store_block(const float* sum, int64_t in, int64_t width, T* out, int64_t out_stride) {
   for (int64_t i = 0; i < in; ++i, sum += kGroupOut, out += out_stride)
@@ -101,31 +68,47 @@ void store_block(const float* sum, int64_t in, int64_t width, T* out, int64_t ou
     }
 }
 
+// A block of rows against one panel of y, the products going to c.
+void multiply_panels(const Panels& panels, int64_t count, int64_t in, int64_t width, bool first, float* c,
+                     int64_t c_stride) {
+  for (int64_t i = 0; i < in; i += kTileIn)
+    with_outer_rows(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
+      constexpr int R = decltype(height)::value;
+      const float* x = panels.x + i * kBlockRows;
+      for (int64_t j = 0; j < width; j += kTileOut)
+        outer_tile<R, kOuterVecs, false, kTileIn>(x, panels.y + j * kBlockRows, kTileOut, count, c + i * c_stride + j,
+                                                  c_stride, width - j, first ? OuterEnd::kStore : OuterEnd::kContinue);
+    });
+}
+
 template <class T>
 void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
               int64_t out_stride) {
   Panels* panels = static_cast<Panels*>(scratch(Scratch::kMicroKernel, sizeof(Panels)));
   const auto smaller = [](int64_t p, int64_t q) { return p < q ? p : q; };
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t i0 = 0; i0 < a; i0 += kBlockIn)
     for (int64_t g0 = 0; g0 < b; g0 += kGroupOut) {
       const int64_t in = smaller(a - i0, kBlockIn), group = smaller(b - g0, kGroupOut);
+      T* result = static_cast<T*>(out) + i0 * out_stride + g0;
+      // Float sums run in the result itself; sums that continue are whole tiles.
+      const bool direct = sizeof(T) == sizeof(float) && (blocks == 1 || group % kTileOut == 0);
+      float* c = direct ? reinterpret_cast<float*>(result) : panels->sum;
+      const int64_t c_stride = direct ? out_stride : kGroupOut;
       int64_t r0 = 0;
-      do {  // once without rows: zeros
-        const int64_t count = smaller(rows - r0, kBlockRows);
-        if (g0 == 0 || rows > kBlockRows)  // one block of rows: x is copied once for all outputs
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t count = rows * (block + 1) / blocks - r0;
+        if (g0 == 0 || blocks > 1)  // one block of rows: x is copied once for all outputs
           copy_inputs<T>(x + r0, count, i0, in, panels->x);
         for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
           copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
-          for (int64_t i = 0; i < in; i += kTileIn)
-            for (int64_t j = 0; j < padded; j += kTileOut)
-              tile(panels->x + i * kBlockRows, panels->y + j * kBlockRows, count, r0 == 0,
-                   panels->sum + i * kGroupOut + j0 + j);
+          multiply_panels(*panels, count, in, direct ? width : padded, block == 0, c + j0, c_stride);
         }
-        r0 += kBlockRows;
-      } while (r0 < rows);
-      store_block(panels->sum, in, group, static_cast<T*>(out) + i0 * out_stride + g0, out_stride);
+        r0 += count;
+      }
+      if (!direct) store_block(panels->sum, in, group, result, out_stride);
     }
 }
 
