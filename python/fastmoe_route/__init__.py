@@ -20,6 +20,7 @@ from fastmoe_route.dispatch import (  # noqa: E402
 from fastmoe_route.expert_choice import expert_choice  # noqa: E402
 from fastmoe_route.gate import gate  # noqa: E402
 from fastmoe_route.grouped_mm import grouped_mm  # noqa: E402
+from fastmoe_route.huge_pages import use_huge_pages  # noqa: E402
 from fastmoe_route.invariance import check_servable, dispatch_invariance  # noqa: E402
 from fastmoe_route.moe_mlp import moe_mlp  # noqa: E402
 from fastmoe_route.overflow import (  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "softmax_topk",
     "transport",
     "unpermute",
+    "use_huge_pages",
 ]
 
 # Imported at first use, so that importing the package stays quick.
