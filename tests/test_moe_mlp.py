@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 import vm_backend
 from cases import ACTIVATIONS, GATED_ACTIVATIONS, describe, expert_cases
 from fastmoe_route import reference
-from fastmoe_route.bench.machine import library_info
 from tolerance import assert_exact, assert_has_power, assert_ratio
 from torch import Tensor
 
@@ -402,63 +400,6 @@ def test_a_bad_token_stays_alone(backend: str, dtype: torch.dtype, poison: float
     assert not got["y"][17].isfinite().all()
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_scratch_does_not_grow(backend: str) -> None:
-    case = make(64, 256, 128, 4, 2, biases=True)
-    for _ in range(3):
-        results(fr.moe_mlp, case)
-    before = resident()
-    for _ in range(60):
-        results(fr.moe_mlp, case)
-    assert resident() - before < 8 * 2**20
-
-
-def test_ten_thousand_calls_do_not_grow(backend: str) -> None:
-    case = make(2, 16, 8, 3, 2)
-    x, w_up, w_down = case["x"].detach(), case["w_up"].detach(), case["w_down"].detach()
-
-    def call() -> None:
-        fr.moe_mlp(x, case["routing"], w_up, w_down)
-
-    for _ in range(100):
-        call()
-    before = resident()
-    for _ in range(10_000):
-        call()
-    assert resident() - before < 4 * 2**20
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scratch_keeps_to_its_formula(backend: str, dtype: torch.dtype, training: bool) -> None:
-    """The formula of docs/experts.md. A new thread has no scratch yet."""
-    num_tokens, hidden, inter, experts, top_k = 600, 256, 1500, 4, 2
-    case = make(num_tokens, hidden, inter, experts, top_k, dtype=dtype)
-    held = []
-
-    def run() -> None:
-        if training:
-            results(fr.moe_mlp, case)
-        else:
-            with torch.no_grad():
-                fr.moe_mlp(case["x"], case["routing"], case["w_up"], case["w_down"])
-        held.append(int(library_info()["scratch_bytes"]))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    rows, size = num_tokens * top_k, dtype.itemsize
-    per_row = inter * size + 4 * hidden
-    if training:
-        per_row += 2 * inter * size + 4 * (-(-inter // 64)) + 40
-    allowed = rows * per_row + torch.get_num_threads() * (6 << 20) + 4 * experts + hidden * size
-    assert rows * per_row <= held[0] <= allowed + (14 << 20)  # every buffer ends on a huge page
-
-
 def test_meta_tensors_give_shapes(backend: str) -> None:
     case = make(6, 16, 8, 3, 2)
     meta = [case[name].detach().to("meta") for name in ("x", "w_up", "w_down")]
@@ -469,10 +410,7 @@ def test_meta_tensors_give_shapes(backend: str) -> None:
 
 def test_a_pair_may_be_a_list(backend: str) -> None:
     case = make(6, 16, 8, 3, 2)
-    assert_exact(
-        fr.moe_mlp(**{**case, "routing": list(case["routing"])}).detach(),
-        fr.moe_mlp(**case).detach(),
-    )
+    assert_exact(fr.moe_mlp(**{**case, "routing": [*case["routing"]]}), fr.moe_mlp(**case))
 
 
 # ---- edges -------------------------------------------------------------------------------------

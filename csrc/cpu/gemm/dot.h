@@ -8,7 +8,7 @@
 //
 // `Math` is what a vector holds: WidenedMath below, floats; or pairs of bfloat16 (avx512_bf16.cpp).
 //
-// Tiles of kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is 24 KB
+// Tiles of up to kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is 24 KB
 // that passes through L1 again and again while a panel of weights passes from L2. Few rows (one tile) go through the
 // weights in two or four long streams instead, at the speed of memory.
 #pragma once
@@ -17,7 +17,7 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
-constexpr int kDotRows = Vec::kLanes == 16 ? 6 : 3;
+constexpr int kDotRows = kVectorRegisters == 32 ? 6 : kVectorRegisters == 16 ? 3 : 1;
 constexpr int kDotCols = 4;
 constexpr int64_t kDotPanel = 96;      // weights whose k block stays in L2 while all rows pass
 constexpr int64_t kDotSegment = 8;     // steps of k between two fetches of what is multiplied later
@@ -192,8 +192,8 @@ template <class F>
 inline void with_rows(int64_t rows, const F& f) {
   switch (rows) {
     case 1: return f(RowCount<1>{});
-    case 2: return f(RowCount<2>{});
-    case 3: return f(RowCount<3>{});
+    case 2: return f(RowCount<(kDotRows > 1 ? 2 : 1)>{});
+    case 3: return f(RowCount<(kDotRows > 1 ? 3 : 1)>{});
     case 4: return f(RowCount<(kDotRows > 3 ? 4 : 1)>{});
     case 5: return f(RowCount<(kDotRows > 3 ? 5 : 1)>{});
     default: return f(RowCount<kDotRows>{});

@@ -14,7 +14,7 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
-constexpr int kOuterRows = 6;
+constexpr int kOuterRows = kVectorRegisters == 8 ? 2 : 6;
 constexpr int kOuterVecs = Vec::kLanes == 16 ? 4 : 2;
 constexpr int64_t kOuterBlock = 128;  // elements of k summed before they join the result
 constexpr int64_t kOuterPanel = 64;   // outputs of a panel
@@ -28,8 +28,8 @@ enum class OuterEnd {
   kContinue,  // the running sums themselves are in c
 };
 
-// c[R, V vectors] against a[k][kStep], its first R, and w[k][V vectors]; the last of `count` outputs may end inside a vector, unless the
-// sums continue. kPrefetch asks for the same columns of the rows `k` further on.
+// c[R, V vectors] against a[k][kStep], its first R, and w[k][V vectors]; the last of `count` outputs may end inside a
+// vector, unless the sums continue. kPrefetch asks for the same columns of the rows `k` further on.
 template <int R, int V, bool kPrefetch, int kStep, class T>
 inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
                                                       int64_t c_stride, int64_t count, OuterEnd end,
@@ -87,10 +87,10 @@ inline void with_outer_rows(int64_t rows, const F& f) {
   switch (rows) {
     case 1: return f(OuterRows<1>{});
     case 2: return f(OuterRows<2>{});
-    case 3: return f(OuterRows<3>{});
-    case 4: return f(OuterRows<4>{});
-    case 5: return f(OuterRows<5>{});
-    default: return f(OuterRows<6>{});
+    case 3: return f(OuterRows<(kOuterRows > 2 ? 3 : 1)>{});
+    case 4: return f(OuterRows<(kOuterRows > 2 ? 4 : 1)>{});
+    case 5: return f(OuterRows<(kOuterRows > 2 ? 5 : 1)>{});
+    default: return f(OuterRows<kOuterRows>{});
   }
 }
 

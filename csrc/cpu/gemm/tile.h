@@ -6,6 +6,15 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+// How many Vec the registers of a level hold: the tiles are made for it.
+#if defined(__AVX512F__)
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorRegisters = 8;  // two halves each
+#endif
+
 // Keeps a loaded vector in a register: left alone, gcc loads it again as the memory operand of every product it is in.
 inline void keep_in_register([[maybe_unused]] Vec& value) {
 #if defined(__AVX512F__)
@@ -20,8 +29,8 @@ inline void keep_in_register([[maybe_unused]] Vec& value) {
 inline __attribute__((always_inline)) void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// What the outer forms ask for while a panel is multiplied: of every row of the weights of the next panel, `lines` lines
-// from `at` on. The tiles of a panel share its lines, each takes some of every row.
+// What the outer forms ask for while a panel is multiplied: of every row of the weights of the next panel, `lines`
+// lines from `at` on. The tiles of a panel share its lines, each takes some of every row.
 struct NextPanel {
   const char* at = nullptr;
   int64_t stride = 0;  // bytes between rows
