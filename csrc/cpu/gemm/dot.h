@@ -8,9 +8,9 @@
 //
 // `Math` is what a vector holds: WidenedMath below, floats; or pairs of bfloat16 (avx512_bf16.cpp).
 //
-// Tiles of up to kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is 24 KB
-// that passes through L1 again and again while a panel of weights passes from L2. Few rows (one tile) go through the
-// weights in two or four long streams instead, at the speed of memory.
+// Tiles of up to kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is
+// 24 KB that passes through L1 again and again while a panel of weights passes from L2. Few rows (one tile) go through
+// the weights in two or four long streams instead, at the speed of memory.
 #pragma once
 
 #include "cpu/gemm/tile.h"

@@ -10,6 +10,7 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
@@ -72,7 +73,8 @@ constexpr int64_t kMaxChunk = 384;
 constexpr int64_t kTasksPerWorker = 12;
 constexpr int64_t kFewRows = 8;  // in every block
 constexpr int64_t kMaxFewRowChunk = 2048;
-constexpr int64_t kFewRowTasksPerWorker = 2;
+constexpr int64_t kMinFewRowChunk = 256;
+constexpr int64_t kFewRowTasksPerWorker = 8;
 
 struct Block {
   int64_t expert, begin, end;
@@ -112,15 +114,17 @@ inline int64_t block_rows(const GroupedProduct& product) {
   return fit < kMinBlockRows ? kMinBlockRows : fit > kMaxBlockRows ? kMaxBlockRows : fit;
 }
 
-// Few rows stream weights at the speed of memory, and row-major weights in runs as long as a chunk is wide: the fewer
-// chunks the better. Many rows want small chunks, so that tiles stay in the caches and threads end together.
+// Few rows stream weights at the speed of memory, and row-major weights in runs as long as a chunk is wide: wide
+// chunks, but enough of them for threads to end together. Many rows want small chunks, so that tiles stay in the
+// caches. Chunks are as even as their unit allows.
 inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t most_rows, int64_t workers) {
   const bool few_rows = most_rows <= kFewRows;
   const int64_t tasks = (few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
-  int64_t chunk = few_rows ? kMaxFewRowChunk : kMaxChunk;
-  while (chunk > kColumnUnit && num_blocks * ((n + chunk - 1) / chunk) < tasks)
-    chunk -= chunk > 2 * kColumnUnit ? 2 * kColumnUnit : kColumnUnit;
-  return chunk;
+  const int64_t most = few_rows ? kMaxFewRowChunk : kMaxChunk, least = few_rows ? kMinFewRowChunk : kColumnUnit;
+  int64_t pieces = (tasks + num_blocks - 1) / num_blocks;
+  if (pieces > (n + least - 1) / least) pieces = (n + least - 1) / least;
+  if (pieces < (n + most - 1) / most) pieces = (n + most - 1) / most;
+  return round_up((n + pieces - 1) / pieces, kColumnUnit);
 }
 
 }  // namespace driver

@@ -49,11 +49,12 @@ class Options:
     def rows(self) -> list[Row]:
         """The rows to run."""
         if self.peers:  # they are forward only, and compared on the whole layer of experts
-            self.ops, self.passes = ("moe_mlp",), "forward"
+            return select_rows(("moe_mlp",), self.shapes, self.tokens, self.dtypes, "forward")
         if self.quick:
             rows = quick_rows(self.ops, self.shapes, self.tokens, self.dtypes)
+            rows = [row for row in rows if self.passes in ("both", _pass_name(row))]
             if rows:
-                return [row for row in rows if self.passes in ("both", _pass_name(row))]
+                return rows
         return select_rows(self.ops, self.shapes, self.tokens, self.dtypes, self.passes)
 
 
