@@ -79,7 +79,7 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     left.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
     left.invert_yaxis()
     left.margins(y=0.01)
-    left.set_title("Speed beside the fastest plain PyTorch form (median, p10 to p90)", fontsize=10)
+    left.set_title("Speed beside the fastest other contender (median, p10 to p90)", fontsize=10)
 
     shares = [row["limit"]["share"] for row in rows]
     right.barh(positions, shares, hatch=hatches, height=0.78, **style)
