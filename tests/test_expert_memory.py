@@ -1,4 +1,4 @@
-"""Memory of the expert layer: scratch keeps to its formula and does not grow."""
+"""Memory of the expert layer: scratch keeps to its formula; meta tensors have none."""
 
 from __future__ import annotations
 
@@ -84,3 +84,15 @@ def test_scratch_keeps_to_its_formula(dtype: torch.dtype, training: bool) -> Non
         per_row += 2 * inter * size + 4 * (-(-inter // 64)) + 40
     allowed = rows * per_row + torch.get_num_threads() * (6 << 20) + 4 * experts + hidden * size
     assert rows * per_row <= held[0] <= allowed + (14 << 20)  # every buffer ends on a huge page
+
+
+def test_meta_tensors_give_shapes():
+    x, ids, weights, up, down = (value.to("meta") for value in make(6, 16, 8, 3, torch.bfloat16))
+    y = fr.moe_mlp(x, [ids, weights], up, down)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", x.shape, torch.bfloat16)
+
+
+def test_a_pair_may_be_a_list():
+    x, ids, weights, up, down = make(6, 16, 8, 3, torch.float32)
+    listed = fr.moe_mlp(x, [ids, weights], up, down)
+    assert torch.equal(listed, fr.moe_mlp(x, (ids, weights), up, down))

@@ -400,19 +400,6 @@ def test_a_bad_token_stays_alone(backend: str, dtype: torch.dtype, poison: float
     assert not got["y"][17].isfinite().all()
 
 
-def test_meta_tensors_give_shapes(backend: str) -> None:
-    case = make(6, 16, 8, 3, 2)
-    meta = [case[name].detach().to("meta") for name in ("x", "w_up", "w_down")]
-    routing = [value.detach().to("meta") for value in case["routing"]]
-    y = fr.moe_mlp(meta[0], routing, *meta[1:])
-    assert (y.device.type, y.shape, y.dtype) == ("meta", case["x"].shape, case["x"].dtype)
-
-
-def test_a_pair_may_be_a_list(backend: str) -> None:
-    case = make(6, 16, 8, 3, 2)
-    assert_exact(fr.moe_mlp(**{**case, "routing": [*case["routing"]]}), fr.moe_mlp(**case))
-
-
 # ---- edges -------------------------------------------------------------------------------------
 
 
