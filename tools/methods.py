@@ -37,6 +37,15 @@ PAGE = ROOT / "docs" / "methods.md"
 COSTS = ROOT / "bench" / "results" / "methods.json"
 SIZES = {"tokens": 2048, "hidden_size": 512, "num_experts": 64}
 VOCABULARY = 1000
+TEST_FILES = (
+    "routers_*",
+    "losses",
+    "softmax*",
+    "estimators",
+    "adapters",
+    "audit",
+    "assign_balanced",
+)
 COLUMNS = (
     *("row", "name", "kind", "what it is", "source", "code", "invariance", "decoding"),
     *("needs", "test", "cost", "own share"),
@@ -48,11 +57,10 @@ COLUMNS = (
 
 @cache
 def test_functions() -> dict[str, str]:
-    """`file::function` of every test, with its source; the registry-wide file is left out."""
+    """`file::function` of every test in the files about methods, with its source."""
     found = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        if path.name == "test_routers.py":
-            continue
+    paths = [path for name in TEST_FILES for path in (ROOT / "tests").glob(f"test_{name}.py")]
+    for path in sorted(paths):
         text = path.read_text()
         lines = text.splitlines()
         for node in ast.parse(text).body:
