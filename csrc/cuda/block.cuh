@@ -56,13 +56,13 @@ struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
 
-// Stores a pack as one word: element by element the compiler may take it apart.
+// Stores a pack as one word: an assignment, of the pack or of a uint4, the compiler may take apart.
 template <class T, int N>
 __device__ inline void store_pack(T* to, const Pack<T, N>& pack) {
   if constexpr (sizeof(pack) == sizeof(uint4)) {
     uint4 word;
     memcpy(&word, &pack, sizeof word);
-    *reinterpret_cast<uint4*>(to) = word;
+    __stwb(reinterpret_cast<uint4*>(to), word);
   } else {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
   }
