@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import fastmoe_route as fr
 import pytest
@@ -87,3 +88,119 @@ def test_maps_that_disagree_touch_nothing_outside(on_device: None, stray: int) -
         wanted = reference.permute(x, plan)
         assert_exact(rows[1:], wanted[1:])
         assert rows[0].tolist() in ([0.0] * 4, wanted[0].tolist())
+
+
+@pytest.mark.parametrize("stray", [-2, 3, 2**31 - 1, -(2**31), 2**32 + 1])
+@pytest.mark.parametrize("options", [{}, {"fill": "any"}, {"drop_policy": "score"}])
+def test_reroute_takes_stray_candidates_for_none(
+    on_device: None, stray: int, options: dict
+) -> None:
+    experts = torch.tensor([[0, 1, 2], [1, stray, 0], [stray, 0, 1], [0, 2, stray]])
+    clean = torch.where(experts == stray, -1, experts)
+    weights = torch.tensor([[0.5, 0.3, 0.2]]).repeat(4, 1)
+    case = {"num_experts": 3, "top_k": 1, "capacity": 1, **options}
+    for got, wanted in zip(
+        fr.reroute((experts, weights), **case)[:3],
+        reference.reroute((clean, weights), **case)[:3],
+        strict=True,
+    ):
+        assert_exact(got, wanted)
+    scopes = torch.tensor([0, 5, -1, 1], dtype=torch.int32)
+    clean[1:3] = -1
+    scoped = {"num_scopes": 2, **case}
+    for got, wanted in zip(
+        fr.reroute((experts, weights), scope_ids=scopes, **scoped)[:3],
+        reference.reroute((clean, weights), scope_ids=scopes.clamp(0, 1), **scoped)[:3],
+        strict=True,
+    ):
+        assert_exact(got, wanted)
+
+
+# ---- launches and memory traffic, as the engine counts them --------------------------------------
+
+
+def launches_of(call: Callable[[], object]) -> int:
+    """How many kernels a call launches."""
+    before = sum(vm_backend.engine().launches().values())
+    call()
+    return sum(vm_backend.engine().launches().values()) - before
+
+
+def traffic_of(call: Callable[[], object]) -> dict[str, int]:
+    """Requests (warp instructions) and 32-byte sectors of global memory of a call."""
+    engine = vm_backend.engine()
+    engine.set_options(counts=True)
+    engine.clear_counters()
+    call()
+    engine.set_options(counts=False)
+    return dict(engine.counters())
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (70, 128), (4096, 64), (60, 512)])
+def test_a_plan_is_two_launches(
+    on_device: None, num_tokens: int, num_experts: int, id_dtype: torch.dtype
+) -> None:
+    """Without a limit that can bind; the sizes go from one token to many tiles of slots."""
+    generator = torch.Generator().manual_seed(2)
+    experts = torch.randint(-1, num_experts, (num_tokens, 8), generator=generator).to(id_dtype)
+    for options in ({}, {"align": 16}, {"capacity": num_tokens * 8}):
+        assert launches_of(lambda o=options: fr.plan_dispatch(experts, num_experts, **o)) == 2
+
+
+def test_rows_move_in_one_launch_each(on_device: None) -> None:
+    """Padding and the gradient of the weights included."""
+    plan = fr.plan_dispatch(torch.arange(30).reshape(10, 3) % 4, 4, align=8)
+    x, weights = torch.randn(10, 64), torch.rand(10, 3).requires_grad_()
+    rows = fr.permute(x, plan).requires_grad_()
+    assert launches_of(lambda: fr.permute(x, plan)) == 1
+    y = fr.unpermute(rows, plan, weights)
+    assert launches_of(lambda: fr.unpermute(rows, plan, weights)) == 1
+    assert launches_of(lambda: torch.autograd.grad(y.sum(), (rows, weights))) == 1
+
+
+@pytest.mark.parametrize("op", ["permute", "unpermute", "unpermute_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_cost_the_sectors_they_fill(on_device: None, op: str, dtype: torch.dtype) -> None:
+    """Rows go 16 bytes a lane: 16 sectors a request, and no byte of a row is moved twice.
+
+    Rows of 2048 bytes beside rows of 1024: what is more is the rows' own, but for the maps and
+    weights that unpermute reads once more for every 512 bytes, a sector to each request.
+    """
+    num_tokens, top_k, narrow = 40, 4, 1024
+    generator = torch.Generator().manual_seed(3)
+    experts = torch.rand(num_tokens, 8, generator=generator).argsort(1)[:, :top_k]
+    plan = fr.plan_dispatch(experts, 8)
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+
+    def traffic(row_bytes: int) -> dict[str, int]:
+        hidden = row_bytes // dtype.itemsize
+        x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
+        rows = fr.permute(x, plan)
+        maps = (plan.row_to_slot, plan.slot_to_row)
+        ops = torch.ops.fastmoe_route
+        calls = {
+            "permute": lambda: fr.permute(x, plan),
+            "unpermute": lambda: fr.unpermute(rows, plan, weights),
+            "unpermute_backward": lambda: ops.unpermute_backward(
+                x, rows, weights, *maps, True, True
+            ),
+        }
+        return traffic_of(calls[op])
+
+    less, more = traffic(narrow), traffic(2 * narrow)
+    num_slots = num_tokens * top_k
+    # permute reads tokens and writes rows, unpermute the reverse; the backward reads, for every
+    # slot, its token's gradient and its row.
+    loaded = {"permute": num_tokens, "unpermute": num_slots, "unpermute_backward": 2 * num_slots}
+    stored = {"permute": num_slots, "unpermute": num_tokens, "unpermute_backward": num_slots}
+    for kind, num_rows in (("load", loaded[op]), ("store", stored[op])):
+        requests, sectors = (
+            more[f"global_{kind}_{unit}"] - less[f"global_{kind}_{unit}"]
+            for unit in ("requests", "sectors")
+        )
+        ideal = num_rows * narrow // 32
+        others = requests - ideal // 16
+        assert others >= 0, kind
+        assert others == 0 or (op == "unpermute" and kind == "load"), kind
+        assert ideal <= sectors - others <= 1.1 * ideal, kind

@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+import vm_backend
 from cases import describe, reroute_cases
 from fastmoe_route import Routing, reference
 from tolerance import assert_exact, assert_has_power
@@ -111,7 +112,7 @@ def test_an_expert_named_before_is_not_asked_again(backend: str) -> None:
 
 
 def test_equals_reference(backend: str) -> None:
-    for i, case in enumerate(reroute_cases(1, 800)):
+    for i, case in enumerate(reroute_cases(1, vm_backend.repeats(800, vm=200))):
         try:
             assert_routing(fr.reroute(**case), reference.reroute(**case))
         except Exception as error:
@@ -127,16 +128,23 @@ def test_the_check_has_power(backend: str) -> None:
 @pytest.mark.parametrize("policy", ["position", "score"])
 def test_large_case_equals_reference(backend: str, policy: str) -> None:
     generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(3000, 32, generator=generator) + torch.linspace(2, 0, 32)
+    num_tokens = vm_backend.repeats(3000, vm=300)
+    logits = torch.randn(num_tokens, 32, generator=generator) + torch.linspace(2, 0, 32)
     routing = fr.gate(logits, 12)
     for fill in (None, "any"):
-        case = {"num_experts": 32, "top_k": 4, "capacity": 375, "drop_policy": policy, "fill": fill}
+        case = {
+            "num_experts": 32,
+            "top_k": 4,
+            "capacity": num_tokens // 8,
+            "drop_policy": policy,
+            "fill": fill,
+        }
         assert_routing(fr.reroute(routing, **case), reference.reroute(routing, **case))
 
 
 @pytest.mark.parametrize("policy", ["position", "score"])
 def test_without_other_rules_it_keeps_what_a_plan_keeps(backend: str, policy: str) -> None:
-    for case in reroute_cases(2, 150):
+    for case in reroute_cases(2, vm_backend.repeats(150, vm=10)):
         experts, weights = case["routing"]
         top_k = case["top_k"]
         scopes = {k: case[k] for k in ("scope_ids", "num_scopes") if k in case}
@@ -151,7 +159,7 @@ def test_without_other_rules_it_keeps_what_a_plan_keeps(backend: str, policy: st
 
 
 def test_a_plan_of_the_result_drops_nothing(backend: str) -> None:
-    for case in reroute_cases(3, 150):
+    for case in reroute_cases(3, vm_backend.repeats(150, vm=10)):
         got = fr.reroute(**case)
         scopes = {k: case[k] for k in ("scope_ids", "num_scopes") if k in case}
         plan = fr.plan_dispatch(
@@ -200,7 +208,7 @@ def test_thousand_runs_and_threads_are_equal(backend: str, threads) -> None:
 @pytest.mark.parametrize("fill", [None, "turned_away", "any"])
 def test_what_a_request_gets_never_depends_on_another(backend: str, fill: str | None) -> None:
     generator = torch.Generator().manual_seed(9)
-    for trial in range(30):
+    for trial in range(vm_backend.repeats(30, vm=4)):
         num_tokens = int(torch.randint(1, 60, (), generator=generator))
         routing = fr.gate(torch.randn(num_tokens, 6, generator=generator).round(), 5)
         scopes = torch.randint(0, 4, (num_tokens,), generator=generator).int()
@@ -465,6 +473,7 @@ def test_arguments(backend: str, options: dict, kind: type, message: str) -> Non
         fr.reroute(**(case | options))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("stray", [-2, 3, 2**31 - 1, -(2**31), 2**32, 2**32 + 1])
 def test_stray_ids(backend: str, dtype: torch.dtype, stray: int) -> None:

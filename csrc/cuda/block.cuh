@@ -56,10 +56,10 @@ struct alignas(sizeof(T) * N) Pack {
   T values[N];
 };
 
-// Stores a pack as one word: an assignment of 2-byte elements the compiler may take apart.
+// Stores a pack of 16 bytes as one word: an assignment of its elements the compiler may take apart.
 template <class T, int N>
 __device__ inline void store_pack(T* to, const Pack<T, N>& pack) {
-  if constexpr (sizeof(T) == 2 && sizeof(pack) == sizeof(uint4)) {
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
     uint4 word;
     memcpy(&word, &pack, sizeof word);
     __stwb(reinterpret_cast<uint4*>(to), word);

@@ -49,4 +49,7 @@ struct RerouteArgs {
 
 namespace cpu { void reroute(const RerouteArgs& args); }  // namespace cpu
 
+// Ids and scopes out of range are none.
+namespace cuda { CudaStatus reroute(const RerouteArgs& args, const CudaQueue& queue); }  // namespace cuda
+
 }  // namespace fastmoe_route
