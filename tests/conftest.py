@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,38 @@ def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
         assert torch.equal(store.view(torch.uint8), before.view(torch.uint8)), (
             "an input or the memory around it was written"
         )
+
+
+def _beside_hole(behind: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+
+    def place(x: Tensor) -> Tensor:
+        size = x.numel() * x.element_size()
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+        hole = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (0 if behind else pages)
+        assert libc.mprotect(ctypes.c_void_p(hole), mmap.PAGESIZE, 0) == 0
+        kept.append((memory, hole))
+        offset = mmap.PAGESIZE if behind else pages - size
+        flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset)
+        return flat.view(x.shape).copy_(x)
+
+    yield place
+    for _, hole in kept:
+        libc.mprotect(ctypes.c_void_p(hole), mmap.PAGESIZE, 3)
+
+
+@pytest.fixture
+def hole_after() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies a tensor so that its last byte is the last before a page nobody may touch."""
+    yield from _beside_hole(behind=False)
+
+
+@pytest.fixture
+def hole_before() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies a tensor so that its first byte is the first behind a page nobody may touch."""
+    yield from _beside_hole(behind=True)
 
 
 @pytest.fixture(scope="session")

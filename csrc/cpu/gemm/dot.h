@@ -29,7 +29,7 @@ constexpr int64_t kDotRowBlock = 192;          // rows, at most, whose k block s
 // the end of a 4 KB page and then waits for the next page's address: a line touched three pages ahead hides that.
 // Where rows take arithmetic as well, every line is fetched.
 constexpr int64_t kDotTouchAhead = 12288;
-constexpr int64_t kDotStreamAhead = 4096;
+constexpr int64_t kDotStreamAhead = 2048;
 
 // Elements of T widened to floats as they are loaded.
 template <class T>
