@@ -122,14 +122,19 @@ def gate(
     score_code = check_choice("gate", "score", score, SCORES)
     wants_grad = needs_grad(logits)
     if (
-        not (wants_grad or stats or keep_scores)
+        not (stats or keep_scores)
         and (bias is None and mask is None and noise is None and k_per_token is None)
         and (num_groups == 1 and topk_groups is None and max_per_group is None and num_null == 0)
         and (top_p is None and threshold is None and min_k == 1)
         and (softmax_over == "all" and group_score == "max")
     ):
         # Every argument that is passed on costs a fifth of a microsecond.
-        weights, experts, demand = _gate_forward(logits, top_k, score_code, normalize, scale)
+        if wants_grad:
+            weights, *_, experts, demand = _differentiable(
+                logits, top_k, score_code, normalize, scale
+            )
+        else:
+            weights, experts, demand = _gate_forward(logits, top_k, score_code, normalize, scale)
         return Routing(experts, weights, demand)
 
     over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
@@ -162,7 +167,7 @@ def gate(
     if not (wants_grad or stats or keep_scores):
         weights, experts, demand = _gate_forward(*arguments)
         return Routing(experts, weights, demand)
-    op = _gate if wants_grad else _gate_stats_forward
+    op = _differentiable if wants_grad else _gate_stats_forward
     weights, score_sum, logsumexp, scores, experts, demand = op(*arguments, stats, keep_scores)
     return Routing(
         experts,
@@ -288,4 +293,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (grad_logits,) + (None,) * 21
 
 
-register_autograd("gate", _backward, setup_context=_setup_context)
+_differentiable = register_autograd("gate", _backward, setup_context=_setup_context)
