@@ -102,3 +102,16 @@ def test_trip_to_a_gpu_keeps_strides_and_writes_back() -> None:
     wanted[1:, 1::2] += 1
     cuda_backend.through(torch.ops.aten.add_.Tensor, "cpu")(view, torch.tensor(1.0))
     assert torch.equal(base, wanted)
+
+
+@pytest.mark.parametrize(("num_experts", "most"), [(64, 500), (128, 565), (256, 635)])
+def test_a_row_of_the_gate_takes_few_instructions(
+    on_device: None, request: pytest.FixtureRequest, num_experts: int, most: int
+) -> None:
+    """Warp instructions of PTX a row, what a launch sets up included, as the engine counts them."""
+    if request.config.getoption("--backend") != "vm":
+        pytest.skip("the engine counts them")
+    logits = torch.randn(512, num_experts, generator=torch.Generator().manual_seed(0))
+    before = vm_backend.engine().instructions()
+    fr.gate(logits, 8)
+    assert (vm_backend.engine().instructions() - before) / 512 <= most
