@@ -22,7 +22,8 @@ _libraries: list[torch.library.Library] = []  # an override ends with its librar
 
 def moved(tensor: Tensor, device: str) -> Tensor:
     """A copy on `device` with the sizes, the strides and the offset of `tensor`."""
-    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=tensor.dtype)
+    whole.set_(tensor.untyped_storage())  # type: ignore[call-overload]
     there = torch.empty_like(whole, device=device).copy_(whole)
     return there.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
 # float64 is for gradient checks on the CPU there, by contract.
 FLOAT64_STEMS = ("gate", "grouped_mm", "moe_mlp")
+MORE_FILES = ("device_rules", "up_projection")  # test files that are not named after an op
 # What the kernels of the processor have besides.
 OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 
@@ -135,7 +136,7 @@ def takes(item: pytest.Item) -> bool:
     """Whether a test is one of the ops' tests that the vm runs."""
     name = item.name.lower()
     return not _is_of_float64(item) and (
-        item.path.stem.removeprefix("test_") in {*stems(), "device_rules"}
+        item.path.stem.removeprefix("test_") in {*stems(), *MORE_FILES}
         and "cpu_only" not in item.keywords
         and "large" not in item.keywords
         and not any(word in name for word in (*NOT_KERNELS, *OF_THE_CPU))

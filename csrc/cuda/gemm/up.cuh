@@ -1,9 +1,9 @@
 // UpProduct (up.h) around the collectives of sm80.cuh: the same main loop on redirected operands, another epilogue.
 //
-// Who owns what. A persistent grid over tiles of 128 rows of one expert by 128 (64) columns of its weights. Gate and up of
-// one activated column must meet in one block, so a tile of a gated layer with separate halves takes 8 columns of the
-// gate, the same 8 of up, the next 8 of the gate, ...: 16 bytes at a time lie together in memory, and a tile gives half
-// as many activated columns. Interleaved and ungated layers take their columns as they lie.
+// Who owns what. A persistent grid over tiles of 128 rows of one expert by 128 (float32: 64) columns of its weights.
+// Gate and up of one activated column must meet in one block, so a tile of a gated layer with separate halves takes 8
+// columns of the gate, the same 8 of up, the next 8 of the gate, ...: 16 bytes at a time lie together in memory, and a
+// tile gives half as many activated columns. Interleaved and ungated layers take their columns as they lie.
 // Epilogue: 64 rows of accumulators at a time go through shared memory as float32; threads take packs of columns from
 // there, scale, add the bias, round to the pre-activation, and activate what was rounded: a call that keeps the
 // pre-activations has the bits of one that does not.
