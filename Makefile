@@ -148,7 +148,9 @@ wheel-cuda: cuda wheel  ## the wheel with the CUDA library in it, in dist/cuda/
 
 .PHONY: gpu-check
 gpu-check: build  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
-	@$(PY) tools/gpu_check.py $(ARGS)
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(MAKE) cuda && FASTMOE_ROUTE_LIBRARY_DIR="$(abspath build/cuda)" $(PY) tools/gpu_check.py $(ARGS); \
+	else $(PY) tools/gpu_check.py $(ARGS); fi
 
 .PHONY: cuda-evidence
 cuda-evidence: cuda  ## write docs/cuda-evidence.md from the compiled CUDA library

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cuda_backend
 import pytest
 import torch
 import vm_backend
@@ -72,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
         vm_backend.load()
     if config.getoption("--backend") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--backend cuda needs a GPU and a torch that is built for it")
+    if config.getoption("--backend") == "cuda":
+        cuda_backend.load()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -125,6 +128,14 @@ def no_reports(request: pytest.FixtureRequest) -> Iterator[None]:
     vm_backend.start(request.config.getoption("--vm-seed"))
     yield
     assert vm_backend.reports() == []
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[Callable[[], None]]:
+    """`allow_tf32()` lets torch's float32 products round to tf32 until the end of the test."""
+    before = torch.get_float32_matmul_precision()
+    yield lambda: torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import cuda_backend
 import fastmoe_route as fr
 import pytest
 import torch
@@ -87,3 +88,30 @@ def test_maps_that_disagree_touch_nothing_outside(on_device: None, stray: int) -
         wanted = reference.permute(x, plan)
         assert_exact(rows[1:], wanted[1:])
         assert rows[0].tolist() in ([0.0] * 4, wanted[0].tolist())
+
+
+def test_trip_to_a_gpu_keeps_strides_and_writes_back() -> None:
+    """The backend `cuda` of the tests, with the processor for the GPU."""
+    base = torch.arange(24.0).reshape(4, 6)
+    view = base[1:, 1::2]
+    seen = cuda_backend.moved(view, "cpu")
+    assert (seen.stride(), seen.storage_offset()) == (view.stride(), view.storage_offset())
+    assert seen.data_ptr() != view.data_ptr()
+    assert torch.equal(seen, view)
+    wanted = base.clone()
+    wanted[1:, 1::2] += 1
+    cuda_backend.through(torch.ops.aten.add_.Tensor, "cpu")(view, torch.tensor(1.0))
+    assert torch.equal(base, wanted)
+
+
+@pytest.mark.parametrize(("num_experts", "most"), [(64, 500), (128, 565), (256, 635)])
+def test_a_row_of_the_gate_takes_few_instructions(
+    on_device: None, request: pytest.FixtureRequest, num_experts: int, most: int
+) -> None:
+    """Warp instructions of PTX a row, what a launch sets up included, as the engine counts them."""
+    if request.config.getoption("--backend") != "vm":
+        pytest.skip("the engine counts them")
+    logits = torch.randn(512, num_experts, generator=torch.Generator().manual_seed(0))
+    before = vm_backend.engine().instructions()
+    fr.gate(logits, 8)
+    assert (vm_backend.engine().instructions() - before) / 512 <= most

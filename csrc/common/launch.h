@@ -90,6 +90,29 @@ inline CUstream_st* current_stream(const char* op, int32_t device) {
 }
 #endif
 
+// Whether torch's own float32 products may round to tf32 now. The stable ABI has no word for it: torch's functions are
+// looked up by name, and where one is missing the answer is no.
+inline bool torch_allows_tf32() {
+  struct Context;
+  struct Functions {
+    Context& (*global)() = nullptr;
+    bool (*allows)(const Context*) = nullptr;
+    bool (*is_disabled_here)() = nullptr;
+  };
+  static const Functions torch = [] {
+    Functions found;
+    void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
+    if (library == nullptr) return found;
+    found.global = reinterpret_cast<decltype(found.global)>(dlsym(library, "_ZN2at13globalContextEv"));
+    found.allows = reinterpret_cast<decltype(found.allows)>(dlsym(library, "_ZNK2at7Context15allowTF32CuBLASEv"));
+    found.is_disabled_here = reinterpret_cast<decltype(found.is_disabled_here)>(
+        dlsym(library, "_ZN2at11NoTF32Guard19should_disable_tf32Ev"));
+    return found;
+  }();
+  return torch.global != nullptr && torch.allows != nullptr && torch.is_disabled_here != nullptr &&
+         !torch.is_disabled_here() && torch.allows(&torch.global());
+}
+
 // Scratch is a tensor of torch's caching allocator: freed when the launch is queued, and handed out again by torch only
 // to work that is queued behind it.
 struct TorchScratch {
@@ -109,7 +132,8 @@ inline void launch(const char* op, CudaStatus (*kernel)(const Args&, const CudaQ
   const int32_t device = on.get_device_index();
   [[maybe_unused]] const DeviceGuard guard(device);
   TorchScratch scratch{on, {}};
-  const CudaStatus status = kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch});
+  const CudaStatus status =
+      kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch, torch_allows_tf32()});
   check(status.code == 0, op, ": ", status.text != nullptr ? status.text : "a CUDA call failed", " (CUDA error ",
         status.code, ")");
 }
