@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) group_rows_kernel(const int32_t* off
     }
     tiles_before += all_tiles;
     last = ends[kThreads];
-    __syncthreads();
+    __syncthreads();  // `storage` is used again
   }
 }
 
