@@ -123,7 +123,7 @@ test-cuda-vm: build build/vm/.built  ## run the CUDA kernels in the PTX virtual 
 	@$(PY) tools/ptxvm/run_op_tests.py --seeds $(VM_SEEDS) -- $(ARGS)
 
 .PHONY: test-cuda-vm-mutants
-test-cuda-vm-mutants: build build/vm/.built  ## leave out every barrier, fence and wait of the CUDA kernels in turn and expect red
+test-cuda-vm-mutants: build build/vm/.built  ## take every barrier, fence, wait, member mask and guard of the CUDA kernels away in turn and expect red
 	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini -m mutants tools/ptxvm/tests/test_mutants.py
 
 VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)

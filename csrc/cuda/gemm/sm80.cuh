@@ -132,12 +132,11 @@ struct Collective {
       IteratorB from_b(params.b, const_cast<Element*>(b), {size.k(), size.n()}, thread, {0, col});
       Mma mma(shared.main_loop, thread, warp, lane);
       mma((size.k() + Mma::Shape::kK - 1) / Mma::Shape::kK, accumulators, from_a, from_b, accumulators);
-      __syncthreads();
     }
     IteratorD from_bias(params.bias, const_cast<Element*>(bias), size.mn(), thread, {row, col});
     IteratorD to_d(params.d, d, size.mn(), thread, {row, col});
     Epilogue epilogue(shared.epilogue, thread, warp, lane);
-    epilogue(Output(params.output), to_d, accumulators, from_bias);
+    epilogue(Output(params.output), to_d, accumulators, from_bias);  // begins with a barrier of the block
   }
 };
 
