@@ -17,7 +17,11 @@ _library = torch.library.Library("fastmoe_route", "IMPL")
 
 
 def register_autograd(
-    name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+    name: str,
+    backward: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    once: bool = True,
 ) -> Callable[..., Any]:
     """Makes the operator `name` differentiable.
 
@@ -26,6 +30,8 @@ def register_autograd(
         backward: `backward(ctx, *grads)` returns a gradient, or None, for every argument.
         setup_context: `setup_context(ctx, inputs, output)` keeps what `backward` needs; `inputs`
             are all arguments, defaults included.
+        once: the gradients have no gradient of their own: whoever asks for one gets an error, not
+            an answer without this operator's part. False where `backward` itself is differentiable.
 
     Returns:
         The operator for callers that know that a gradient is needed: the same graph, without the
@@ -46,6 +52,9 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if once and torch.is_grad_enabled():  # create_graph=True
+                with torch.no_grad():
+                    return _constants(name, gradient(ctx, *grads))
             return gradient(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
@@ -58,3 +67,18 @@ def register_autograd(
         return Function.apply(*args)
 
     return differentiable
+
+
+def _constants(name: str, gradients: Any) -> tuple[Tensor | None, ...]:
+    """Gradients that raise an error when they are differentiated again."""
+    if isinstance(gradients, Tensor):
+        gradients = (gradients,)
+    rule = "be differentiated once, got a request for a second derivative"
+    message = f"{name}: gradients must {rule}".encode()
+    constants = []
+    for gradient in gradients:
+        if gradient is not None:
+            constant = gradient.detach().requires_grad_()
+            gradient = torch._C._functions.DelayedError(message, 1)(constant)
+        constants.append(gradient)
+    return tuple(constants)
