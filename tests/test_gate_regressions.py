@@ -218,6 +218,22 @@ def test_weights_for_every_way_of_selecting(score, top_k):
     assert (routing.experts[2, 5:] == -1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_with_closed_groups_are_scores_of_the_whole_row(
+    score, normalize, group_score, dtype
+):
+    logits = torch.randn(9, 24, generator=torch.Generator().manual_seed(12)).to(dtype)
+    options = {"score": score, "num_groups": 3, "topk_groups": 1, "group_score": group_score}
+    exact = reference.gate(logits.double(), 4, normalize=normalize, **options)
+    for stats in (False, True):
+        routing = fr.gate(logits, 4, normalize=normalize, stats=stats, **options)
+        assert torch.equal(routing.experts, exact.experts)
+        assert (routing.weights - exact.weights).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("depth", [0.0, 25.0, 60.0, 120.0])
 def test_gradient_of_normalised_weights_far_below_the_largest_logit(depth, dtype):

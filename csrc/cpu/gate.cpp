@@ -50,7 +50,8 @@ struct Needs {
     softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
     late_scale = softmax && logit_keys && !stops && !sums_groups;
     // The key of a logit -0 is that of +0: only the identity would tell.
-    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity;
+    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
+                 (late_scale || !softmax);
   }
 };
 
