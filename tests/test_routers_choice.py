@@ -262,6 +262,9 @@ def test_x_moe_is_a_cosine() -> None:
     assert near(released.logits(x * 9), released.logits(x) * 9, 1e-3)
     router.embeddings.data[3] *= 7
     assert near(router.logits(x), z, 1e-4)
+    alike = make("x_moe").train()
+    alike.embeddings.data.copy_(alike.embeddings.data[:1].expand(EXPERTS, -1))
+    assert alike(tokens(25)).plan.kept[0] == 5  # floor(1.25 * ceil(25 / 8)); ties go to expert 0
     thinned = make("x_moe", top_k=2, random_second=True, capacity_factor=None).train()
     routing = thinned(tokens(400)).routing
     kept = (routing.experts[:, 1] >= 0).float().mean()

@@ -44,7 +44,8 @@ class XMoE(Router):
     training only with probability `2 p_2`.
 
     Defaults: one expert, norm of expert embeddings 1.5, `tau` 0.07 at the start (from memory),
-    capacity factor 1.25, `aux_coef` 0.01.
+    capacity `K * floor(1.25 * ceil(T / E))` in training and none in evaluation (the authors have
+    factor 1 for two experts, and `T / 4` in evaluation), `aux_coef` 0.01.
 
     Args:
         hidden_size: `H`.
@@ -69,7 +70,7 @@ class XMoE(Router):
         random_second: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
+        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "score_size", score_size, 1)
         if not temperature > 0:
