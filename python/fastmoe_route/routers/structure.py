@@ -239,7 +239,9 @@ class UniPool(LinearRouter):
     NormRouter: `s = g relu(z / |z|)` with a learned `g`; the best one, `w = s`, so scaling `z`
     changes nothing. Every layer has its own router and all share the experts: pass the same
     `Experts` everywhere, nothing is copied. Balance the pool, not the layer: the result keeps
-    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`.
+    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`. Of the
+    later lock, the entropy term is `losses.entropy_target`; its partition of the pool by integer
+    programming is left out.
 
     Args:
         hidden_size: `H`.
