@@ -80,18 +80,27 @@ def check_int(op: str, argument: str, value: Any, low: int, high: int | None = N
         fail(ValueError, op, argument, rule, value)
 
 
-def check_float(op: str, argument: str, value: Any) -> None:
+def check_float(
+    op: str,
+    argument: str,
+    value: Any,
+    rule: str = "be a number that a float can hold",
+    kind: str = "a number",
+) -> None:
     """Requires a number other than NaN that a float can hold; bools are refused."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        fail(TypeError, op, argument, "be a number", describe(value))
+        fail(TypeError, op, argument, f"be {kind}", describe(value))
     # A comparison, since math.isnan breaks a graph of torch.compile.
-    if value != value or (isinstance(value, int) and abs(value) > _FLOAT_MAX):
+    if value != value:
+        fail(ValueError, op, argument, rule, value)
+    if isinstance(value, int) and abs(value) > _FLOAT_MAX:
         fail(ValueError, op, argument, "be a number that a float can hold", value)
 
 
 def check_flag(op: str, argument: str, value: Any) -> None:
     """Requires a bool."""
-    if value is not True and value is not False:
+    # torch.compile turns what was computed from floats into a SymBool.
+    if value is not True and value is not False and not isinstance(value, (bool, torch.SymBool)):
         fail(TypeError, op, argument, "be a bool", describe(value))
 
 

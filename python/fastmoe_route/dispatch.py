@@ -69,7 +69,7 @@ def expert_capacity(
     check_int("expert_capacity", "top_k", top_k, 0)
     check_int("expert_capacity", "min_capacity", min_capacity, 1)
     check_int("expert_capacity", "multiple_of", multiple_of, 1)
-    check_float("expert_capacity", "factor", factor)
+    check_float("expert_capacity", "factor", factor, "be finite and at least 0")
     if not 0 <= factor < math.inf:
         fail(ValueError, "expert_capacity", "factor", "be finite and at least 0", factor)
     slots = factor * num_tokens * top_k / num_experts

@@ -228,7 +228,7 @@ def _stop_rule(
         check_shape("gate", name, value, (logits.shape[0],))
         check_device("gate", name, value, logits)
         return None, value
-    check_float("gate", name, value)
+    check_float("gate", name, value, kind="a float or a float32 [T] tensor")
     return float(value), None
 
 

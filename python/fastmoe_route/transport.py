@@ -108,7 +108,7 @@ def transport(
         fail(ValueError, "transport", "scores", "have at least 1 expert", num_experts)
     floats = {"temperature": temperature, "gamma": gamma, "learning_rate": learning_rate}
     for argument, value in floats.items():
-        check_float("transport", argument, value)
+        check_float("transport", argument, value, "be positive")
         if not value > 0:
             fail(ValueError, "transport", argument, "be positive", value)
     choices = {"bip": ("top_k", top_k), "ksparse": ("k", k)}

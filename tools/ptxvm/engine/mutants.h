@@ -27,7 +27,7 @@ class Mutants {
   // Those among them that were executed since `forget`, while counters were on.
   std::vector<std::string> executed(Engine& engine, const std::string& kind);
   void forget(Engine& engine);
-  // Puts back what was changed before; an empty place changes nothing further.
+  // One place at a time: the one before is restored first; an empty place changes nothing further.
   void mutate(Engine& engine, const std::string& kind, const std::string& place);
 
  private:
