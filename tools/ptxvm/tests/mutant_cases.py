@@ -152,11 +152,18 @@ def expert_choice(num_scopes: int) -> None:
     routing.weights.sum().backward()
 
 
-def experts(dtype: torch.dtype, has_bias: bool, blocks: int, width: int = 72) -> None:
-    ids = torch.randint(-1, 3, (70, 2), generator=torch.Generator().manual_seed(1))
-    weights = torch.rand(70, 2, generator=torch.Generator().manual_seed(2))
+def experts(
+    dtype: torch.dtype,
+    has_bias: bool,
+    blocks: int,
+    width: int = 72,
+    allows_tf32: bool = False,
+    num_tokens: int = 70,
+) -> None:
+    ids = torch.randint(-1, 3, (num_tokens, 2), generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(num_tokens, 2, generator=torch.Generator().manual_seed(2))
     leaves = [
-        (random(70, width) / 8),
+        (random(num_tokens, width) / 8),
         (random(3, width, 2 * width, seed=1) / 8),
         (random(3, width, width, seed=2) / 8),
     ]
@@ -171,11 +178,16 @@ def experts(dtype: torch.dtype, has_bias: bool, blocks: int, width: int = 72) ->
         return y, torch.autograd.grad(y.float().square().sum(), [*leaves, weights])
 
     expected, wanted = run(reference)
-    with few_blocks(blocks):
-        y, grads = run(fr)
-        close(y, expected)
-        for mine, theirs in zip(grads, wanted, strict=True):
-            close(mine / theirs.abs().max(), theirs / theirs.abs().max())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allows_tf32 else before)
+    try:
+        with few_blocks(blocks):
+            y, grads = run(fr)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    close(y, expected)
+    for mine, theirs in zip(grads, wanted, strict=True):
+        close(mine / theirs.abs().max(), theirs / theirs.abs().max())
 
 
 def many_groups(blocks: int) -> None:
@@ -250,6 +262,8 @@ CASES: dict[str, Case] = {
     "experts, bfloat16": partial(experts, torch.bfloat16, True, 1),
     "experts, float16": partial(experts, torch.float16, False, FAR),
     "experts, float32": partial(experts, torch.float32, True, 1),
+    "experts, many rows": partial(experts, torch.bfloat16, False, 1, num_tokens=260),
+    "experts, tf32": partial(experts, torch.float32, True, 1, 72, True),
     "experts, 33 wide": partial(experts, torch.bfloat16, True, 2, 33),
     "many groups": partial(many_groups, 1),
 }
