@@ -130,12 +130,24 @@ def no_reports(request: pytest.FixtureRequest) -> Iterator[None]:
     assert vm_backend.reports() == []
 
 
-@pytest.fixture
-def allow_tf32() -> Iterator[Callable[[], None]]:
-    """`allow_tf32()` lets torch's float32 products round to tf32 until the end of the test."""
-    before = torch.get_float32_matmul_precision()
-    yield lambda: torch.set_float32_matmul_precision("high")
-    torch.set_float32_matmul_precision(before)
+@pytest.fixture(params=["older", "newer"])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """`allow_tf32()` lets torch's float32 products round to tf32 until the end of the test.
+
+    By each of torch's two settings; a program that has used the newer may not read the older.
+    """
+    products = torch.backends.cuda.matmul
+    if request.param == "older":
+        yield lambda: torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")
+    else:
+        before = products.fp32_precision
+
+        def allow() -> None:
+            products.fp32_precision = "tf32"
+
+        yield allow
+        products.fp32_precision = before
 
 
 @pytest.fixture

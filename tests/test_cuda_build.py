@@ -224,8 +224,9 @@ def test_kernels_keep_their_occupancy_floor() -> None:
 # Kernels that promise accesses of 16 bytes, by the start of their names.
 WIDE_LOADS = (
     *("permute_kernel<uint4", "softmax_block_kernel<float, true", "chunk_kernel<"),
-    *(f"{name}<{t}" for name in ("unpermute_kernel", "unpermute_backward_kernel", "activate_kernel",
+    *(f"{name}<{t}" for name in ("unpermute_kernel", "unpermute_backward_kernel",
       "activate_backward_kernel") for t in ("float, 4", "BFloat16, 8", "Float16, 8")),
+    *("activate_kernel<BFloat16, 8", "activate_kernel<Float16, 8"),
     *("gate_kernel<float, 4", "gate_kernel<float, 8", "gate_kernel<BFloat16, 8"),
 )  # fmt: skip
 

@@ -63,7 +63,7 @@ const char* name_of(GemmKernel kernel) {
 
 CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
   question.uses_native = uses_native();
-  question.allows_tf32 = queue.allows_tf32;
+  question.allows_tf32 = question.dtype == DType::kFloat32 && queue.allows_tf32 != nullptr && queue.allows_tf32();
   if (question.uses_native) {
     const CudaStatus status = capability_of(&question.capability);
     if (status.code != 0) return status;
