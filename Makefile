@@ -123,7 +123,7 @@ test-cuda-vm: build build/vm/.built  ## run the CUDA kernels in the PTX virtual 
 	@$(PY) tools/ptxvm/run_op_tests.py --seeds $(VM_SEEDS) -- $(ARGS)
 
 .PHONY: test-cuda-vm-mutants
-test-cuda-vm-mutants: build build/vm/.built  ## leave out every barrier, fence and wait of the CUDA kernels in turn and expect red
+test-cuda-vm-mutants: build build/vm/.built  ## take every barrier, fence, wait, member mask and guard of the CUDA kernels away in turn and expect red
 	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini -m mutants tools/ptxvm/tests/test_mutants.py
 
 VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -148,7 +148,9 @@ wheel-cuda: cuda wheel  ## the wheel with the CUDA library in it, in dist/cuda/
 
 .PHONY: gpu-check
 gpu-check: build  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
-	@$(PY) tools/gpu_check.py $(ARGS)
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(MAKE) cuda && FASTMOE_ROUTE_LIBRARY_DIR="$(abspath build/cuda)" $(PY) tools/gpu_check.py $(ARGS); \
+	else $(PY) tools/gpu_check.py $(ARGS); fi
 
 .PHONY: cuda-evidence
 cuda-evidence: cuda  ## write docs/cuda-evidence.md from the compiled CUDA library

@@ -71,8 +71,8 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("softmax_topk_backward(Tensor grad_values, Tensor x, Tensor statistics, Tensor indices) -> Tensor");
 
   // every expert takes its best tokens: (weights, experts, demand)
-  m.def("expert_choice(Tensor scores, int capacity, Tensor? scope_ids, int num_scopes) -> (Tensor, Tensor, Tensor)");
-  m.def("expert_choice_forward(Tensor scores, int capacity, Tensor? scope_ids, int num_scopes) -> (Tensor, Tensor, Tensor)");
+  m.def("expert_choice(Tensor scores, SymInt capacity, Tensor? scope_ids, SymInt num_scopes) -> (Tensor, Tensor, Tensor)");
+  m.def("expert_choice_forward(Tensor scores, SymInt capacity, Tensor? scope_ids, SymInt num_scopes) -> (Tensor, Tensor, Tensor)");
 
   // every expert receives T / E tokens, close to the best total; transport, in plain torch, is in transport.py
   m.def("assign_balanced(Tensor scores) -> Tensor");

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cuda_backend
 import pytest
 import torch
 import vm_backend
@@ -71,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
         vm_backend.load()
     if config.getoption("--backend") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--backend cuda needs a GPU and a torch that is built for it")
+    if config.getoption("--backend") == "cuda":
+        cuda_backend.load()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -126,6 +130,26 @@ def no_reports(request: pytest.FixtureRequest) -> Iterator[None]:
     assert vm_backend.reports() == []
 
 
+@pytest.fixture(params=["older", "newer"])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """`allow_tf32()` lets torch's float32 products round to tf32 until the end of the test.
+
+    By each of torch's two settings; a program that has used the newer may not read the older.
+    """
+    products = torch.backends.cuda.matmul
+    if request.param == "older":
+        yield lambda: torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")
+    else:
+        before = products.fp32_precision
+
+        def allow() -> None:
+            products.fp32_precision = "tf32"
+
+        yield allow
+        products.fp32_precision = before
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """`threads(n)` sets the number of torch's threads until the end of the test."""
@@ -158,6 +182,38 @@ def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
         assert torch.equal(store.view(torch.uint8), before.view(torch.uint8)), (
             "an input or the memory around it was written"
         )
+
+
+def _beside_hole(behind: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+
+    def place(x: Tensor) -> Tensor:
+        size = x.numel() * x.element_size()
+        pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+        hole = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (0 if behind else pages)
+        assert libc.mprotect(ctypes.c_void_p(hole), mmap.PAGESIZE, 0) == 0
+        kept.append((memory, hole))
+        offset = mmap.PAGESIZE if behind else pages - size
+        flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset)
+        return flat.view(x.shape).copy_(x)
+
+    yield place
+    for _, hole in kept:
+        libc.mprotect(ctypes.c_void_p(hole), mmap.PAGESIZE, 3)
+
+
+@pytest.fixture
+def hole_after() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies a tensor so that its last byte is the last before a page nobody may touch."""
+    yield from _beside_hole(behind=False)
+
+
+@pytest.fixture
+def hole_before() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies a tensor so that its first byte is the first behind a page nobody may touch."""
+    yield from _beside_hole(behind=True)
 
 
 @pytest.fixture(scope="session")

@@ -345,7 +345,10 @@ def main() -> None:
             function()
             results[name] = ""
         except (Exception, pytest.fail.Exception):
+            # Others may wait for this rank in an exchange: its end is an error there at once.
             results[name] = traceback.format_exc()
+            write()
+            os._exit(1)
     write()
     a_dead_rank_is_an_error(results, write)
     os._exit(0)  # the group is broken by design; nothing is left to say goodbye to

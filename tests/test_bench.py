@@ -175,6 +175,20 @@ class TestRows:
         assert result.floor_seconds > 0
         assert result.num_bytes > 0
 
+    def test_rows_that_move_are_counted_by_pass(self):
+        """Declared bytes, as rows: what each pass reads and writes."""
+        row_bytes, num_tokens = TINY.hidden * 4, rows_of("permute")[0].tokens
+        num_rows = num_tokens * TINY.top_k
+        wanted = {
+            ("permute", False): num_tokens + num_rows,
+            ("permute", True): (num_tokens + num_rows) + (num_rows + num_tokens),
+            ("unpermute", False): num_rows + num_tokens,
+            ("unpermute", True): (num_rows + num_tokens) + (num_tokens + num_rows) + num_rows,
+        }
+        for row in rows_of("permute", "unpermute"):
+            assert run_tiny(row).num_bytes == wanted.pop((row.op, row.training)) * row_bytes
+        assert not wanted
+
     @pytest.mark.parametrize("row", rows_of("gate", "moe_mlp", "layer", dtype="bfloat16"), ids=str)
     def test_bfloat16(self, row):
         assert run_tiny(row).passed

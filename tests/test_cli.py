@@ -134,3 +134,11 @@ def test_routers_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None
     assert "Args:" in described
     assert cli.main(["routers", "--describe", "swich"]) == 2
     assert "switch" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "fastmoe_route", "routers"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -30,6 +30,7 @@ WIDE_REGISTERS = {
     "softmax_backward_warp_kernel": 168,  # keeps a row; three blocks of 128 threads
     "rows_product_kernel": 255,  # 128 accumulators a thread; two blocks of 128 threads
     "groups_product_kernel": 255,
+    "up_product_kernel": 255,
     "cutlass::device_kernel": 168,  # 384 threads, which move registers between groups of warps
 }
 # Warps a multiprocessor has to hold at least; products hide their latency by stages, not by warps.
@@ -37,6 +38,7 @@ WARP_FLOOR = 16
 FEW_WARPS = {
     "rows_product_kernel": 8,
     "groups_product_kernel": 8,
+    "up_product_kernel": 8,
     "cutlass::device_kernel": 6,
     "softmax_backward_warp_kernel": 12,
     "sum_tiles_kernel": 32,
@@ -79,6 +81,7 @@ KERNELS = (
     "group_rows_kernel",
     "rows_product_kernel",
     "groups_product_kernel",
+    "up_product_kernel",
     "column_sums_kernel",
     "activate_kernel",
     "activate_backward_kernel",
@@ -145,8 +148,14 @@ def test_policy_names_a_kernel_for_every_device_dtype_and_product() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
         for product in ("forward, dgrad", "wgrad"):
             kernels = {row[4] for row in rows if row[1:3] == [dtype, product]}
-            wanted = {"simt"} if dtype == "float32" else {"mma.sync", "wgmma", "tcgen05"}
+            wanted = {"simt", "tf32"} if dtype == "float32" else {"mma.sync", "wgmma", "tcgen05"}
             assert all(any(word in kernel for kernel in kernels) for word in wanted)
+    fused = {row[4].split(",")[0] for row in rows if "one launch" in row[4]}
+    assert fused == {
+        "cutlass 2.x simt float32",
+        "cutlass 2.x mma.sync tf32",
+        "cutlass 2.x mma.sync",
+    }
     pingpong = [row for row in rows if "ping-pong" in row[4]]
     assert [row[:3] for row in pingpong] == [["sm_90a, native", "bfloat16", "forward, dgrad"]]
 
@@ -215,8 +224,9 @@ def test_kernels_keep_their_occupancy_floor() -> None:
 # Kernels that promise accesses of 16 bytes, by the start of their names.
 WIDE_LOADS = (
     *("permute_kernel<uint4", "softmax_block_kernel<float, true", "chunk_kernel<"),
-    *(f"{name}<{t}" for name in ("unpermute_kernel", "unpermute_backward_kernel", "activate_kernel",
+    *(f"{name}<{t}" for name in ("unpermute_kernel", "unpermute_backward_kernel",
       "activate_backward_kernel") for t in ("float, 4", "BFloat16, 8", "Float16, 8")),
+    *("activate_kernel<BFloat16, 8", "activate_kernel<Float16, 8"),
     *("gate_kernel<float, 4", "gate_kernel<float, 8", "gate_kernel<BFloat16, 8"),
 )  # fmt: skip
 
@@ -236,9 +246,9 @@ def test_wide_stores_follow_wide_loads() -> None:
 
 
 def test_portable_products_copy_asynchronously_and_use_tensor_cores() -> None:
-    for element in ("cutlass::bfloat16_t", "cutlass::half_t"):
-        for name in ("rows_product_kernel", "groups_product_kernel"):
-            found = [k for k in kernels() if k.name.startswith(f"{name}<{element}, 8")]
+    for element in ("cutlass::bfloat16_t, 8", "cutlass::half_t, 8"):
+        for name in ("rows_product_kernel", "groups_product_kernel", "up_product_kernel"):
+            found = [k for k in kernels() if k.name.startswith(f"{name}<{element}")]
             assert {k.architecture for k in found} == set(ARCHITECTURES)
             for k in found:
                 # 64 x 64 a warp and 32 inner: 64 products of 16 x 8 x 16; the loop may be unrolled.
@@ -250,11 +260,20 @@ def test_portable_products_copy_asynchronously_and_use_tensor_cores() -> None:
 
 
 def test_float32_products_are_float32() -> None:
-    found = [k for k in kernels() if "product_kernel<float" in k.name]
+    found = [k for k in kernels() if "product_kernel<float, 1" in k.name]
     assert {k.architecture for k in found} == set(ARCHITECTURES)
     for k in found:
         assert k.counts["matrix products"] == 0, k.name
         assert any(op.startswith("FFMA") for op in k.opcodes)
+
+
+def test_tf32_products_use_tensor_cores_and_wide_copies() -> None:
+    for name in ("rows_product_kernel", "groups_product_kernel", "up_product_kernel"):
+        found = [k for k in kernels() if k.name.startswith(f"{name}<float, 4")]
+        assert {k.architecture for k in found} == set(ARCHITECTURES)
+        for k in found:
+            assert any(op.startswith("HMMA.1688.F32.TF32") for op in k.opcodes), k.name
+            assert any("LDGSTS.E" in op and "128" in op for op in k.opcodes), k.name
 
 
 @pytest.mark.parametrize(("architecture", "product"), [("sm_90a", "HGMMA"), ("sm_100a", "UTCHMMA")])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import cuda_backend
 import fastmoe_route as fr
 import pytest
 import torch
@@ -21,6 +22,12 @@ from tolerance import assert_exact
 def on_device(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--backend") == "cpu":
         pytest.skip("runs in the PTX virtual machine: make test-cuda-vm")
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--backend") != "vm":
+        pytest.skip("the engine of the PTX virtual machine counts: make test-cuda-vm")
 
 
 def assert_same_plan(actual: DispatchPlan, expected: DispatchPlan) -> None:
@@ -90,6 +97,33 @@ def test_maps_that_disagree_touch_nothing_outside(on_device: None, stray: int) -
         assert rows[0].tolist() in ([0.0] * 4, wanted[0].tolist())
 
 
+def test_trip_to_a_gpu_keeps_strides_and_writes_back() -> None:
+    """The backend `cuda` of the tests, with the processor for the GPU."""
+    base = torch.arange(24.0).reshape(4, 6)
+    view = base[1:, 1::2]
+    seen = cuda_backend.moved(view, "cpu")
+    assert (seen.stride(), seen.storage_offset()) == (view.stride(), view.storage_offset())
+    assert seen.data_ptr() != view.data_ptr()
+    assert torch.equal(seen, view)
+    wanted = base.clone()
+    wanted[1:, 1::2] += 1
+    cuda_backend.through(torch.ops.aten.add_.Tensor, "cpu")(view, torch.tensor(1.0))
+    assert torch.equal(base, wanted)
+
+
+@pytest.mark.parametrize(("num_experts", "most"), [(64, 500), (128, 565), (256, 635)])
+def test_a_row_of_the_gate_takes_few_instructions(
+    on_device: None, request: pytest.FixtureRequest, num_experts: int, most: int
+) -> None:
+    """Warp instructions of PTX a row, what a launch sets up included, as the engine counts them."""
+    if request.config.getoption("--backend") != "vm":
+        pytest.skip("the engine counts them")
+    logits = torch.randn(512, num_experts, generator=torch.Generator().manual_seed(0))
+    before = vm_backend.engine().instructions()
+    fr.gate(logits, 8)
+    assert (vm_backend.engine().instructions() - before) / 512 <= most
+
+
 @pytest.mark.parametrize("stray", [-2, 3, 2**31 - 1, -(2**31), 2**32 + 1])
 @pytest.mark.parametrize("options", [{}, {"fill": "any"}, {"drop_policy": "score"}])
 def test_reroute_takes_stray_candidates_for_none(
@@ -139,7 +173,7 @@ def traffic_of(call: Callable[[], object]) -> dict[str, int]:
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (70, 128), (4096, 64), (60, 512)])
 def test_a_plan_is_two_launches(
-    on_device: None, num_tokens: int, num_experts: int, id_dtype: torch.dtype
+    counted: None, num_tokens: int, num_experts: int, id_dtype: torch.dtype
 ) -> None:
     """Without a limit that can bind; the sizes go from one token to many tiles of slots."""
     generator = torch.Generator().manual_seed(2)
@@ -148,7 +182,7 @@ def test_a_plan_is_two_launches(
         assert launches_of(lambda o=options: fr.plan_dispatch(experts, num_experts, **o)) == 2
 
 
-def test_rows_move_in_one_launch_each(on_device: None) -> None:
+def test_rows_move_in_one_launch_each(counted: None) -> None:
     """Padding and the gradient of the weights included."""
     plan = fr.plan_dispatch(torch.arange(30).reshape(10, 3) % 4, 4, align=8)
     x, weights = torch.randn(10, 64), torch.rand(10, 3).requires_grad_()
@@ -161,7 +195,7 @@ def test_rows_move_in_one_launch_each(on_device: None) -> None:
 
 @pytest.mark.parametrize("op", ["permute", "unpermute", "unpermute_backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_rows_cost_the_sectors_they_fill(on_device: None, op: str, dtype: torch.dtype) -> None:
+def test_rows_cost_the_sectors_they_fill(counted: None, op: str, dtype: torch.dtype) -> None:
     """Rows go 16 bytes a lane: 16 sectors a request, and no byte of a row is moved twice.
 
     Rows of 2048 bytes beside rows of 1024: what is more is the rows' own, but for the maps and

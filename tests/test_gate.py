@@ -223,6 +223,28 @@ def test_float64_combinations_agree_with_the_reference():
             raise AssertionError(f"case {i}: {cases.describe(case)}") from error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_experts", [40, 64, 104, 128, 200, 256])
+def test_plain_rows_of_every_width(dtype, num_experts):
+    """Calls without options, whose rows a GPU keeps in registers; ties, -inf and NaN among them."""
+    logits = torch.randn(37, num_experts, generator=torch.Generator().manual_seed(3)).to(dtype)
+    logits[5] = 0.5
+    logits[6, ::2] = -math.inf
+    logits[7, 3] = math.nan
+    for top_k in (1, 5, 8):
+        case = {"logits": logits, "top_k": top_k}
+        check_against_reference({**case, "normalize": True})
+        check_against_reference({**case, "score": "sigmoid", "stats": True})
+    leaf = logits[:5].clone().requires_grad_()
+    routing = fr.gate(leaf, 5, normalize=True)
+    (got,) = torch.autograd.grad(routing.weights.square().sum(), leaf)
+    wide = logits[:5].double().requires_grad_()
+    chosen = wide.softmax(-1).gather(1, routing.experts.long())
+    wanted = (chosen / chosen.sum(-1, keepdim=True)).square().sum()
+    (exact,) = torch.autograd.grad(wanted, wide)
+    assert_bound(got, exact, 1e-5 + torch.finfo(dtype).eps * exact.abs())
+
+
 def test_bounds_can_fail():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     routing = fr.gate(logits, 4, stats=True)

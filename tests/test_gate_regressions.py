@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+from fastmoe_route import reference
 from fastmoe_route.bench.machine import library_info
 from fastmoe_route.gate import SCORES
 from torch.profiler import profile
@@ -173,6 +174,87 @@ def test_the_choice_does_not_depend_on_what_else_is_asked_for():
         leaf = fr.gate(logits.clone().requires_grad_(), 6, **options)
         assert torch.equal(leaf.experts, plain.experts)
         assert torch.equal(leaf.weights, plain.weights)
+
+
+# 16 GiB were asked for on behalf of a number of experts that nobody had checked
+def test_a_number_of_experts_without_bound_is_an_error():
+    logits = torch.zeros(1, 1).expand(1, 1 << 40)
+    with pytest.raises(ValueError, match="gate: logits must have 1 to 8192 experts"):
+        fr.gate(logits, 1)
+
+
+# zentorch: a view that is not contiguous is read as if it were
+def test_views_are_read_by_their_strides():
+    wide = torch.randn(2 * 41, 3 * 50, generator=torch.Generator().manual_seed(9))
+    for view in (wide[::2, :50], wide[:, ::3], wide.t(), wide.flip(1)[:, 7:70]):
+        got, expected = fr.gate(view, 8, stats=True), fr.gate(view.clone(), 8, stats=True)
+        assert all(torch.equal(a, b) for a, b in zip(got[:5], expected[:5], strict=True))
+
+
+# fp32 routers of torch and its peers: what a token gets depends on how many others there are
+def test_a_token_alone_has_the_bits_it_has_in_a_batch():
+    logits = torch.randn(97, 66, generator=torch.Generator().manual_seed(10))
+    for options in ({"normalize": True}, {"stats": True}, {"score": "sigmoid"}):
+        together = fr.gate(logits, 8, **options)
+        for t in range(97):
+            alone = fr.gate(logits[t : t + 1], 8, **options)
+            assert torch.equal(alone.experts[0], together.experts[t])
+            assert torch.equal(alone.weights[0], together.weights[t])
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_weights_for_every_way_of_selecting(score, top_k):
+    """Rows of which the short list holds all, some or too many; weights as float64 has them."""
+    logits = torch.randn(23, 64, generator=torch.Generator().manual_seed(top_k)) * 3
+    logits[1] = 0.25
+    logits[2, 5:] = -INF  # five allowed: the slots past them stay empty
+    logits[3, :32] += 20
+    logits[4:8] = logits[4:8].round()
+    exact = reference.gate(logits.double(), top_k, score=score, normalize=True, scale=1.5)
+    routing = fr.gate(logits, top_k, score=score, normalize=True, scale=1.5)
+    assert torch.equal(routing.experts, exact.experts)
+    assert (routing.weights - exact.weights).abs().max() < 4e-7
+    assert (routing.experts[2, 5:] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_with_closed_groups_are_scores_of_the_whole_row(
+    score, normalize, group_score, dtype
+):
+    logits = torch.randn(9, 24, generator=torch.Generator().manual_seed(12)).to(dtype)
+    options = {"score": score, "num_groups": 3, "topk_groups": 1, "group_score": group_score}
+    exact = reference.gate(logits.double(), 4, normalize=normalize, **options)
+    for stats in (False, True):
+        routing = fr.gate(logits, 4, normalize=normalize, stats=stats, **options)
+        assert torch.equal(routing.experts, exact.experts)
+        assert (routing.weights - exact.weights).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("depth", [0.0, 25.0, 60.0, 120.0])
+def test_gradient_of_normalised_weights_far_below_the_largest_logit(depth, dtype):
+    """Chosen logits `depth` below one that is masked: the gradient of the chosen alone."""
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(9, 40, generator=generator).to(dtype)
+    logits[:, 17] = depth
+    mask = torch.ones(40, dtype=torch.bool)
+    mask[17] = False
+    grad = torch.randn(9, 20, generator=generator, dtype=torch.float64)
+    for top_k in (3, 20):
+        leaf = logits.clone().requires_grad_()
+        routing = fr.gate(leaf, top_k, mask=mask, normalize=True, scale=2.0)
+        got = torch.autograd.grad(routing.weights, leaf, grad[:, :top_k].to(routing.weights.dtype))
+        wide = logits.double().requires_grad_()
+        scores = wide.softmax(1).gather(1, routing.experts.long())
+        weights = 2.0 * scores / scores.sum(1, keepdim=True).clamp_min(1e-20)
+        expected = torch.autograd.grad(weights, wide, grad[:, :top_k])[0]
+        assert (got[0].double() - expected).abs().max() < (
+            0.03 if dtype == torch.bfloat16 else 2e-6
+        )
 
 
 @pytest.mark.parametrize("stats", [False, True])

@@ -7,10 +7,8 @@ to 512; the sizes stand around these.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -76,29 +74,6 @@ def assert_wgrad(x: Tensor, y: Tensor, counts: Sequence[int], transposed: bool) 
         expected = (ones.double() @ y[rows].double())[0]
         limit = sum_limit(ones, y[rows], expected[None], x.dtype)[0]
         assert_bound(grad_bias[e], expected, limit)
-
-
-@pytest.fixture
-def before_hole() -> Iterator[Callable[[Tensor], Tensor]]:
-    """Copies a matrix so that its last byte is the last byte before a page nobody may touch."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    kept = []
-
-    def place(matrix: Tensor) -> Tensor:
-        size = matrix.numel() * matrix.element_size()
-        pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        assert libc.mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
-        kept.append((memory, start + pages))
-        flat = torch.frombuffer(
-            memory, dtype=matrix.dtype, count=matrix.numel(), offset=pages - size
-        )
-        return flat.view(matrix.shape).copy_(matrix)
-
-    yield place
-    for _, hole in kept:
-        libc.mprotect(ctypes.c_void_p(hole), mmap.PAGESIZE, 3)
 
 
 # ---- literals
@@ -217,19 +192,19 @@ def test_wgrad_of_many_experts(
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_read_past_the_operands(
-    dtype: torch.dtype, outer: bool, before_hole: Callable[[Tensor], Tensor]
+    dtype: torch.dtype, outer: bool, hole_after: Callable[[Tensor], Tensor]
 ) -> None:
     rng = random.Random(2)
     for i in range(12):
         m, n, k = (rng.choice(EDGES) for _ in range(3))
-        x = before_hole(normal(m, k, dtype=dtype, seed=i))
+        x = hole_after(normal(m, k, dtype=dtype, seed=i))
         w = weights_of(k, n, outer, dtype)
         dense = w if outer else w.transpose(1, 2)
-        placed = before_hole(dense)
+        placed = hole_after(dense)
         assert_exact(
             multiply(x, placed if outer else placed.transpose(1, 2)), multiply(x.clone(), w)
         )
-        y = before_hole(normal(m, n, dtype=dtype, seed=-i))
+        y = hole_after(normal(m, n, dtype=dtype, seed=-i))
         assert_exact(wgrad(x, y, [m], outer)[0], wgrad(x.clone(), y.clone(), [m], outer)[0])
 
 

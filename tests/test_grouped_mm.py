@@ -9,6 +9,7 @@ import sys
 import fastmoe_route as fr
 import pytest
 import torch
+import vm_backend
 from fastmoe_route import reference
 from tolerance import (
     assert_bound,
@@ -111,7 +112,9 @@ def test_errs_no_more_than_plain_torch(dtype, layout):
     counts, a, b = (40, 0, 3, 70), 1500, 192
     x, offsets = normal(sum(counts), a, dtype=dtype), offsets_of(counts)
     w = weights(len(counts), a, b, dtype, layout)
-    plain = torch.cat([part @ w[e] for e, part in enumerate(x.split(list(counts)))])
+    plain = torch.cat(
+        [vm_backend.matmul(part, w[e]) for e, part in enumerate(x.split(list(counts)))]
+    )
     expected = reference.grouped_mm(x, w, offsets, dtype=torch.float64)
     y = fr.grouped_mm(x, w, offsets)
     assert_has_power(lambda t: assert_ratio(t, plain, expected), y)
@@ -432,3 +435,23 @@ def test_the_bare_gradient_checks_offsets():
     x, offsets = torch.zeros(3, 4), torch.tensor([0, 1, 3]).int()
     with pytest.raises(RuntimeError, match="grouped_mm_wgrad: offsets must end at most at 3"):
         ops.grouped_mm_wgrad(x, torch.zeros(3, 5), offsets + offsets, False, True, True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tf32_where_torch_allows_it(backend: str, allow_tf32, layout: str) -> None:
+    """Values and both gradients of multiples of 16 bytes; products of 11-bit numbers are exact."""
+    cuda = vm_backend.runs_cuda()
+    offsets = offsets_of((3, 0, 150))
+    x = normal(160, 40).requires_grad_()
+    w = weights(3, 40, 136, torch.float32, layout).detach().requires_grad_()
+    grad = normal(160, 136, seed=2)
+    allow_tf32()
+    y = fr.grouped_mm(x, w, offsets)
+    got = [y, *torch.autograd.grad(y, (x, w), grad)]
+    inputs = [vm_backend.tf32(t.detach()) if cuda else t.detach() for t in (x, w, grad)]
+    x64, w64, grad64 = (t.double().requires_grad_() for t in inputs)
+    wanted = reference.grouped_mm(x64, w64, offsets, dtype=torch.float64)
+    exact = [wanted, *torch.autograd.grad(wanted, (x64, w64), grad64)]
+    for value, close in zip(got, exact, strict=True):
+        error = (value.double() - close).abs().max().item()
+        assert error <= 2e-5 * close.abs().max().item()

@@ -76,11 +76,11 @@ def plain(x: Tensor, routing: tuple[Tensor, Tensor], w_up: Tensor, w_down: Tenso
         w = weights[tokens, slots].to(x.dtype)[:, None]
         on_input = o.get("weights_on") == "input"
         rows = x[tokens] * w if on_input else x[tokens]
-        up = rows @ w_up[e]
+        up = vm_backend.matmul(rows, w_up[e])
         if o.get("bias_up") is not None:
             up = up + o["bias_up"][e]
         hidden = reference.activate(up, o["activation"], o.get("interleaved", False))
-        out = hidden @ w_down[e]
+        out = vm_backend.matmul(hidden, w_down[e])
         if o.get("bias_down") is not None:
             out = out + o["bias_down"][e]
         y = y.index_add(0, tokens, out if on_input else out * w)

@@ -117,6 +117,29 @@ def test_serve_mode_refuses_what_mixes_requests(name: str) -> None:
     router.eval()(**{**inputs(), "scope_ids": None, "num_scopes": 1})
 
 
+def prompt_of(given: dict) -> Tensor:
+    """The first five tokens of every sequence, of eight."""
+    return (given["positions"] < 5).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("name", [n for n in names() if BY_NAME[n].decode == "ok"])
+def test_a_prompt_keeps_its_bits_as_the_text_goes_on(name: str) -> None:
+    """What is said to decode causally sees no later token, in evaluation."""
+    given, router = inputs(), make(name).eval()
+    prompt = prompt_of(given)
+    assert same_bits(layer(router, rows(given, prompt)), layer(router, given)[prompt])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in names() if BY_NAME[n].decode == "leak" and BY_NAME[n].invariance != "B*"]
+)
+def test_what_is_said_to_leak_does(name: str) -> None:
+    tight = {"scope_capacity": 2} if name == "rectify" else {}  # room for all leaks nothing
+    given, router = inputs(), make(name, **tight).eval()
+    prompt = prompt_of(given)
+    assert not torch.equal(layer(router, rows(given, prompt)), layer(router, given)[prompt])
+
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 

@@ -227,6 +227,10 @@ def test_smile_weights_are_products_of_two_levels() -> None:
     assert bool((routed.routing.weights[:, 0] <= torch.minimum(p, q)).all())
     place = routed.extra["node"] * 4 + routed.extra["device"]
     assert torch.equal(routed.routing.experts[:, 0], place)
+    # what each level's exchange moves: rows to every node, and inside it to every device
+    to_node, to_device = torch.bincount(routed.extra["node"]), torch.bincount(place, minlength=8)
+    assert routed.routing.demand.tolist() == to_device.tolist()
+    assert routed.routing.demand.view(2, 4).sum(1).tolist() == to_node.tolist()
     single, switch = make("smile", num_nodes=1).eval(), make("switch").eval()
     switch.score.weight.data.copy_(single.device_score.weight)
     got, wanted = single(tokens(60)).routing, switch(tokens(60)).routing
@@ -262,6 +266,9 @@ def test_x_moe_is_a_cosine() -> None:
     assert near(released.logits(x * 9), released.logits(x) * 9, 1e-3)
     router.embeddings.data[3] *= 7
     assert near(router.logits(x), z, 1e-4)
+    alike = make("x_moe").train()
+    alike.embeddings.data.copy_(alike.embeddings.data[:1].expand(EXPERTS, -1))
+    assert alike(tokens(25)).plan.kept[0] == 5  # floor(1.25 * ceil(25 / 8)); ties go to expert 0
     thinned = make("x_moe", top_k=2, random_second=True, capacity_factor=None).train()
     routing = thinned(tokens(400)).routing
     kept = (routing.experts[:, 1] >= 0).float().mean()

@@ -273,6 +273,8 @@ def test_glider_adds_the_global_part():
     chosen = router(**{**given, "state": state}).routing.experts
     expected = state.topk(2, dim=1).indices.int()[given["sequence_ids"]]
     assert torch.equal(chosen, expected)
+    with pytest.raises(ValueError, match="glider: sequence_ids must be given with more than one"):
+        router(**{**given, "state": state, "sequence_ids": None})
 
 
 # ---- R63 to R67 --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ cuda_occupancy.h, compiled for the host. Nothing is executed, so nothing here is
 from __future__ import annotations
 
 import collections
+import json
 import os
 import re
 import shutil
@@ -25,12 +26,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "cuda" / "fastmoe_route_cuda.so"
+EXECUTED = ROOT / "build" / "vm" / "executed.json"  # launches of every kernel, of make test-cuda-vm
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 
 # Dynamic shared memory of kernels that ask for a fixed amount, in bytes: what their launches pass.
 DYNAMIC_SHARED = {
-    "rows_product_kernel<cutlass::bfloat16_t, 8": 49152,
-    "groups_product_kernel<cutlass::bfloat16_t, 8": 49152,
+    **{
+        f"{name}_product_kernel<{element}": 49152
+        for name in ("rows", "groups", "up")
+        for element in ("cutlass::bfloat16_t, 8", "cutlass::half_t, 8", "float, 4")
+    },
+    "up_product_kernel<float, 1": 18432,
 }
 
 # Instructions worth counting: a column of the page, and the opcodes that make it.
@@ -133,6 +139,10 @@ def short_name(demangled: str) -> str:
         r"((?:rows|groups)_product_kernel)<([\w:]+), Collective<.*?, (cutlass::layout::\w+), (\d+)",
         text,
     )
+    if product is None:
+        product = re.search(
+            r"(up_product_kernel)<\w+, UpCollective<([\w:]+), (cutlass::layout::\w+), (\d+)", text
+        )
     if product:
         kernel, element, layout, width = product.groups()
         return f"{kernel}<{element}, {width}, {layout.rsplit('::', 1)[1]}>"
@@ -260,11 +270,27 @@ def disassemble(
                 kernel.counts[column] += 1
 
 
+@cache
+def launched() -> dict[str, int]:
+    """Launches of every kernel in the ops' tests in the PTX virtual machine, by `short_name`."""
+    if not EXECUTED.exists():
+        raise FileNotFoundError(f"{EXECUTED}: make test-cuda-vm writes which kernels it executed")
+    counts: dict[str, int] = {}
+    for name, count in json.loads(EXECUTED.read_text()).items():
+        counts[short_name(name)] = counts.get(short_name(name), 0) + count
+    return counts
+
+
+def how_tested(kernel: Kernel) -> str:
+    """`PTX VM` for executed in the PTX virtual machine, else `compiled only`."""
+    return "PTX VM" if launched().get(kernel.name, 0) > 0 else "compiled only"
+
+
 def table(kernels: list[Kernel]) -> list[str]:
-    head = ("kernel", "registers", "threads", "blocks / SM", "instructions", *COLUMNS)
+    head = ("kernel", "executed", "registers", "threads", "blocks / SM", "instructions", *COLUMNS)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for k in kernels:
-        cells = (f"`{k.name}`", k.usage["REG"], k.threads, k.blocks, k.instructions)
+        cells = (f"`{k.name}`", how_tested(k), k.usage["REG"], k.threads, k.blocks, k.instructions)
         counts = (k.counts[column] or "" for column in COLUMNS)
         lines.append("| " + " | ".join(str(cell) for cell in (*cells, *counts)) + " |")
     return lines
@@ -279,6 +305,10 @@ counts are read from the compiled code; blocks per multiprocessor follow from th
 `cuda_occupancy.h` (without dynamic shared memory where a launch sizes it by the call). Bytes,
 operations and times of the first table are *modelled*: what has to move and be computed at least,
 over limits of an H100 that published work reaches (3.0 TB/s copied, 798 TFLOP/s in bfloat16).
+
+The column *executed* says which kernels the ops' tests launched in the PTX virtual machine (*PTX
+VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`) and which were
+*compiled only*.
 
 `tests/test_cuda_build.py` holds every kernel to no spills, a register budget, wide loads, the
 instructions of its matrix products and an occupancy floor."""
@@ -316,7 +346,8 @@ def models() -> list[str]:
     up = 2 * rows_ * (h + 2 * i) + 2 * e * h * 2 * i
     add("grouped_mm, up", f"R={rows_}, {h} x {2 * i}, E={e}, bfloat16", up, 4 * rows_ * h * i)
     add("activation", f"R={rows_}, I={i}, bfloat16", 2 * rows_ * 3 * i)
-    own = weights + 2 * t * h * (2 + 2 * k) + 2 * rows_ * (h + 5 * i + i + h)
+    # x by index, activated rows written and read, the experts' outputs written and read.
+    own = weights + 2 * t * h + 2 * rows_ * (h + 2 * i + 2 * h) + 2 * t * h
     add(
         "moe_mlp, as launched",
         f"T={t}, H={h}, I={i}, E={e}, K={k}, bfloat16",

@@ -92,17 +92,13 @@ def arguments_of(method: Method) -> dict[str, Any]:
 
 
 def inputs() -> dict[str, Any]:
+    """What a router may ask for: the hidden states, and the arguments that methods need."""
     tokens, hidden, experts = SIZES["tokens"], SIZES["hidden_size"], SIZES["num_experts"]
     generator = torch.Generator().manual_seed(0)
-    sequence_ids = torch.arange(tokens) * 4 // tokens
     return {
         "x": torch.randn(tokens, hidden, generator=generator),
         "token_ids": torch.randint(0, VOCABULARY, (tokens,), generator=generator),
-        "sequence_ids": sequence_ids,
-        "num_sequences": 4,
         "attention_mass": torch.rand(tokens, generator=generator),
-        "positions": torch.arange(tokens) % (tokens // 4),
-        "seed": 1,
         "experts": fr.routers.Experts(
             torch.randn(experts, hidden, 32, generator=generator) * 0.05,
             torch.randn(experts, 16, hidden, generator=generator) * 0.05,
@@ -110,72 +106,69 @@ def inputs() -> dict[str, Any]:
     }
 
 
-def recipe_of(router: fr.routers.Router, given: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The arguments of the one call of `gate` whose result the router hands on as it is.
+def known_score(router: fr.routers.Router, given: dict[str, Any]) -> torch.Tensor | None:
+    """What the one call of the router's score returns; from now on it is known beforehand."""
+    attribute = "logits" if hasattr(router, "logits") else "score"
+    score = getattr(router, attribute, None)
+    outputs: list[torch.Tensor] = []
 
-    None where there is more to the method: other calls, a plan, scores or arguments that are
-    neither its score's output nor its own state.
+    def recorded(*args: Any) -> torch.Tensor:
+        outputs.append(score(*args))
+        return outputs[-1]
+
+    router._modules.pop(attribute, None)
+    router.__dict__[attribute] = recorded
+    router(**given)
+    router.__dict__[attribute] = lambda *_: outputs[0]
+    return outputs[0] if len(outputs) == 1 else None
+
+
+def recipe_of(router: fr.routers.Router, given: dict[str, Any]) -> Any:
+    """The one call of `gate` on known logits whose result the router hands on as it is.
+
+    None where there is more to the method: other calls, a plan or another part of the result, or
+    arguments that are neither its score's output nor its own state.
     """
+    logits = known_score(router, given)
     calls = []
 
     def recorded(*args: Any, **options: Any) -> fr.Routing:
         calls.append((args, options, fr.gate(*args, **options)))
         return calls[-1][2]
 
-    with ExitStack() as stack, torch.no_grad():
+    if logits is None:
+        return None
+    with ExitStack() as stack:
         for module in {cls.__module__ for cls in type(router).__mro__}:
             if "fastmoe_route" in module and hasattr(importlib.import_module(module), "gate"):
                 stack.enter_context(patch(f"{module}.gate", recorded))
         routed = router(**given)
-    if len(calls) != 1 or routed.extra is not None:
+    if len(calls) != 1:
         return None
     args, options, routing = calls[0]
     own = [*router.buffers(), *router.parameters()]
     given_tensors = [value for value in options.values() if isinstance(value, torch.Tensor)]
     is_recipe = (
-        routed.routing.weights is routing.weights
-        and routed.plan is None
+        args[0] is logits
+        and routed.routing.weights is routing.weights
+        and routed[2:] == (None,) * 4
         and all(any(value is tensor for tensor in own) for value in given_tensors)
-        and torch.equal(args[0], score_of(router)(given["x"]))
     )
-    return (args, options) if is_recipe else None
-
-
-def score_of(router: fr.routers.Router) -> Any:
-    """What makes a router's logits."""
-    return getattr(router, "logits", None) or getattr(router, "score", None) or torch.nn.Identity()
-
-
-class Fixed(torch.nn.Module):
-    """A score that is known already."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.known = logits
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.known
+    return (lambda: fr.gate(*args, **options)) if is_recipe else None
 
 
 def cost(method: Method, given: dict[str, Any], seconds: float) -> dict[str, float]:
     """Seconds of a call; for a score and one `gate`, what the recipe adds to the gate's time."""
     sizes = SIZES["hidden_size"], SIZES["num_experts"]
     router = fr.routers.build(method.name, *sizes, **arguments_of(method)).eval()
+    given = {name: given[name] for name in ("x", *method.needs)}
     with torch.no_grad():
         timing = interleave({"router": lambda _: router(**given)}, seconds, min_rounds=3)
         found = {"seconds": timing.seconds["router"].median}
         recipe = recipe_of(router, given)
         if recipe is None:
             return found
-        args, options = recipe
-        if hasattr(router, "logits"):
-            router.__dict__["logits"] = lambda _: args[0]
-        else:
-            router.score = Fixed(args[0])
-        contenders = {
-            "gate": lambda _: fr.gate(*args, **options),
-            "recipe": lambda _: router(**given),
-        }
+        contenders = {"gate": lambda _: recipe(), "recipe": lambda _: router(**given)}
         timing = interleave(contenders, seconds, min_rounds=20)
     found["gate_seconds"] = timing.seconds["gate"].median
     found["own_share"] = timing.ratios["recipe"].median - 1

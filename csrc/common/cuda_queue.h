@@ -14,6 +14,7 @@ struct CudaQueue {
   CUstream_st* stream = nullptr;
   void* (*allocate)(void* context, size_t bytes) = nullptr;
   void* context = nullptr;
+  bool (*allows_tf32)() = nullptr;  // whether torch lets float32 products round their operands to tf32 now
 
   void* scratch(size_t bytes) const { return allocate(context, bytes); }
 };

@@ -19,6 +19,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <type_traits>
 #include <vector>
 #endif
 #if defined(FASTMOE_ROUTE_BACKEND_CUDA) && !defined(FASTMOE_ROUTE_PTXVM)
@@ -90,6 +91,33 @@ inline CUstream_st* current_stream(const char* op, int32_t device) {
 }
 #endif
 
+// Whether torch's own float32 products may round to tf32 now. The stable ABI has no word for it: torch's functions are
+// looked up by name, and where one is missing the answer is no. The older question allowTF32CuBLAS is not asked: it
+// throws once a program has used torch's newer setting, fp32_precision.
+inline bool torch_allows_tf32() {
+  struct Context;
+  constexpr int kCuda = 1, kMatmul = 3, kTf32 = 2;  // at::Float32Backend, Float32Op, Float32Precision
+  struct Functions {
+    Context& (*global)() = nullptr;
+    int (*precision)(const Context*, int backend, int op) = nullptr;
+    bool (*is_disabled_here)() = nullptr;
+  };
+  static const Functions torch = [] {
+    Functions found;
+    void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
+    if (library == nullptr) return found;
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+    };
+    find(found.global, "_ZN2at13globalContextEv");
+    find(found.precision, "_ZNK2at7Context16float32PrecisionENS_14Float32BackendENS_9Float32OpE");
+    find(found.is_disabled_here, "_ZN2at11NoTF32Guard19should_disable_tf32Ev");
+    return found;
+  }();
+  return torch.global != nullptr && torch.precision != nullptr && torch.is_disabled_here != nullptr &&
+         !torch.is_disabled_here() && torch.precision(&torch.global(), kCuda, kMatmul) == kTf32;
+}
+
 // Scratch is a tensor of torch's caching allocator: freed when the launch is queued, and handed out again by torch only
 // to work that is queued behind it.
 struct TorchScratch {
@@ -109,7 +137,8 @@ inline void launch(const char* op, CudaStatus (*kernel)(const Args&, const CudaQ
   const int32_t device = on.get_device_index();
   [[maybe_unused]] const DeviceGuard guard(device);
   TorchScratch scratch{on, {}};
-  const CudaStatus status = kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch});
+  const CudaStatus status =
+      kernel(args, {current_stream(op, device), &TorchScratch::allocate, &scratch, &torch_allows_tf32});
   check(status.code == 0, op, ": ", status.text != nullptr ? status.text : "a CUDA call failed", " (CUDA error ",
         status.code, ")");
 }

@@ -33,6 +33,7 @@ struct Needs {
   bool noisy_scores;  // and every column's score under noise
   bool softmax_sum;   // the softmax denominator is formed
   bool late_scale;    // the scores stay exponentials until they are used: Row::factor makes scores of them
+  bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
 
   explicit Needs(const GateArgs& a) {
     const GateShape& shape = a.shape;
@@ -48,6 +49,9 @@ struct Needs {
     noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
     softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
     late_scale = softmax && logit_keys && !stops && !sums_groups;
+    // The key of a logit -0 is that of +0: only the identity would tell.
+    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
+                 (late_scale || !softmax);
   }
 };
 
@@ -61,9 +65,10 @@ struct Row {
   int32_t *group_order, *group_count;
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
   Float max;                // largest logit that is a number
+  int64_t num_taken;        // columns selected
   Float sum;                // of exp(logit - max)
   Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
-  bool is_open;             // has an allowed column
+  bool is_plain;            // no logit is NaN or -inf
   bool has_nan;
 
   // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
@@ -85,50 +90,6 @@ struct Row {
   }
 };
 
-// out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
-// the caller says that there may be one. Nothing past n is written.
-template <class V>
-typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
-                                           typename Arithmetic<V>::Float max_z, bool may_have_nan,
-                                           typename Arithmetic<V>::Float* out) {
-  using Float = typename Arithmetic<V>::Float;
-  const V minus_inf = V::all(-INFINITY);
-  const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
-  V sums[2] = {V::zero(), V::zero()};
-  const auto of = [&](V x) {
-    return may_have_nan ? exp(select(is_nan(x), minus_inf, x - shift)) : exp_nonpositive(x - shift);
-  };
-  int64_t i = 0;
-  for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1) {
-    const V e = of(V::load(z + i));
-    if (out != nullptr) e.store(out + i);
-    sums[turn] = sums[turn] + e;
-  }
-  if (i < n) {
-    const V e = of(V::load(z + i, static_cast<int>(n - i), -INFINITY));
-    if (out != nullptr) e.store(out + i, static_cast<int>(n - i));
-    sums[0] = sums[0] + e;
-  }
-  return reduce_add(sums[0] + sums[1]);
-}
-
-// What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.
-template <class Float>
-Float inverse_of(Float sum) {
-  return 1 / (sum == 0 ? Float{1} : sum);
-}
-
-template <class V>
-void scale_by(typename Arithmetic<V>::Float* values, int64_t n, typename Arithmetic<V>::Float by) {
-  const V factor = V::all(by);
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) (V::load(values + i) * factor).store(values + i);
-  if (i < n) {
-    const int lanes = static_cast<int>(n - i);
-    (V::load(values + i, lanes) * factor).store(values + i, lanes);
-  }
-}
-
 template <class V>
 class Gate {
  public:
@@ -142,43 +103,40 @@ class Gate {
         padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups) {
     for (Row<V>& row : rows_) memory += row.carve(memory, shape_);
     taken_keys_ = reinterpret_cast<Key*>(memory);
-    taken_ = reinterpret_cast<int32_t*>(memory += round_up(kBatch * shape_.top_k * sizeof(Key), 64));
-    demand_ = reinterpret_cast<int32_t*>(memory += round_up(kBatch * shape_.top_k * sizeof(int32_t), 64));
+    taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
+    demand_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(int32_t), 64));
     for (int64_t e = 0; e < shape_.num_experts; ++e) demand_[e] = 0;
   }
 
   static int64_t bytes(const GateShape& shape) {
-    return kBatch * Row<V>{}.carve(nullptr, shape) + round_up(kBatch * shape.top_k * sizeof(Key), 64) +
-           round_up(kBatch * shape.top_k * sizeof(int32_t), 64) + round_up(shape.num_experts * sizeof(int32_t), 64);
+    return kBatch * Row<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
+           round_up(num_taken(shape) * sizeof(int32_t), 64) + round_up(shape.num_experts * sizeof(int32_t), 64);
   }
   const int32_t* demand() const { return demand_; }
 
   // Rows [begin, end); adds their scores to score_sum unless that is null.
-  template <class T>
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r) prepare<T>(rows_[r], t + r);
+      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r);
       select_rows(count);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t limit = slots_of(t + r);
-        const Key* taken_keys = taken_keys_ + r * shape_.top_k;
-        int64_t num_taken = 0;
-        while (num_taken < limit && taken_keys[num_taken] != kDisallowed) ++num_taken;
-        finish(rows_[r], t + r, taken_ + r * shape_.top_k, taken_keys, num_taken);
-      }
+      for (int64_t r = 0; r < count; ++r) finish(rows_[r], t + r, r * shape_.top_k);
       if (score_sum != nullptr) add_scores(count, score_sum);
     }
   }
 
  private:
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
+  static constexpr int kShortlist = 32;  // the longest
+
+  // Room for the columns taken in a batch: a short list writes all its places.
+  static int64_t num_taken(const GateShape& shape) { return kBatch * shape.top_k + kShortlist; }
 
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
-  template <class T>
   void prepare(Row<V>& row, int64_t t) const {
-    row.max = load_logits<V>(static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row, a_.logits.stride_col,
-                             num_columns_, row.logits, &row.has_nan);
+    prefetch(t + 2 * kBatch);
+    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.logits);
+    row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
     if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
     else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
     row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
@@ -187,12 +145,24 @@ class Gate {
     if (a_.topk_groups < shape_.num_groups) close_groups(row);
   }
 
-  // Everything after the selection.
-  void finish(Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_taken) {
-    const int64_t num_chosen = has_stops() ? num_before_stop(row, t, taken, taken_keys, num_taken) : num_taken;
-    write_choice(row, t, taken, num_chosen);
+  // The processor's own prefetching ends at each page: a few rows.
+  void prefetch(int64_t t) const {
+    if (t >= shape_.num_tokens || a_.logits.stride_col != 1) return;
+    const int64_t size = a_.dtype == DType::kFloat64 ? 8 : a_.dtype == DType::kFloat32 ? 4 : 2;
+    const char* row = static_cast<const char*>(a_.logits.data) + t * a_.logits.stride_row * size;
+    for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
+  }
+
+  // Everything after the selection, whose results begin at `first`.
+  void finish(Row<V>& row, int64_t t, int64_t first) {
+    const int32_t* taken = taken_ + first;
+    const Key* taken_keys = taken_keys_ + first;
+    const int64_t slots = slots_of(t);
+    int64_t num_chosen = row.num_taken < slots ? row.num_taken : slots;
+    if (has_stops()) num_chosen = num_before_stop(row, t, taken, taken_keys, num_chosen);
+    if (needs_.weigh_keys) weigh_keys(row, t, taken, taken_keys, num_chosen);
+    else write_choice(row, t, taken, num_chosen);
     if (a_.scores != nullptr) copy_scores(row, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
-    row.is_open = taken_keys[0] != kDisallowed;
     if (a_.logsumexp != nullptr) static_cast<Float*>(a_.logsumexp)[t] = logsumexp(row);
   }
 
@@ -242,9 +212,12 @@ class Gate {
       add_bias(row, source, row_of<Float>(a_.bias, t));
       source = row.biased;
     }
+    const bool is_plain = row.is_plain && a_.noise.data == nullptr && a_.bias.data == nullptr && needs_.logit_keys;
+    const int64_t plain = is_plain ? num_columns_ / V::kLanes * V::kLanes : 0;
+    for (int64_t i = 0; i < plain; i += V::kLanes) number_keys(V::load(z + i)).store(row.keys + i);
     const V nan = V::all(NAN);
     const V minus_inf = V::all(-INFINITY);
-    for (int64_t i = 0; i < padded_; i += V::kLanes) {
+    for (int64_t i = plain; i < padded_; i += V::kLanes) {
       const V key = select(is_nan(V::load(z + i)), nan, V::load(source + i));
       select(V::load(row.logits + i) == minus_inf, KeyVec::all(kDisallowed), ordered_keys(key)).store(row.keys + i);
     }
@@ -366,24 +339,26 @@ class Gate {
     return wanted < 0 ? 0 : wanted < shape_.top_k ? wanted : shape_.top_k;
   }
 
-  // The best allowed columns of every row of the batch, best first; keys past the last are kDisallowed.
+  // The best allowed columns of every row of the batch, best first.
   void select_rows(int64_t count) {
     if constexpr (V::kLanes > 1) {
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<16>(count);
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<32>(count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<kShortlist / 2>(count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<kShortlist>(count);
     }
     for (int64_t r = 0; r < count; ++r) take_columns(r);
   }
 
+  // Rows in rising order: what a short list writes past its end belongs to the next row.
   template <int kWidth>
   void select_short(int64_t count) {
     Shortlist<V, kWidth> lists[kBatch];
     bool fits[kBatch];
-    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, padded_, static_cast<Key>(shape_.top_k));
+    const int64_t k = shape_.top_k;
+    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, padded_, static_cast<Key>(k));
     for (int64_t r = 0; r < count; ++r) fits[r] = lists[r].collect(rows_[r].keys, padded_);
     for (int64_t r = 0; r < count; ++r) {
-      if (!fits[r]) take_columns(r);
-      else lists[r].rank(shape_.top_k, taken_ + r * shape_.top_k, taken_keys_ + r * shape_.top_k);
+      if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * k, taken_keys_ + r * k);
+      else take_columns(r);
     }
   }
 
@@ -393,17 +368,17 @@ class Gate {
     int32_t* taken = taken_ + r * shape_.top_k;
     Key* taken_keys = taken_keys_ + r * shape_.top_k;
     Selector<V> columns(row.keys, padded_, row.block_max);
-    int64_t j = 0;
     if (a_.max_per_group >= shape_.top_k) {
-      j = columns.take(shape_.top_k, taken, taken_keys);
-    } else {
-      for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
-      for (; j < shape_.top_k && columns.take(1, taken + j, taken_keys + j) == 1; ++j) {
-        const int64_t g = taken[j] / group_size_;
-        if (++row.group_count[g] == a_.max_per_group) columns.disallow(g * group_size_, (g + 1) * group_size_);
-      }
+      row.num_taken = columns.take(shape_.top_k, taken, taken_keys);
+      return;
     }
-    for (; j < shape_.top_k; ++j) taken_keys[j] = kDisallowed;
+    for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
+    int64_t j = 0;
+    for (; j < shape_.top_k && columns.take(1, taken + j, taken_keys + j) == 1; ++j) {
+      const int64_t g = taken[j] / group_size_;
+      if (++row.group_count[g] == a_.max_per_group) columns.disallow(g * group_size_, (g + 1) * group_size_);
+    }
+    row.num_taken = j;
   }
 
   bool has_top_p() const { return a_.top_p_per_token.data != nullptr || a_.top_p < INFINITY; }
@@ -433,6 +408,42 @@ class Gate {
     return values.data != nullptr ? *row_of<float>(values, t) : static_cast<Float>(otherwise);
   }
 
+  // Experts, demand and weights where the weight is a function of the key.
+  void weigh_keys(const Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_chosen) {
+    int32_t* experts = a_.experts + t * shape_.top_k;
+    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
+    const bool is_softmax = shape_.score == Score::kSoftmax;
+    const V shift = V::all(row.max);
+    const V factor = V::all(row.factor);
+    const V minus_inf = V::all(-INFINITY);  // its score is 0
+    const V scale = V::all(row.has_nan ? static_cast<Float>(NAN) : static_cast<Float>(shape_.scale));
+    const bool is_one_vector = shape_.top_k <= V::kLanes;
+    V total = V::zero();
+    for (int64_t j = 0; j < num_chosen; j += V::kLanes) {
+      V z = KeyVec::load(taken_keys + j).flip_negative().as_floats();
+      if (num_chosen - j < V::kLanes)
+        z = select_lanes((1u << (num_chosen - j)) - 1u, KeyVec::of_bits(z), KeyVec::of_bits(minus_inf)).as_floats();
+      V s = is_softmax ? exp_nonpositive(z - shift) * factor : elementwise_score(shape_.score, z);
+      if (shape_.normalize && is_one_vector) s = s / V::all(floored(reduce_add(s)));
+      if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at(j, num_chosen));
+      else s.store(row.taken_scores + j), total = total + s;
+    }
+    if (shape_.normalize && !is_one_vector) {
+      const V divisor = V::all(floored(reduce_add(total)));
+      for (int64_t j = 0; j < num_chosen; j += V::kLanes)
+        (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at(j, num_chosen));
+    }
+    for (int64_t j = 0; j < num_chosen; ++j) {
+      experts[j] = taken[j];
+      ++demand_[taken[j]];
+    }
+    for (int64_t j = num_chosen; j < shape_.top_k; ++j) experts[j] = -1, weights[j] = 0;
+  }
+
+  static Float floored(Float sum) {
+    return sum < static_cast<Float>(kWeightFloor) ? static_cast<Float>(kWeightFloor) : sum;
+  }
+
   // Experts, demand and weights of the first num_chosen taken columns, null ones left out.
   void write_choice(Row<V>& row, int64_t t, const int32_t* taken, int64_t num_chosen) {
     int32_t* experts = a_.experts + t * shape_.top_k;
@@ -450,7 +461,7 @@ class Gate {
     if (shape_.normalize) {
       divisor = 0;
       for (int64_t j = 0; j < num_real; ++j) divisor += row.taken_scores[j];
-      if (divisor < static_cast<Float>(kWeightFloor)) divisor = static_cast<Float>(kWeightFloor);
+      divisor = floored(divisor);
     }
     const V scale = V::all(row.has_nan ? static_cast<Float>(NAN) : static_cast<Float>(shape_.scale));
     for (int64_t j = 0; j < num_real; j += V::kLanes)
@@ -479,7 +490,7 @@ class Gate {
 
   // A row without an allowed column takes no part in the statistics.
   Float logsumexp(const Row<V>& row) const {
-    if (!row.is_open) return -static_cast<Float>(INFINITY);
+    if (row.num_taken == 0) return -static_cast<Float>(INFINITY);
     if (row.has_nan) return static_cast<Float>(NAN);
     if (std::isinf(row.max)) return row.max;
     const bool has_sum = shape_.score == Score::kSoftmax;
@@ -493,7 +504,7 @@ class Gate {
     V factors[kBatch];
     int num_open = 0;
     for (int64_t r = 0; r < count; ++r) {
-      if (!rows_[r].is_open) continue;
+      if (rows_[r].num_taken == 0) continue;
       scores[num_open] = rows_[r].scores;
       factors[num_open++] = V::all(rows_[r].factor);
     }
@@ -519,7 +530,7 @@ class Gate {
   int32_t* demand_;  // [E], of the rows this worker has seen
 };
 
-template <class V, class T>
+template <class V>
 void gate_rows(const GateArgs& args) {
   using Float = typename Arithmetic<V>::Float;
   const int64_t num_tokens = args.shape.num_tokens;
@@ -540,7 +551,7 @@ void gate_rows(const GateArgs& args) {
       Float* sums = has_sums ? tile_sums + i * num_experts : nullptr;
       for (int64_t e = 0; has_sums && e < num_experts; ++e) sums[e] = 0;
       const int64_t end = (i + 1) * tile < num_tokens ? (i + 1) * tile : num_tokens;
-      gate.template run<T>(i * tile, end, sums);
+      gate.run(i * tile, end, sums);
     }
     const int32_t* demand = gate.demand();
     for (int64_t e = 0; e < num_experts; ++e) __atomic_fetch_add(args.demand + e, demand[e], __ATOMIC_RELAXED);
@@ -555,12 +566,8 @@ void gate_rows(const GateArgs& args) {
 }  // namespace
 
 void gate(const GateArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32: return gate_rows<Vec, float>(args);
-    case DType::kBFloat16: return gate_rows<Vec, BFloat16>(args);
-    case DType::kFloat16: return gate_rows<Vec, Float16>(args);
-    case DType::kFloat64: return gate_rows<Vec64, double>(args);
-  }
+  if (args.dtype == DType::kFloat64) return gate_rows<Vec64>(args);
+  gate_rows<Vec>(args);
 }
 
 FASTMOE_ROUTE_ISA_END

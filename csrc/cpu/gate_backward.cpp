@@ -6,6 +6,7 @@
 // plus grad_logsumexp * softmax(z). The choice is a constant. A normalised softmax whose weights are the only thing
 // differentiated needs no denominator: dz is zero outside the chosen, w (g - <w, g>) on them.
 #include <initializer_list>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "common/workspace.h"
@@ -17,8 +18,14 @@ FASTMOE_ROUTE_ISA_BEGIN
 namespace {
 
 constexpr double kWeightFloor = 1e-20;
-// Chosen logits this close to the row's largest have scores that sum to far more than the floor.
-constexpr double kSafeDepth = 30.0;
+// Chosen scores that sum to this much, beside the row's largest, are far above the floor whatever the denominator.
+constexpr double kSafeSum = 1e-13;
+
+template <class T, class Float>
+T rounded(Float value) {
+  if constexpr (std::is_same_v<T, double>) return value;
+  else return from_float<T>(static_cast<float>(value));
+}
 
 template <class V>
 class GateBackward {
@@ -38,46 +45,67 @@ class GateBackward {
 
   static int64_t bytes(const GateShape& shape) {
     const int64_t padded = round_up(shape.num_experts + shape.num_null, V::kLanes) + V::kLanes;
-    return round_up((4 * padded + shape.top_k) * static_cast<int64_t>(sizeof(Float)), 64);
+    return round_up((4 * padded + shape.top_k + V::kLanes) * static_cast<int64_t>(sizeof(Float)), 64);
   }
 
   template <class T>
   void run(int64_t t) {
-    max_ = load_logits<V>(static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row, a_.logits.stride_col,
-                          num_columns_, z_, &has_nan_);
+    const RowOf<V> row = load_row<V>(a_.dtype, a_.logits, t, num_columns_, z_);
     experts_ = a_.experts + t * shape_.top_k;
     num_chosen_ = 0;
     while (num_chosen_ < shape_.top_k && experts_[num_chosen_] >= 0) ++num_chosen_;
-    if (!(weights_only_ && sparse(t))) dense(t);
     T* out = static_cast<T*>(a_.grad_logits) + t * num_columns_;
-    for (int64_t i = 0; i < num_columns_; i += V::kLanes)
-      V::load(grad_z_ + i).store(out + i, lanes_at(i, num_columns_));
+    if (weights_only_ && sparse(t, row)) return write_chosen(out);
+    dense(t);
+    write(out, [&](int64_t i) { return V::load(grad_z_ + i); });
   }
 
  private:
+  // out = f(first column) by vectors of columns.
+  template <class T, class F>
+  void write(T* out, const F& f) const {
+    int64_t i = 0;
+    for (; i + V::kLanes <= num_columns_; i += V::kLanes) f(i).store(out + i);
+    if (i < num_columns_) f(i).store(out + i, lanes_at(i, num_columns_));
+  }
+
+  template <class T>
+  void write_chosen(T* out) const {
+    write(out, [](int64_t) { return V::zero(); });
+    for (int64_t j = 0; j < num_chosen_; ++j) out[experts_[j]] = rounded<T>(grad_weight_[j]);
+  }
+
   static int lanes_at(int64_t i, int64_t n) { return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes); }
 
   const Float* grad_weights(int64_t t) const {
     return a_.grad_weights != nullptr ? static_cast<const Float*>(a_.grad_weights) + t * shape_.top_k : nullptr;
   }
 
-  // The normalised-softmax case; false where the general formula has to be used (NaN, or scores near the floor).
-  bool sparse(int64_t t) {
+  // The normalised-softmax case: grad_weight_ = the gradients at the chosen. False where the general formula has to be
+  // used (NaN, +inf, or scores near the floor).
+  bool sparse(int64_t t, const RowOf<V>& row) {
     const Float* grad = grad_weights(t);
-    for (int64_t i = 0; i < padded_; i += V::kLanes) V::zero().store(grad_z_ + i);
-    if (num_chosen_ == 0 || grad == nullptr) return true;
-    Float best = -static_cast<Float>(INFINITY);
-    for (int64_t j = 0; j < num_chosen_; ++j) best = z_[experts_[j]] > best ? z_[experts_[j]] : best;
-    if (has_nan_ || !(max_ - best < static_cast<Float>(kSafeDepth))) return false;
-    for (int64_t j = 0; j < num_chosen_; ++j) grad_weight_[j] = z_[experts_[j]] - best;
+    if (grad == nullptr) num_chosen_ = 0;
+    if (num_chosen_ == 0) return true;
+    if (row.has_nan) return false;
+    for (int64_t j = 0; j < num_chosen_; ++j) grad_weight_[j] = z_[experts_[j]];
+    const V shift = V::all(row.max);
+    V total = V::zero(), dot = V::zero();
     for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
       const int lanes = lanes_at(j, num_chosen_);
-      exp(V::load(grad_weight_ + j, lanes)).store(grad_weight_ + j, lanes);
+      const V weight = exp_nonpositive(V::load(grad_weight_ + j, lanes, -INFINITY) - shift);
+      weight.store(grad_weight_ + j);
+      total = total + weight;
+      dot = fma(weight, V::load(grad + j, lanes), dot);
     }
-    Float total = 0, dot = 0;
-    for (int64_t j = 0; j < num_chosen_; ++j) total += grad_weight_[j], dot += grad_weight_[j] * grad[j];
-    for (int64_t j = 0; j < num_chosen_; ++j)
-      grad_z_[experts_[j]] = static_cast<Float>(shape_.scale) * (grad_weight_[j] / total) * (grad[j] - dot / total);
+    const Float sum = reduce_add(total);
+    if (!(sum > static_cast<Float>(kSafeSum))) return false;
+    const V mean = V::all(reduce_add(dot) / sum);
+    const V factor = V::all(static_cast<Float>(shape_.scale) / sum);
+    for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
+      const V over_mean = V::load(grad + j, lanes_at(j, num_chosen_)) - mean;
+      (V::load(grad_weight_ + j) * factor * over_mean).store(grad_weight_ + j);
+    }
     return true;
   }
 
@@ -179,8 +207,6 @@ class GateBackward {
   Float *z_, *score_, *grad_score_, *grad_z_, *grad_weight_;
   const int32_t* experts_ = nullptr;
   int64_t num_chosen_ = 0;
-  Float max_ = 0;
-  bool has_nan_ = false;
 };
 
 template <class V, class T>

@@ -1,4 +1,5 @@
-// The five score functions of the gate and their derivatives on short vectors; V is Vec or Vec64.
+// The five score functions of the gate and their derivatives on short vectors, and the passes over a row that both
+// directions share; V is Vec or Vec64.
 //
 // No score loses an expert to underflow: sigmoid is taken from e = exp(-|z|), and sqrtsoftplus below kLinear is
 // exp(z / 2), to which sqrt(log1p(e^z)) rounds there. Softmax is exp(z - max), scaled by its caller.
@@ -31,13 +32,13 @@ struct Arithmetic<Vec64> {
 template <class V>
 inline V sigmoid(V z) {
   const V one = V::all(1);
-  const V e = exp(V::zero() - abs(z));
+  const V e = exp_nonpositive(V::zero() - abs(z));
   return select(z >= V::zero(), one, e) / (one + e);
 }
 
 template <class V>
 inline V sqrt_softplus(V z) {
-  const V e = exp(V::zero() - abs(z));
+  const V e = exp_nonpositive(V::zero() - abs(z));
   // max returns its second operand on NaN, so a NaN logit stays one.
   const V softplus = max(V::zero(), z) + log1p_positive(e);
   return select(z < V::all(Arithmetic<V>::kLinear), exp(z * V::all(0.5f)), sqrt(softplus));
@@ -60,7 +61,7 @@ inline V elementwise_slope(Score score, V z) {
   const V one = V::all(1);
   switch (score) {
     case Score::kSigmoid: {
-      const V e = exp(V::zero() - abs(z));
+      const V e = exp_nonpositive(V::zero() - abs(z));
       return e / ((one + e) * (one + e));
     }
     case Score::kSqrtSoftplus: {
@@ -72,31 +73,107 @@ inline V elementwise_slope(Score score, V z) {
   }
 }
 
-// Loads n logits of a row into z, padded to whole vectors with -inf. Returns the largest number among them, -inf if
-// there is none, and says whether there was a NaN.
+// What a row of logits holds.
+template <class V>
+struct RowOf {
+  typename Arithmetic<V>::Float max;  // of its numbers, -inf if there is none
+  bool is_plain;                      // no NaN and no -inf
+  bool has_nan;
+};
+
+// Loads n logits of a row into z, padded to whole vectors with -inf.
 template <class V, class T>
-inline typename Arithmetic<V>::Float load_logits(const T* row, int64_t stride, int64_t n,
-                                                 typename Arithmetic<V>::Float* z, bool* has_nan) {
+inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* z) {
   using Float = typename Arithmetic<V>::Float;
-  V best = V::all(-INFINITY);
-  auto nan = is_nan(best);
-  const auto take = [&](V x, int64_t i) {
-    x.store(z + i);
-    nan = nan | is_nan(x);
-    best = max(x, best);  // a NaN in x gives best
-  };
+  const V minus_inf = V::all(-INFINITY);
+  V best = minus_inf;
+  auto special = is_nan(best);  // where there is a NaN or -inf
+  const int64_t whole = n / V::kLanes * V::kLanes;
   if (stride != 1) {
-    int64_t i = 0;
-    for (; i < n; ++i) z[i] = to_float(row[i * stride]);
-    for (; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
-    for (i = 0; i < n; i += V::kLanes) take(V::load(z + i), i);
-  } else {
-    int64_t i = 0;
-    for (; i + V::kLanes <= n; i += V::kLanes) take(V::load(row + i), i);
-    if (i < n) take(V::load(row + i, static_cast<int>(n - i), -INFINITY), i);
+    for (int64_t i = 0; i < n; ++i) z[i] = to_float(row[i * stride]);
+    for (int64_t i = n; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
   }
-  *has_nan = nan.lanes() != 0;
-  return reduce_max(best);
+  for (int64_t i = 0; i < whole; i += V::kLanes) {
+    const V x = stride == 1 ? V::load(row + i) : V::load(z + i);
+    if (stride == 1) x.store(z + i);
+    special = special | ~(x > minus_inf);
+    best = max(x, best);  // a NaN in x gives best
+  }
+  if (whole < n) {
+    const V x = stride == 1 ? V::load(row + whole, static_cast<int>(n - whole), -INFINITY) : V::load(z + whole);
+    if (stride == 1) x.store(z + whole);
+    special = special | is_nan(x) | ~(V::load(z + whole, static_cast<int>(n - whole), 0) > minus_inf);
+    best = max(x, best);
+  }
+  RowOf<V> result{reduce_max(best), special.lanes() == 0, false};
+  if (result.is_plain) return result;
+  auto nan = is_nan(minus_inf);
+  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(z + i));
+  result.has_nan = nan.lanes() != 0;
+  return result;
+}
+
+// load_logits by the dtype of the logits.
+template <class V>
+inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
+                         typename Arithmetic<V>::Float* z) {
+  const auto load = [&](auto type) {
+    using T = decltype(type);
+    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, z);
+  };
+  if constexpr (V::kLanes == 1) {
+    return load(double{});
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16: return load(BFloat16{});
+      case DType::kFloat16: return load(Float16{});
+      default: return load(float{});
+    }
+  }
+}
+
+// out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
+// the caller says that there may be one. Nothing past n is written.
+template <class V>
+inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
+                                                  typename Arithmetic<V>::Float max_z, bool may_have_nan,
+                                                  typename Arithmetic<V>::Float* out) {
+  using Float = typename Arithmetic<V>::Float;
+  const V minus_inf = V::all(-INFINITY);
+  const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
+  V sums[2] = {V::zero(), V::zero()};
+  const auto of = [&](V x) {
+    return may_have_nan ? exp(select(is_nan(x), minus_inf, x - shift)) : exp_nonpositive(x - shift);
+  };
+  int64_t i = 0;
+  for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1) {
+    const V e = of(V::load(z + i));
+    if (out != nullptr) e.store(out + i);
+    sums[turn] = sums[turn] + e;
+  }
+  if (i < n) {
+    const V e = of(V::load(z + i, static_cast<int>(n - i), -INFINITY));
+    if (out != nullptr) e.store(out + i, static_cast<int>(n - i));
+    sums[0] = sums[0] + e;
+  }
+  return reduce_add(sums[0] + sums[1]);
+}
+
+// What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.
+template <class Float>
+inline Float inverse_of(Float sum) {
+  return 1 / (sum == 0 ? Float{1} : sum);
+}
+
+template <class V>
+inline void scale_by(typename Arithmetic<V>::Float* values, int64_t n, typename Arithmetic<V>::Float by) {
+  const V factor = V::all(by);
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) (V::load(values + i) * factor).store(values + i);
+  if (i < n) {
+    const int lanes = static_cast<int>(n - i);
+    (V::load(values + i, lanes) * factor).store(values + i, lanes);
+  }
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -4,19 +4,24 @@
 // A key is a float's bits made monotone as a signed integer, -0 made +0, NaN just above "disallowed", which is the
 // smallest integer. Integer maxima take one cycle where float maxima take four, and every float, infinities and NaN
 // included, has its one place. A vector of block maxima (one per vector of keys) makes an extraction cost two
-// reductions instead of a pass over the row; up to kLanes blocks ("small") stay in a register.
+// reductions instead of a pass over the row.
 #pragma once
 
 #include "cpu/gate_score.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+// Keys of numbers.
+template <class V>
+inline typename Arithmetic<V>::KeyVec number_keys(V x) {
+  return Arithmetic<V>::KeyVec::of_bits(x + V::zero()).flip_negative();
+}
+
 // NaN ranks below every number and above what is not allowed.
 template <class V>
 inline typename Arithmetic<V>::KeyVec ordered_keys(V x) {
   using KeyVec = typename Arithmetic<V>::KeyVec;
-  const KeyVec keys = KeyVec::of_bits(x + V::zero()).flip_negative();
-  return select(is_nan(x), KeyVec::all(Arithmetic<V>::kDisallowed + 1), keys);
+  return select(is_nan(x), KeyVec::all(Arithmetic<V>::kDisallowed + 1), number_keys(x));
 }
 
 // The float a key stands for; NaN and disallowed give NaN.
@@ -44,9 +49,7 @@ class Selector {
 
   // Room for the block maxima of n keys.
   static int64_t num_blocks(int64_t n) { return round_up(round_up(n, kLanes) / kLanes, kLanes); }
-  static bool is_small(int64_t n) { return num_blocks(n) == kLanes; }
 
-  Selector() = default;
   // keys: whole vectors, padded with kDisallowed. block_max: num_blocks(n) keys of room.
   Selector(Key* keys, int64_t n, Key* block_max)
       : keys_(keys), block_max_(block_max), num_groups_(num_blocks(n) / kLanes) {
@@ -73,22 +76,6 @@ class Selector {
     return j;
   }
 
-  // take() for kRows small rows at once. An extraction is a chain of some 60 cycles that uses few of them: rows side
-  // by side fill the gaps. Row r's results start at r * count; taken keys equal kDisallowed past the last allowed.
-  template <int kRows>
-  static void take_side_by_side(Selector* rows, int64_t count, int32_t* positions, Key* taken) {
-    KeyVec maxima[kRows];
-    for (int r = 0; r < kRows; ++r) maxima[r] = KeyVec::load(rows[r].block_max_);
-    for (int64_t j = 0; j < count; ++j)
-      for (int r = 0; r < kRows; ++r) {
-        const KeyVec best = spread_max(maxima[r]);
-        const uint32_t lane = lowest(equal_lanes(maxima[r], best));
-        const KeyVec next = rows[r].extract(__builtin_ctz(lane), best, positions + r * count + j);
-        maxima[r] = select_lanes(lane, next, maxima[r]);
-        taken[r * count + j] = best.first();
-      }
-  }
-
   // Disallows keys [begin, end) from here on.
   void disallow(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) keys_[i] = kDisallowed;
@@ -109,9 +96,9 @@ class Selector {
     return spread_max(rest);
   }
 
-  Key* keys_ = nullptr;
-  Key* block_max_ = nullptr;
-  int64_t num_groups_ = 0;
+  Key* keys_;
+  Key* block_max_;
+  int64_t num_groups_;
 };
 
 // The `count` best of a row without taking them out one by one, in steps that are free of branches and of long chains,
@@ -183,25 +170,33 @@ class Shortlist {
     return best;
   }
 
-  // Step 3. Positions and keys of the best, best first; kDisallowed past the last allowed.
-  void rank(int64_t count, int32_t* positions, Key* taken) {
+  // Step 3. Positions and keys of the best, best first; returns how many of `count` there are. Up to kWidth elements of
+  // both are written.
+  int64_t rank(int64_t count, int32_t* positions, Key* taken) {
     KeyVec key[kVecs], place[kVecs];
     const KeyVec size = KeyVec::all(size_);
     for (int v = 0; v < kVecs; ++v) {
       place[v] = KeyVec::count() + KeyVec::all(v * kLanes);
-      key[v] = KeyVec::load(keys_ + v * kLanes);
-      key[v] = select_lanes(greater_lanes(size, place[v]), key[v], KeyVec::all(kDisallowed));
+      const uint32_t listed = greater_lanes(size, place[v]);
+      key[v] = select_lanes(listed, KeyVec::load(keys_ + v * kLanes), KeyVec::all(kDisallowed));
       key[v].store(keys_ + v * kLanes);
-      // What is not on the list comes after it.
-      place[v] = select_lanes(greater_lanes(size, place[v]), KeyVec::all(0), KeyVec::all(kWidth));
+      // What is not on the list stays where it is, after it.
+      place[v] = select_lanes(listed, KeyVec::all(0), place[v]);
     }
-    // j beats a key that is smaller, and an equal one that comes after it. No key on the list is the smallest integer.
+    // j beats a key that is smaller, and an equal one that comes after it. No key on the list is the smallest integer,
+    // and taking 1 from that gives the largest, which nothing beats.
     for (int j = 0; j < kWidth; ++j) {
       const KeyVec other = KeyVec::all(keys_[j]);
       for (int v = 0; v < kVecs; ++v)
         place[v] = count_greater(place[v], other, key[v] - KeyVec::load(kAfter + kWidth - 1 - j + v * kLanes));
     }
     const int64_t listed = size_ < count ? size_ : count;
+    if constexpr (KeyVec::kSortsByPlace && kVecs == 1) {
+      const KeyVec lanes = lanes_by_place(place[0]);
+      pick_lanes(key[0], lanes).store(taken);
+      pick_lanes(KeyVec::load(columns_), lanes).store(positions);
+      return listed;
+    }
     for (int64_t i = 0; i < listed; ++i) {
       uint32_t lanes = 0;
       for (int v = 0; v < kVecs; ++v) lanes |= equal_lanes(place[v], KeyVec::all(static_cast<Key>(i))) << (v * kLanes);
@@ -209,7 +204,7 @@ class Shortlist {
       positions[i] = columns_[lane];
       taken[i] = keys_[lane];
     }
-    for (int64_t i = listed; i < count; ++i) taken[i] = kDisallowed;
+    return listed;
   }
 
  private:

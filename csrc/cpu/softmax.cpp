@@ -22,8 +22,8 @@ namespace {
 
 // Exponentials of a row kept between passes: half a megabyte of the second-level cache.
 constexpr int64_t kKeepColumns = 131072;
-// Rows of at most this many vectors live in registers.
-constexpr int kRegisterVecs = kLanes == 16 ? 16 : 8;
+// Rows of at most this many vectors live in registers: half of them, the others hold constants.
+constexpr int kRegisterVecs = Vec::kRegisters / 2;
 // Outputs from this size on are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 

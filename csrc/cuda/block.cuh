@@ -107,7 +107,8 @@ __device__ inline Float warp_max(Float value) {
   return value;
 }
 
-// The sum over the block, in every thread. `partial` holds one value a warp and may be used again at once.
+// The sum over the block, in every thread. `partial` holds one value a warp; it may be written again after a barrier of
+// the block, such as that of a reduction through another array.
 template <class Float>
 __device__ inline Float block_sum(Float value, Float* partial) {
   value = warp_sum(value);
@@ -117,10 +118,10 @@ __device__ inline Float block_sum(Float value, Float* partial) {
   __syncthreads();
   Float total = 0;
   for (int w = 0; w < num_warps; ++w) total += partial[w];
-  __syncthreads();
   return total;
 }
 
+// Likewise the largest number.
 template <class Float>
 __device__ inline Float block_max(Float value, Float* partial) {
   value = warp_max(value);
@@ -130,14 +131,16 @@ __device__ inline Float block_max(Float value, Float* partial) {
   __syncthreads();
   Float best = partial[0];
   for (int w = 1; w < num_warps; ++w) best = larger(best, partial[w]);
-  __syncthreads();
   return best;
 }
 
 // ---- Launches.
 
+// The runtime keeps the newest error for whoever asks next: it is taken back, so that the next call does not report it.
 inline CudaStatus status_of(cudaError_t error) {
-  return {static_cast<int>(error), error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();
+  return {static_cast<int>(error), cudaGetErrorString(error)};
 }
 // Of the launch just made.
 inline CudaStatus launched() { return status_of(cudaGetLastError()); }

@@ -72,11 +72,6 @@ class GateRow {
     sums_ = end - c_.num_experts;
   }
 
-  __device__ float* sums() const { return sums_; }
-  __device__ void clear_sums() {
-    for (int e = lane_index(); e < c_.num_experts; e += kWarp) sums_[e] = 0.0f;
-  }
-
   __device__ void run(int64_t t) {
     load(t);
     const float sum = form_scores(z_, max_, score_);
@@ -173,7 +168,6 @@ class GateRow {
       const int key = isnan(noisy_[i]) ? kDisallowed + 1 : ordered_key(source[i] + bias);
       keys_[i] = is_allowed ? key : kDisallowed;
     }
-    __syncwarp();
   }
 
   // Scores under noise where there is noise and they are formed, else the clean ones.
@@ -190,7 +184,7 @@ class GateRow {
     }
   }
 
-  // Disallows every expert outside the best groups.
+  // Disallows every expert outside the best groups: each lane those keys that the selector will ask it for.
   __device__ void close_groups() {
     for (int g = 0; g < c_.num_groups; ++g) {
       const int key = group_key(g * c_.group_size);
@@ -210,7 +204,6 @@ class GateRow {
     __syncwarp();
     for (int i = lane_index(); i < c_.num_experts; i += kWarp)
       if (group_count_[i / c_.group_size] == 0) keys_[i] = kDisallowed;
-    __syncwarp();
   }
 
   // Key of the group that starts at column `begin`: of its best key, or of the sum of its two best keys.
@@ -329,22 +322,24 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   __syncthreads();
 
   float* const own_memory = memory + warp * m.warp_words;
-  GateRow<T> row(call, own_memory, demand);
+  float* const own_sums = own_memory + m.warp_words - call.num_experts;
   for (int64_t tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
     const int64_t begin = tile * call.rows_per_tile;
     const int64_t past = begin + call.rows_per_tile;
     const int64_t end = past < call.a.shape.num_tokens ? past : call.a.shape.num_tokens;
-    if (call.tile_sums != nullptr) row.clear_sums();
+    if (call.tile_sums != nullptr) {
+      for (int e = lane_index(); e < call.num_experts; e += kWarp) own_sums[e] = 0.0f;
+    }
     for (int64_t t = begin + warp; t < end; t += m.num_warps) {
       if constexpr (kPerLane > 0) {
         FastRow<T, kPerLane> fast(call.a, reinterpret_cast<int*>(own_memory), demand);
-        if (fast.run(t, call.tile_sums != nullptr ? row.sums() : nullptr)) continue;
+        if (fast.run(t, call.tile_sums != nullptr ? own_sums : nullptr)) continue;
       }
-      row.run(t);
+      GateRow<T>(call, own_memory, demand).run(t);  // made here: rows of the fast way do not pay for it
     }
     if (call.tile_sums == nullptr) continue;
     __syncthreads();
-    const float* sums = row.sums() - warp * m.warp_words;  // of warp 0
+    const float* sums = memory + m.warp_words - call.num_experts;  // of warp 0
     for (int e = threadIdx.x; e < call.num_experts; e += blockDim.x) {
       float sum = 0.0f;
       for (int w = 0; w < m.num_warps; ++w) sum += sums[w * m.warp_words + e];

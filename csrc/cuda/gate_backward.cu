@@ -58,7 +58,6 @@ class BackwardRow {
     for (int i = lane_index(); i < c_.num_columns; i += kWarp) {
       out[i] = narrow<T>(z_[i] == -INFINITY ? 0.0f : grad_[i]);
     }
-    __syncwarp();  // the next row writes what lanes have read of each other here
   }
 
  private:

@@ -1,16 +1,19 @@
-// The expert layer on CUDA, forward, in five launches and one for the bounds:
-//   1. permute      token rows to expert rows (scaled by their weight with weights_on input)
-//   2. up           grouped product plus bias_up into the pre-activations, which training keeps
-//   3. activate     pre-activations to activated rows; rows without a slot become zeros in both
-//   4. down         grouped product plus bias_down
-//   5. unpermute    every token sums its rows, weighted, j ascending, and rounds once
-// Nothing is added by an atomic, and a row sees no other row.
+// The expert layer on CUDA, forward, in three launches and one for the bounds:
+//   1. up           the rows' tokens taken by index, grouped product, bias_up, activation (gemm/up.cuh); the
+//                   pre-activations are stored where training keeps them
+//   2. down         grouped product plus bias_down
+//   3. unpermute    every token sums its rows, weighted, j ascending, and rounds once
+// Where policy.h has no kernel for 1, it is permute (and with weights_on input a scaling in place), a grouped product
+// into the pre-activations, and an activation kernel, through a buffer of R rows.
+// Nothing is added by an atomic, and a row sees no other row. Rows without a slot are zeros in both results of 1.
 //
-// Pre-activations and expert outputs are rounded to the dtype between the launches, as in plain torch, so a call that
-// keeps the pre-activations has the bits of one that does not.
-// Bytes beside the products': T H + 2 R H, R U + R I, (K + 1) T H, times the element size.
+// Pre-activations and expert outputs are rounded to the dtype, as in plain torch, so a call that keeps the
+// pre-activations has the bits of one that does not.
+// Bytes beside the products' operands: R I written, R U more with the pre-activations, R H written and (K + 1) T H for
+// the combination, times the element size.
 #include "cuda/activation.cuh"
 #include "cuda/expert_rows.cuh"
+#include "cuda/gemm/up.h"
 
 namespace fastmoe_route {
 namespace cuda {
@@ -63,8 +66,9 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ExpertRows rows, T
   }
 }
 
+// Of 2-byte dtypes: float32 has step 1 in one launch on every device.
 CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, void* activated, const CudaQueue& queue) {
-  dispatch_expert_float(dtype, [&](auto sample) {
+  const auto run = [&](auto sample) {
     using T = decltype(sample);
     const bool is_wide =
         rows.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(preactivation) && is_multiple_of_16(activated);
@@ -74,7 +78,8 @@ CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, vo
       activate_kernel<T, N><<<num_blocks(items, kThreads / kWarp), kThreads, 0, queue.stream>>>(
           rows, static_cast<T*>(preactivation), static_cast<T*>(activated));
     });
-  });
+  };
+  dtype == DType::kBFloat16 ? run(BFloat16{}) : run(Float16{});
   return launched();
 }
 
@@ -91,6 +96,32 @@ CudaStatus scale_rows(DType dtype, const ExpertRows& rows, void* values, const C
   return launched();
 }
 
+namespace {
+
+// Step 1 in launches of its own, through hidden_rows [R, H].
+CudaStatus up_in_launches(const MoeMlpArgs& a, const ExpertRows& rows, void* hidden_rows, void* activated,
+                          const CudaQueue& queue) {
+  const MoeMlpShape& shape = a.shape;
+  const size_t pre_bytes = shape.num_rows * rows.up_size * element_size(shape.dtype);
+  void* const pre = a.preactivation != nullptr ? a.preactivation : queue.scratch(pre_bytes);
+  CudaStatus status = permute({shape.num_tokens, shape.top_k, shape.num_rows, shape.hidden, shape.dtype, a.x,
+                               a.x_stride, a.row_to_slot, a.slot_to_row, hidden_rows},
+                              queue);
+  if (status.code != 0) return status;
+  if (shape.weights_on_input) {
+    if (status = scale_rows(shape.dtype, rows, hidden_rows, queue); status.code != 0) return status;
+  }
+  RowsProduct up = rows_product_of(shape.dtype, rows.groups, shape.num_rows, a.w_up, shape.hidden, rows.up_size);
+  up.a = hidden_rows;
+  up.a_stride = shape.hidden;
+  up.bias = a.bias_up;
+  up.d = pre;
+  if (status = rows_product(up, queue); status.code != 0) return status;
+  return activate(rows, shape.dtype, pre, activated, queue);
+}
+
+}  // namespace
+
 CudaStatus moe_mlp(const MoeMlpArgs& a, const CudaQueue& queue) {
   const MoeMlpShape& shape = a.shape;
   if (shape.dtype == DType::kFloat64) return no_float64();
@@ -99,24 +130,28 @@ CudaStatus moe_mlp(const MoeMlpArgs& a, const CudaQueue& queue) {
   CudaStatus status = group_rows(a.offsets, shape.num_experts, shape.num_rows, kProductTileRows, queue, &groups);
   if (status.code != 0) return status;
   const ExpertRows rows = expert_rows(shape, groups, a.row_to_slot, a.slot_to_row, a.weights);
-  void* const hidden_rows = queue.scratch(shape.num_rows * shape.hidden * size);  // inputs, later outputs, of experts
+  void* const hidden_rows = queue.scratch(shape.num_rows * shape.hidden * size);  // outputs of experts
   void* const activated = queue.scratch(shape.num_rows * shape.intermediate * size);
-  void* const pre = a.preactivation != nullptr ? a.preactivation : queue.scratch(shape.num_rows * rows.up_size * size);
 
-  status = permute({shape.num_tokens, shape.top_k, shape.num_rows, shape.hidden, shape.dtype, a.x, a.x_stride,
-                    a.row_to_slot, a.slot_to_row, hidden_rows},
-                   queue);
-  if (status.code != 0) return status;
-  if (shape.weights_on_input) {
-    if (status = scale_rows(shape.dtype, rows, hidden_rows, queue); status.code != 0) return status;
+  const RowsProduct w_up = rows_product_of(shape.dtype, groups, shape.num_rows, a.w_up, shape.hidden, rows.up_size);
+  const UpProduct up{shape.dtype,
+                     rows,
+                     shape.top_k,
+                     a.x,
+                     a.x_stride,
+                     w_up.b,
+                     w_up.b_group_stride,
+                     w_up.b_stride,
+                     w_up.b_is_column_major,
+                     a.bias_up,
+                     shape.weights_on_input,
+                     a.preactivation,
+                     activated};
+  bool is_done = false;
+  if (status = up_product(up, queue, &is_done); status.code != 0) return status;
+  if (!is_done) {
+    if (status = up_in_launches(a, rows, hidden_rows, activated, queue); status.code != 0) return status;
   }
-  RowsProduct up = rows_product_of(shape.dtype, groups, shape.num_rows, a.w_up, shape.hidden, rows.up_size);
-  up.a = hidden_rows;
-  up.a_stride = shape.hidden;
-  up.bias = a.bias_up;
-  up.d = pre;
-  if (status = rows_product(up, queue); status.code != 0) return status;
-  if (status = activate(rows, shape.dtype, pre, activated, queue); status.code != 0) return status;
   RowsProduct down = rows_product_of(shape.dtype, groups, shape.num_rows, a.w_down, shape.intermediate, shape.hidden);
   down.a = activated;
   down.a_stride = shape.intermediate;

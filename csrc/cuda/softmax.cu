@@ -154,22 +154,22 @@ __device__ void map_columns(const T* x, T* y, int64_t num_cols, const F& f) {
 template <class T, bool kIsWide, bool kIsOnline>
 __global__ void __launch_bounds__(kBlockThreads, 1) softmax_block_kernel(SoftmaxArgs a) {
   using Float = accumulate_t<T>;
-  __shared__ Float partial[kBlockThreads / kWarp];
+  __shared__ Float maxima[kBlockThreads / kWarp], sums[kBlockThreads / kWarp];
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     Float max, sum;
     if (kIsOnline) {
       OnlineSum<Float> online;
       each_column<T, kIsWide>(x, a.num_cols, [&](int64_t, Float value) { online.add(value); });
-      max = block_max(online.max, partial);
-      sum = block_sum(online.relative_to(max), partial);
+      max = block_max(online.max, maxima);
+      sum = block_sum(online.relative_to(max), sums);
     } else {
       Float own_max = minus_infinity<Float>();
       each_column<T, kIsWide>(x, a.num_cols, [&](int64_t, Float value) { own_max = larger(own_max, value); });
-      max = block_max(own_max, partial);
+      max = block_max(own_max, maxima);
       Float own_sum = 0;
       each_column<T, kIsWide>(x, a.num_cols, [&](int64_t, Float value) { own_sum += exponential(value - max); });
-      sum = block_sum(own_sum, partial);
+      sum = block_sum(own_sum, sums);
     }
     const Float divisor = divisor_of(max, sum);
     T* y = static_cast<T*>(a.y) + row * a.num_cols;
@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(kBlockThreads) softmax_backward_block_kernel(S
     const Float dot = block_sum(own_dot, partial);
     map_columns<T, kIsWide>(y, grad_x, a.num_cols,
                             [&](int64_t c, Float value) { return value * (widen(grad_y[c]) - dot); });
+    __syncthreads();  // before the next row writes `partial`
   }
 }
 

@@ -9,7 +9,7 @@
 // best of the threads' maxima is a floor below which nothing is chosen; a radix select over what is left, 8 bits a
 // pass, gives the k-th key, and a second one over the columns of the equal ones gives the last column that is taken.
 // Chosen entries are put in order by counting those that go before each. Why radix: k extractions of a block-wide
-// maximum cost k barriers, six passes cost six however large k is.
+// maximum cost k barriers and more, a pass costs three however large k is.
 // Sums: a thread's columns in order, a butterfly, the warps in order, then chunks in order in double.
 // Bytes: x once, k entries of 12 or 16 bytes a chunk. Backward: x once, its gradient once, and k columns again.
 #include <type_traits>
@@ -69,23 +69,26 @@ __device__ inline double offset_of(double max) { return max == -static_cast<doub
 // Shared memory of a selection.
 template <class Key>
 struct Selection {
-  int bins[kBins];
+  int bins[kBins];  // 0 between two selections
   int warp_counts[kWarps];
-  int digit;
-  int rest;  // to take among the elements that share the digits so far
-  int count;
-  Key keys[kMostTaken];
+  int digit, rest;  // what the owner of the digit found
+  int count;        // elements there are
+  int num_found;
+  Key found_keys[kMostTaken];  // the chosen ones, in any order
+  int32_t found_columns[kMostTaken];
+  Key keys[kMostTaken];  // and best first
   int32_t columns[kMostTaken];
-  double partial[kWarps];
 };
 
-// The largest digit so that the elements of it and of larger ones number at least s.rest; s.rest becomes what is to be
-// taken of that digit's own. s.bins holds the counts. All threads; there are at least s.rest elements.
+// The largest digit so that the elements of it and of larger ones number at least `rest`; `rest` becomes what is to be
+// taken of that digit's own. s.bins holds the counts and is cleared. All threads, behind a barrier; there are at least
+// `rest` elements.
 template <class Key>
-__device__ void pick_digit(Selection<Key>& s) {
+__device__ int pick_digit(Selection<Key>& s, int& rest) {
   // Thread i looks at bin 255 - i: a scan over threads counts from the largest digit down.
   const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
   const int own = s.bins[bin];
+  s.bins[bin] = 0;
   int before = own;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -95,43 +98,39 @@ __device__ void pick_digit(Selection<Key>& s) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   if (lane_index() == kWarp - 1) s.warp_counts[warp] = before;
   __syncthreads();
-  const int rest = s.rest;
   before -= own;
   for (int w = 0; w < warp; ++w) before += s.warp_counts[w];
-  __syncthreads();
   if (before < rest && before + own >= rest) {
     s.digit = bin;
     s.rest = rest - before;
   }
   __syncthreads();
+  rest = s.rest;
+  return s.digit;
 }
 
-// The `rest`-th largest word among those that each(visit) visits, which number at least `rest`; s.rest is then how many
-// equal to it are to be taken. All threads.
+// The `rest`-th largest word among those that each(visit) visits, which number at least `rest`; `rest` is then how many
+// equal to it are to be taken. All threads, behind a barrier.
 template <int kBits, class Word, class Key, class Each>
-__device__ Word select_word(Selection<Key>& s, int rest, const Each& each) {
-  static_assert(kThreads == kBins, "a thread a bin");
+__device__ Word select_word(Selection<Key>& s, int& rest, const Each& each) {
   Word prefix = 0, known = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) s.rest = rest;
   for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-    s.bins[threadIdx.x] = 0;
-    __syncthreads();
     each([&](Word word) {
       if ((word & known) == prefix) atomicAdd(&s.bins[static_cast<int>(word >> shift) & (kBins - 1)], 1);
     });
     __syncthreads();
-    pick_digit(s);
-    prefix |= static_cast<Word>(s.digit) << shift;
+    prefix |= static_cast<Word>(pick_digit(s, rest)) << shift;
     known |= Word{kBins - 1} << shift;
   }
   return prefix;
 }
 
 // Puts the k best of the block's elements into s.keys and s.columns, best first; returns how many there are. `column`
-// gives the column of element i of this thread, and among equal keys the lower one is better.
+// gives the column of element i of this thread, and among equal keys the lower one is better. All threads; what was in
+// s may still be read by others, so long as they have a barrier of the block in between.
 template <int N, class Key, class Column>
 __device__ int select_best(Selection<Key>& s, const Key (&keys)[N], int k, const Column& column) {
+  static_assert(kThreads == kBins, "a thread a bin");
   constexpr int kKeyBits = static_cast<int>(sizeof(Key)) * 8;
   int own = 0;
   Key largest = 0;
@@ -140,52 +139,50 @@ __device__ int select_best(Selection<Key>& s, const Key (&keys)[N], int k, const
     own += keys[i] != 0;
     largest = keys[i] > largest ? keys[i] : largest;
   }
-  if (threadIdx.x == 0) s.count = 0;
+  s.bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.count = s.num_found = 0;
   __syncthreads();
   if (own > 0) atomicAdd(&s.count, own);
   const int num_owners = __syncthreads_count(own > 0);
-  const int taken = s.count < k ? s.count : k;
+  const int count = s.count, taken = count < k ? count : k;
   Key floor = 1;
+  int rest = k;
   if (num_owners >= k) {
-    floor = select_word<kKeyBits, Key>(s, k, [&](const auto& visit) {
+    floor = select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) {
       if (largest != 0) visit(largest);
     });
   }
   Key last = 1;
   uint32_t last_column = ~0u;
-  if (s.count > k) {
-    last = select_word<kKeyBits, Key>(s, k, [&](const auto& visit) {
+  if (count > k) {
+    rest = k;
+    last = select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
         if (keys[i] >= floor) visit(keys[i]);
     });
     // Columns inverted, so that the largest word is the lowest column.
-    const int rest = s.rest;
     last_column = ~select_word<32, uint32_t>(s, rest, [&](const auto& visit) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
         if (keys[i] == last) visit(~static_cast<uint32_t>(column(i)));
     });
   }
-  __shared__ Key found_keys[kMostTaken];
-  __shared__ int32_t found_columns[kMostTaken];
-  __syncthreads();
-  if (threadIdx.x == 0) s.count = 0;
-  __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (keys[i] == 0 || keys[i] < last) continue;
     if (keys[i] == last && static_cast<uint32_t>(column(i)) > last_column) continue;
-    const int at = atomicAdd(&s.count, 1);  // any order: the entries are put in order below
-    found_keys[at] = keys[i];
-    found_columns[at] = column(i);
+    const int at = atomicAdd(&s.num_found, 1);  // any order: the entries are put in order below
+    s.found_keys[at] = keys[i];
+    s.found_columns[at] = column(i);
   }
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < taken) {
-    const Key key = found_keys[threadIdx.x];
-    const int32_t col = found_columns[threadIdx.x];
+    const Key key = s.found_keys[threadIdx.x];
+    const int32_t col = s.found_columns[threadIdx.x];
     int rank = 0;
-    for (int j = 0; j < taken; ++j) rank += found_keys[j] > key || (found_keys[j] == key && found_columns[j] < col);
+    for (int j = 0; j < taken; ++j)
+      rank += s.found_keys[j] > key || (s.found_keys[j] == key && s.found_columns[j] < col);
     s.keys[rank] = key;
     s.columns[rank] = col;
   }
@@ -228,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_kernel(SoftmaxTopkArgs a, L
   using Key = KeyOf<T>;
   constexpr int N = kPerThread<T>, kPack = 16 / sizeof(T), kPacks = N / kPack;
   __shared__ Selection<Key> s;
-  __shared__ Float partial[kWarps];
+  __shared__ Float maxima[kWarps], sums[kWarps];
   for (int64_t item = blockIdx.x; item < a.num_rows * to.num_lists; item += gridDim.x) {
     const int64_t row = item / to.num_lists, begin = item % to.num_lists * kChunk<T>;
     const T* const x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
@@ -254,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_kernel(SoftmaxTopkArgs a, L
 #pragma unroll
     for (int i = 0; i < N; ++i)
       if (column_of(i) < size) max = larger(max, widen(values[i]));
-    max = block_max(max, partial);
+    max = block_max(max, maxima);
     const Float offset = max == -static_cast<Float>(INFINITY) ? Float{0} : max;
     Float sum = 0;
     Key keys[N];
@@ -265,11 +262,10 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_kernel(SoftmaxTopkArgs a, L
       if (is_inside) sum += exp(value - offset);
       keys[i] = is_inside ? rising_key(value) : Key{0};
     }
-    sum = block_sum(sum, partial);
+    sum = block_sum(sum, sums);
     const int taken =
         select_best(s, keys, static_cast<int>(a.k), [&](int i) { return static_cast<int32_t>(begin) + column_of(i); });
     write_list<T>(a, to, row, item % to.num_lists, s, taken, max, sum);
-    __syncthreads();
   }
 }
 
@@ -280,6 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Key = KeyOf<T>;
   constexpr int N = kPerThread<T>;
   __shared__ Selection<Key> s;
+  __shared__ double maxima[kWarps], sums[kWarps];
   for (int64_t item = blockIdx.x; item < a.num_rows * to.num_lists; item += gridDim.x) {
     const int64_t row = item / to.num_lists, first = item % to.num_lists * per_merge;
     const int64_t left = from.num_lists - first;
@@ -295,18 +292,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     double own_max = -static_cast<double>(INFINITY);
     for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads)
       own_max = larger(own_max, from.sums[2 * (source + l)]);
-    const double max = block_max(own_max, s.partial);
+    const double max = block_max(own_max, maxima);
     double own_sum = 0.0;
     for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads) {
       const double list_max = from.sums[2 * (source + l)], list_sum = from.sums[2 * (source + l) + 1];
       own_sum += list_max == max ? list_sum : list_sum * exp(list_max - max);
     }
-    const double sum = block_sum(own_sum, s.partial);
+    const double sum = block_sum(own_sum, sums);
     const int32_t* const columns = from.columns + source * a.k;
     const int taken = select_best(s, keys, static_cast<int>(a.k),
                                   [&](int i) { return columns[i * kThreads + static_cast<int>(threadIdx.x)]; });
     write_list<T>(a, to, row, item % to.num_lists, s, taken, max, sum);
-    __syncthreads();
   }
 }
 
@@ -355,7 +351,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the chosen columns are written by other threads than before
     if (is_column && own >= begin && own < end)
       grad_x[own] = narrow<T>(static_cast<Float>(chosen[thread] * (grads[thread] - dot)));
-    __syncthreads();
   }
 }
 

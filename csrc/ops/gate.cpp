@@ -139,73 +139,34 @@ Choice choose(const Tensor& logits, GateArgs& args, ScalarType arithmetic) {
   return {std::move(weights), std::move(experts), std::move(demand)};
 }
 
-Choice gate_forward(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
-                    const OptionalTensor& bias, int64_t num_groups, int64_t topk_groups, int64_t group_score,
-                    const OptionalTensor& mask, const OptionalTensor& noise, bool softmax_over_group,
-                    int64_t max_per_group, std::optional<double> top_p, const OptionalTensor& top_p_per_token,
-                    std::optional<double> threshold, const OptionalTensor& threshold_per_token, int64_t min_k,
-                    const OptionalTensor& k_per_token, int64_t num_null) {
-  const Options options{score,
-                        normalize,
-                        scale,
-                        bias,
-                        num_groups,
-                        topk_groups,
-                        group_score,
-                        mask,
-                        noise,
-                        softmax_over_group,
-                        max_per_group,
-                        top_p,
-                        top_p_per_token,
-                        threshold,
-                        threshold_per_token,
-                        min_k,
-                        k_per_token,
-                        num_null};
-  const ScalarType arithmetic = arithmetic_of(logits);
-  GateArgs args = checked_args(logits, top_k, options, arithmetic);
-  return choose(logits, args, arithmetic);
-}
-
 using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-GateResults gate(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
-                 const OptionalTensor& bias, int64_t num_groups, int64_t topk_groups, int64_t group_score,
-                 const OptionalTensor& mask, const OptionalTensor& noise, bool softmax_over_group,
-                 int64_t max_per_group, std::optional<double> top_p, const OptionalTensor& top_p_per_token,
-                 std::optional<double> threshold, const OptionalTensor& threshold_per_token, int64_t min_k,
-                 const OptionalTensor& k_per_token, int64_t num_null, bool stats, bool keep_scores) {
-  const Options options{score,
-                        normalize,
-                        scale,
-                        bias,
-                        num_groups,
-                        topk_groups,
-                        group_score,
-                        mask,
-                        noise,
-                        softmax_over_group,
-                        max_per_group,
-                        top_p,
-                        top_p_per_token,
-                        threshold,
-                        threshold_per_token,
-                        min_k,
-                        k_per_token,
-                        num_null};
-  const ScalarType arithmetic = arithmetic_of(logits);
-  GateArgs args = checked_args(logits, top_k, options, arithmetic);
-  const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
-  const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
-  const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
-  const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, num_experts}, arithmetic);
-  args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
-  args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
-  args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
-  const auto [weights, experts, demand] = choose(logits, args, arithmetic);
-  return {weights, score_sum, logsumexp, scores, experts, demand};
-}
+// The operators, whose arguments after top_k are the fields of Options, in their order.
+template <class... Fields>
+struct Operators {
+  static Choice gate_forward(const Tensor& logits, int64_t top_k, Fields... fields) {
+    const ScalarType arithmetic = arithmetic_of(logits);
+    GateArgs args = checked_args(logits, top_k, Options{fields...}, arithmetic);
+    return choose(logits, args, arithmetic);
+  }
+
+  static GateResults gate(const Tensor& logits, int64_t top_k, Fields... fields, bool stats, bool keep_scores) {
+    const ScalarType arithmetic = arithmetic_of(logits);
+    GateArgs args = checked_args(logits, top_k, Options{fields...}, arithmetic);
+    const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
+    const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
+    const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
+    const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, num_experts}, arithmetic);
+    args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
+    args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
+    args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
+    const auto [weights, experts, demand] = choose(logits, args, arithmetic);
+    return {weights, score_sum, logsumexp, scores, experts, demand};
+  }
+};
+using Gate = Operators<int64_t, bool, double, const OptionalTensor&, int64_t, int64_t, int64_t, const OptionalTensor&,
+                       const OptionalTensor&, bool, int64_t, std::optional<double>, const OptionalTensor&,
+                       std::optional<double>, const OptionalTensor&, int64_t, const OptionalTensor&, int64_t>;
 
 // A contiguous gradient of the arithmetic type, checked against the shape of its output.
 const void* checked_grad(const char* name, OptionalTensor& grad, std::initializer_list<int64_t> shape,
@@ -251,8 +212,8 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
 }  // namespace fastmoe_route
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("gate", TORCH_BOX(&fastmoe_route::gate));
-  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::gate_forward));
-  m.impl("gate_stats_forward", TORCH_BOX(&fastmoe_route::gate));
+  m.impl("gate", TORCH_BOX(&fastmoe_route::Gate::gate));
+  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::Gate::gate_forward));
+  m.impl("gate_stats_forward", TORCH_BOX(&fastmoe_route::Gate::gate));
   m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));
 }

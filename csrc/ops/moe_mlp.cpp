@@ -19,9 +19,14 @@ struct Inputs {
   const Tensor& slot_to_row;
 };
 
+// Kernels hold the bytes between two rows in 32 bits. Only a dimension of size 1 has more in practice.
+constexpr int64_t kMostStride = INT32_MAX / 8;
+
 bool is_matrix_view(const Tensor& w) {
-  return w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1;
+  return (w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1) && w.stride(1) <= kMostStride &&
+         w.stride(2) <= kMostStride;
 }
+bool are_rows_in_place(const Tensor& x) { return (x.size(1) <= 1 || x.stride(1) == 1) && x.stride(0) <= kMostStride; }
 
 ExpertMatrix expert_matrix(const Tensor& w) {
   ExpertMatrix result{w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2)};
@@ -134,7 +139,7 @@ struct Prepared {
   OptionalTensor bias_up, bias_down;
 
   explicit Prepared(const Inputs& in)
-      : x(in.x.size(1) <= 1 || in.x.stride(1) == 1 ? in.x : as_contiguous(in.x)), weights(as_contiguous(in.weights)),
+      : x(are_rows_in_place(in.x) ? in.x : as_contiguous(in.x)), weights(as_contiguous(in.weights)),
         w_up(is_matrix_view(in.w_up) ? in.w_up : as_contiguous(in.w_up)),
         w_down(is_matrix_view(in.w_down) ? in.w_down : as_contiguous(in.w_down)), offsets(as_contiguous(in.offsets)),
         row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)) {

@@ -5,13 +5,18 @@ Messages are built only in the failing branch, so the checks vanish under ``torc
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _INT64_MAX = 2**63 - 1
+_FLOAT_MAX = sys.float_info.max
+_NUMBERS = (float, int, torch.SymInt, torch.SymFloat, numbers.Real)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -28,11 +33,14 @@ def describe(value: Any) -> str:
 
 
 def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
-    """Requires a tensor, with one of the given numbers of dimensions if any are given."""
+    """Requires a dense tensor, with one of the given numbers of dimensions if any are given."""
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
+    if value.layout is not torch.strided:
+        fail(TypeError, op, argument, "be a dense tensor", f"layout {value.layout}")
     if dims and value.dim() not in dims:
-        rule = "have " + " or ".join(str(dim) for dim in dims) + " dimensions"
+        rule = "have " + " or ".join(str(dim) for dim in dims)
+        rule += " dimension" if dims == (1,) else " dimensions"
         fail(ValueError, op, argument, rule, describe(value))
 
 
@@ -72,6 +80,30 @@ def check_int(op: str, argument: str, value: Any, low: int, high: int | None = N
         fail(ValueError, op, argument, rule, value)
 
 
+def check_float(
+    op: str,
+    argument: str,
+    value: Any,
+    rule: str = "be a number that a float can hold",
+    kind: str = "a number",
+) -> None:
+    """Requires a number other than NaN that a float can hold; bools are refused."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        fail(TypeError, op, argument, f"be {kind}", describe(value))
+    # A comparison, since math.isnan breaks a graph of torch.compile.
+    if value != value:
+        fail(ValueError, op, argument, rule, value)
+    if isinstance(value, int) and abs(value) > _FLOAT_MAX:
+        fail(ValueError, op, argument, "be a number that a float can hold", value)
+
+
+def check_flag(op: str, argument: str, value: Any) -> None:
+    """Requires a bool."""
+    # torch.compile turns what was computed from floats into a SymBool.
+    if value is not True and value is not False and not isinstance(value, (bool, torch.SymBool)):
+        fail(TypeError, op, argument, "be a bool", describe(value))
+
+
 def at_most_int64(value: int) -> int:
     """A bound that is not reached either way, where an op would not take a larger number."""
     return _INT64_MAX if isinstance(value, int) and value > _INT64_MAX else value
@@ -93,9 +125,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see this call; without, the cheaper bare op is called."""
+    """Whether autograd has to see this call; without, the cheaper bare op is called.
+
+    In forward mode it says that there is no such derivative, where the bare op would give zero.
+    """
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return False
+    return forward_ad._current_level >= 0

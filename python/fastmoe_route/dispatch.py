@@ -14,6 +14,7 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_float,
     check_int,
     check_shape,
     check_tensor,
@@ -28,7 +29,6 @@ _ops = torch.ops.fastmoe_route
 _MAX_EXPERTS = 65536
 _INT32_LIMIT = 2**31
 _ID_DTYPES = (torch.int32, torch.int64)
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 _DROP_POLICIES = ("position", "score")
 
 
@@ -69,14 +69,17 @@ def expert_capacity(
     check_int("expert_capacity", "top_k", top_k, 0)
     check_int("expert_capacity", "min_capacity", min_capacity, 1)
     check_int("expert_capacity", "multiple_of", multiple_of, 1)
-    if isinstance(factor, bool) or not isinstance(factor, _NUMBERS):
-        fail(TypeError, "expert_capacity", "factor", "be a number", describe(factor))
+    check_float("expert_capacity", "factor", factor, "be finite and at least 0")
     if not 0 <= factor < math.inf:
         fail(ValueError, "expert_capacity", "factor", "be finite and at least 0", factor)
     slots = factor * num_tokens * top_k / num_experts
     if slots == math.inf:
         fail(ValueError, "expert_capacity", "factor", "give a finite capacity", factor)
-    share = math.ceil(slots)
+    if isinstance(slots, torch.SymFloat):  # torch.export.save knows no ceil
+        whole = torch.sym_int(slots)
+        share = torch.sym_ite(whole < slots, whole + 1, whole)
+    else:
+        share = math.ceil(slots)
     capacity = max(share, min_capacity)
     return (capacity + multiple_of - 1) // multiple_of * multiple_of
 
@@ -281,7 +284,7 @@ def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Non
     return sum_rows(grad, None, *ctx.saved_tensors), None, None
 
 
-register_autograd("permute", _permute_backward, setup_context=_save_maps)
+register_autograd("permute", _permute_backward, setup_context=_save_maps, once=False)
 
 
 # ---- unpermute ---------------------------------------------------------------------------------

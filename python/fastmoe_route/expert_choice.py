@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    at_most_int64,
     check_device,
     check_dtype,
     check_int,
@@ -61,6 +62,7 @@ def expert_choice(
         check_dtype("expert_choice", "scope_ids", scope_ids, (torch.int32,))
         check_shape("expert_choice", "scope_ids", scope_ids, (scores.shape[0],))
         check_device("expert_choice", "scope_ids", scope_ids, scores)
+    capacity = at_most_int64(capacity)
     op = _ops.expert_choice if needs_grad(scores) else _ops.expert_choice_forward
     weights, experts, demand = op(scores, capacity, scope_ids, num_scopes)
     return Routing(experts, weights, demand)
@@ -102,4 +104,4 @@ def _backward(
     return grad_scores, None, None, None
 
 
-register_autograd("expert_choice", _backward, setup_context=_setup_context)
+register_autograd("expert_choice", _backward, setup_context=_setup_context, once=False)

@@ -12,6 +12,8 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_flag,
+    check_float,
     check_int,
     check_shape,
     check_tensor,
@@ -108,7 +110,7 @@ def gate(
         >>> routing.experts, routing.weights
         (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if not isinstance(logits, Tensor) or logits.layout is not torch.strided or logits.dim() != 2:
         check_tensor("gate", "logits", logits, 2)
     if logits.dtype not in FLOAT_DTYPES:
         check_dtype("gate", "logits", logits, FLOAT_DTYPES)
@@ -120,16 +122,25 @@ def gate(
         fail(ValueError, "gate", "logits", f"have 1 to {MAX_EXPERTS} experts", describe(logits))
     check_int("gate", "top_k", top_k, 1, num_experts)
     score_code = check_choice("gate", "score", score, SCORES)
+    if normalize is not True and normalize is not False:
+        check_flag("gate", "normalize", normalize)
+    if scale != 1.0:
+        check_float("gate", "scale", scale)
     wants_grad = needs_grad(logits)
     if (
-        not (wants_grad or stats or keep_scores)
+        not (stats or keep_scores)
         and (bias is None and mask is None and noise is None and k_per_token is None)
         and (num_groups == 1 and topk_groups is None and max_per_group is None and num_null == 0)
         and (top_p is None and threshold is None and min_k == 1)
         and (softmax_over == "all" and group_score == "max")
     ):
         # Every argument that is passed on costs a fifth of a microsecond.
-        weights, experts, demand = _gate_forward(logits, top_k, score_code, normalize, scale)
+        if wants_grad:
+            weights, *_, experts, demand = _differentiable(
+                logits, top_k, score_code, normalize, scale
+            )
+        else:
+            weights, experts, demand = _gate_forward(logits, top_k, score_code, normalize, scale)
         return Routing(experts, weights, demand)
 
     over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
@@ -137,14 +148,16 @@ def gate(
     if num_groups != 1 or topk_groups is not None or max_per_group is not None:
         _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
     check_int("gate", "min_k", min_k, 0, top_k)
+    check_flag("gate", "stats", stats)
+    check_flag("gate", "keep_scores", keep_scores)
     arithmetic = _arithmetic(logits)
     if bias is not None:
         bias = _per_column("bias", bias, logits, arithmetic)
     if mask is not None:
         mask = _per_column("mask", mask, logits, torch.bool)
     if noise is not None:
-        noise = _per_column("noise", noise, logits, arithmetic)
         check_tensor("gate", "noise", noise, 2)
+        noise = _per_column("noise", noise, logits, arithmetic)
     p, p_per_token = _stop_rule("top_p", top_p, logits)
     floor, floor_per_token = _stop_rule("threshold", threshold, logits)
     if k_per_token is not None:
@@ -156,13 +169,13 @@ def gate(
     arguments = (
         *(logits, top_k, score_code, normalize, scale),
         *(bias, num_groups, topk_groups or 0, group_code),
-        *(mask, noise, over_group, max_per_group or 0),
+        *(mask, noise, over_group, min(max_per_group or 0, num_experts)),
         *(p, p_per_token, floor, floor_per_token, min_k, k_per_token, num_null),
     )
     if not (wants_grad or stats or keep_scores):
         weights, experts, demand = _gate_forward(*arguments)
         return Routing(experts, weights, demand)
-    op = _gate if wants_grad else _gate_stats_forward
+    op = _differentiable if wants_grad else _gate_stats_forward
     weights, score_sum, logsumexp, scores, experts, demand = op(*arguments, stats, keep_scores)
     return Routing(
         experts,
@@ -215,8 +228,7 @@ def _stop_rule(
         check_shape("gate", name, value, (logits.shape[0],))
         check_device("gate", name, value, logits)
         return None, value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(TypeError, "gate", name, "be a float or a float32 [T] tensor", describe(value))
+    check_float("gate", name, value, kind="a float or a float32 [T] tensor")
     return float(value), None
 
 
@@ -288,4 +300,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (grad_logits,) + (None,) * 21
 
 
-register_autograd("gate", _backward, setup_context=_setup_context)
+_differentiable = register_autograd("gate", _backward, setup_context=_setup_context)

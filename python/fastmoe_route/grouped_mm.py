@@ -141,7 +141,7 @@ def _backward(
     return grad_x, grad_w if needs_w else None, None, grad_bias if ctx.needs_bias else None
 
 
-register_autograd("grouped_mm", _backward, setup_context=_setup_context)
+register_autograd("grouped_mm", _backward, setup_context=_setup_context, once=False)
 
 
 def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,4 +168,6 @@ def _wgrad_backward(ctx: Any, grad_grad_w: Tensor | None, grad_grad_bias: Tensor
     return grad_x, grad_grad_y, None, None, None, None
 
 
-register_autograd("grouped_mm_wgrad", _wgrad_backward, setup_context=_wgrad_setup_context)
+register_autograd(
+    "grouped_mm_wgrad", _wgrad_backward, setup_context=_wgrad_setup_context, once=False
+)

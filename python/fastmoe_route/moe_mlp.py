@@ -14,6 +14,7 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_flag,
     check_shape,
     check_tensor,
     describe,
@@ -95,6 +96,7 @@ def moe_mlp(
     """
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
     on_input = check_choice("moe_mlp", "weights_on", weights_on, WEIGHTS_ON) == 1
+    check_flag("moe_mlp", "interleaved", interleaved)
     check_tensor("moe_mlp", "x", x, 2)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -174,7 +176,10 @@ def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
         return False
     offsets, row_to_slot, slot_to_row = plan[:3]
     return (
-        offsets.dim() == row_to_slot.dim() == 1
+        isinstance(offsets, Tensor)
+        and isinstance(row_to_slot, Tensor)
+        and isinstance(slot_to_row, Tensor)
+        and offsets.dim() == row_to_slot.dim() == 1
         and offsets.shape[0] == num_experts + 1
         and slot_to_row.shape == (x.shape[0], top_k)
         and offsets.dtype == row_to_slot.dtype == slot_to_row.dtype == torch.int32

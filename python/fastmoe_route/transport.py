@@ -16,6 +16,7 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_float,
     check_int,
     check_shape,
     check_tensor,
@@ -101,11 +102,13 @@ def transport(
     check_tensor("transport", "scores", scores, 2)
     check_dtype("transport", "scores", scores, FLOAT_DTYPES)
     code = check_choice("transport", "method", method, METHODS)
-    check_int("transport", "iters", iters, 1)
+    check_int("transport", "iters", iters, 1, 2**31 - 1)
     num_tokens, num_experts = scores.shape
     if num_experts < 1:
         fail(ValueError, "transport", "scores", "have at least 1 expert", num_experts)
-    for argument, value in (("temperature", temperature), ("gamma", gamma)):
+    floats = {"temperature": temperature, "gamma": gamma, "learning_rate": learning_rate}
+    for argument, value in floats.items():
+        check_float("transport", argument, value, "be positive")
         if not value > 0:
             fail(ValueError, "transport", argument, "be positive", value)
     choices = {"bip": ("top_k", top_k), "ksparse": ("k", k)}

@@ -11,9 +11,27 @@ from pathlib import Path
 
 import torch
 import transformers
+from tolerance import assert_bound, assert_has_power
 from torch import Tensor, nn
 
 E, H, WIDTH, K = 6, 32, 24, 3
+
+
+def assert_near(
+    got: Tensor, expected: Tensor, relative: float = 1e-5, absolute: float = 1e-6
+) -> None:
+    """Every element of a whole model's answer within `absolute + relative * |expected|`."""
+    assert got.shape == expected.shape
+    if got.dim() > 1:
+        got, expected = (t.detach().reshape(-1, t.shape[-1]) for t in (got, expected))
+    wanted = expected.detach().double()
+
+    def check(value: Tensor) -> None:
+        assert_bound(value, wanted, absolute + relative * wanted.abs())
+
+    check(got)
+    if got.dim() > 1 and wanted.any():
+        assert_has_power(check, got)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import transformers
 from fastmoe_route.integrations.transformers import explain, register
 from torch._dynamo.testing import CompileCounter
 
-from clients.models import MODELS, causal_model, experts_modules, tokens
+from clients.models import MODELS, assert_near, causal_model, experts_modules, tokens
 
 NAME = "fastmoe_route"
 
@@ -79,8 +79,8 @@ def test_output_router_logits_and_the_auxiliary_loss_stay():
     options = {"labels": tokens(), "output_router_logits": True}
     expected, got = eager(tokens(), **options), ours(tokens(), **options)
     assert len(got.router_logits) == 2
-    torch.testing.assert_close(got.aux_loss, expected.aux_loss)
-    torch.testing.assert_close(got.loss, expected.loss)
+    assert_near(got.aux_loss, expected.aux_loss)
+    assert_near(got.loss, expected.loss)
 
 
 # ---- compiled and exported ---------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_compiles_as_one_graph(kind):
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     got = logits(compiled, tokens())
     assert counter.frame_count == 1
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert_near(got, expected)
 
 
 def test_ten_lengths_do_not_recompile_the_layer():
@@ -107,7 +107,7 @@ def test_ten_lengths_do_not_recompile_the_layer():
     with torch.no_grad():
         for length in (5, 6, 7, 11, 17, 23, 31, 40, 64, 100):
             x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(length))
-            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+            assert_near(compiled(x), layer(x))
     assert counter.frame_count == 1
 
 
@@ -120,9 +120,9 @@ def test_own_activation_compiles_too():
     expected = logits(eager, tokens())
     torch._dynamo.reset()
     compiled = torch.compile(eager, fullgraph=True, backend="eager")
-    torch.testing.assert_close(logits(compiled, tokens()), expected, rtol=1e-5, atol=1e-6)
+    assert_near(logits(compiled, tokens()), expected)
     eager.set_experts_implementation("eager")
-    torch.testing.assert_close(logits(eager, tokens()), expected, rtol=1e-4, atol=1e-5)
+    assert_near(logits(eager, tokens()), expected, 1e-4, 1e-5)
 
 
 def test_training_step_compiles_with_inductor():
@@ -136,7 +136,7 @@ def test_training_step_compiles_with_inductor():
     model.model.layers[0].mlp.forward = compiled
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+        assert_near(p.grad, expected[name], 1e-4, 1e-6)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -149,7 +149,7 @@ def test_layer_exports_with_a_dynamic_length(strict):
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("fastmoe_route.moe_mlp" in name for name in names)
     other = torch.randn(1, 33, 32)
-    torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-5, atol=1e-6)
+    assert_near(program.module()(other), layer(other))
 
 
 def test_whole_model_exports():
@@ -159,7 +159,7 @@ def test_whole_model_exports():
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum("fastmoe_route.moe_mlp" in name for name in names) == 2
     got = program.module()(tokens(1, 12, seed=4), **options).logits
-    torch.testing.assert_close(got, logits(model, tokens(1, 12, seed=4)), rtol=1e-5, atol=1e-6)
+    assert_near(got, logits(model, tokens(1, 12, seed=4)))
 
 
 def test_ten_lengths_do_not_recompile_a_whole_model():
@@ -171,7 +171,7 @@ def test_ten_lengths_do_not_recompile_a_whole_model():
         for length in (5, 6, 7, 11, 17, 23, 31, 40, 64, 100):
             got = compiled(tokens(2, length), use_cache=False).logits
             expected = model(tokens(2, length), use_cache=False).logits
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            assert_near(got, expected)
     assert counter.frame_count == 1
 
 

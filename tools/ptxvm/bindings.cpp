@@ -48,6 +48,17 @@ void set_options(const py::kwargs& options) {
       Engine::get().num_launches = 0;  // the same launches get the same schedules again
     } else if (name == "counts") {
       now.counts = option.second.cast<bool>();
+    } else if (name == "most_blocks") {
+      now.most_blocks = option.second.cast<uint32_t>();
+    } else if (name == "few") {
+      now.few = option.second.cast<std::string>();
+    } else if (name == "failing_call") {
+      now.failing_call = option.second.cast<uint64_t>();
+      Engine::get().runtime_calls = 0;
+    } else if (name == "num_failing_calls") {
+      now.num_failing_calls = option.second.cast<uint64_t>();
+    } else if (name == "failing_code") {
+      now.failing_code = option.second.cast<int>();
     } else if (name == "num_sms") {
       now.num_sms = option.second.cast<int>();
     } else if (name == "most_instructions") {
@@ -81,14 +92,13 @@ PYBIND11_MODULE(ptxvm, m) {
   m.def("clear_counters", [] { Engine::get().counters = {}; });
   m.def("launches", [] { return Engine::get().launches_of; });
   m.def("instructions", [] { return Engine::get().instructions; });
+  m.def("runtime_calls", [] { return Engine::get().runtime_calls; });
   m.def("known_kernels", [] { return Engine::get().known_kernels; });
-  m.def("synchronisation", [] {
-    std::vector<std::pair<std::string, std::string>> sites;
-    for (ptxvm::Module* module : Engine::get().modules) module->synchronisation(sites);
-    return sites;
-  });
-  m.def("leave_out", [](const std::string& line) {
-    for (ptxvm::Module* module : Engine::get().modules) module->leave_out(line);
+  m.def("places", [](const std::string& kind) { return Engine::get().mutants.places(Engine::get(), kind); });
+  m.def("executed", [](const std::string& kind) { return Engine::get().mutants.executed(Engine::get(), kind); });
+  m.def("forget_executed", [] { Engine::get().mutants.forget(Engine::get()); });
+  m.def("mutate", [](const std::string& kind, const std::string& place) {
+    Engine::get().mutants.mutate(Engine::get(), kind, place);
   });
   m.def("readable", &ptxvm::readable);
   m.def("num_regions", [] { return Engine::get().memory.size(); });

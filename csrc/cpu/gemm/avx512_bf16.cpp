@@ -212,7 +212,7 @@ void multiply_outer(const void* packed, int64_t m, const void* w, int64_t w_stri
   int64_t swept = 0;
   if (m <= kRows) {
     const int64_t whole = n / kTileCols * kTileCols;
-    with_rows(m, [&](auto count) {
+    with_rows<kRows>(m, [&](auto count) {
       for (; swept < whole; swept += smaller(whole - swept, kSweep))
         outer_sweep<decltype(count)::value>(static_cast<const char*>(packed), packed_stride(k), weights + swept * 2,
                                             w_stride * 2, smaller(whole - swept, kSweep), k,

@@ -9,8 +9,8 @@
 // `Math` is what a vector holds: WidenedMath below, floats; or pairs of bfloat16 (avx512_bf16.cpp).
 //
 // Tiles of up to kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is
-// 24 KB that passes through L1 again and again while a panel of weights passes from L2. Few rows (one tile) go through
-// the weights in two or four long streams instead, at the speed of memory.
+// 24 KB that passes through L1 again and again while a panel of weights passes from L2. Few rows are one tile and go
+// through the weights once, in two to four long streams, at the speed of memory.
 #pragma once
 
 #include "cpu/gemm/tile.h"
@@ -19,15 +19,17 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 constexpr int kDotRows = kVectorRegisters == 32 ? 6 : kVectorRegisters == 16 ? 3 : 1;
 constexpr int kDotCols = 4;
-constexpr int64_t kDotPanel = 96;      // weights whose k block stays in L2 while all rows pass
-constexpr int64_t kDotSegment = 8;     // steps of k between two fetches of what is multiplied later
-constexpr int kDotAhead = 320;         // bytes of a weight row on their way from L2 to L1
-constexpr int64_t kDotRowBlock = 192;  // rows whose k block stays in L2 beside them: whole tiles
+constexpr int kDotStreamRows = kVectorRegisters == 32 ? 12 : kDotRows;
+constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that stay in L1 while streams pass
+constexpr int64_t kDotPanel = 96;              // weights whose k block stays in L2 while all rows pass
+constexpr int64_t kDotSegment = 8;             // steps of k between two fetches of what is multiplied later
+constexpr int kDotAhead = 320;                 // bytes of a weight row on their way from L2 to L1
+constexpr int64_t kDotRowBlock = 192;          // rows, at most, whose k block stays in L2 beside them
 // Few rows: memory is asked for this far ahead in each stream. The processor follows a stream by itself, but stops at
 // the end of a 4 KB page and then waits for the next page's address: a line touched three pages ahead hides that.
 // Where rows take arithmetic as well, every line is fetched.
 constexpr int64_t kDotTouchAhead = 12288;
-constexpr int64_t kDotStreamAhead = 4096;
+constexpr int64_t kDotStreamAhead = 2048;
 
 // Elements of T widened to floats as they are loaded.
 template <class T>
@@ -89,12 +91,13 @@ inline void finish_dots(const Vec* sums, float* const* c, int count, bool add) {
 #endif
 }
 
-// C weights against the R rows of a tile over one block of k; count <= C of the outputs exist (the pointers of the
-// others repeat a valid one).
+// C weights against the R rows of a tile over one block of k; the first `rows` rows and count <= C of the outputs exist
+// (the pointers of the others repeat a valid one).
 struct DotOutput {
   float* c[kDotCols];  // row 0
   int64_t stride;
   int count;
+  int rows;
   bool add;
 };
 
@@ -140,13 +143,13 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   else
     for (int j = 0; j < C; ++j) prefetch_soon(bytes(j, 0) + kDotTouchAhead);
   Vec sums[R][C];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) sums[i][j] = Vec::zero();
   const auto step = [&](const typename Math::Value* weights, const typename Math::Packed* rows)
                         __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                           for (int i = 0; i < R; ++i) {
                             typename Math::Value row = Math::load_packed(rows + i * L);
                             Math::keep(row);
@@ -175,27 +178,48 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
     for (int j = 0; j < C; ++j) weights[j] = Math::load(w[j] + q, static_cast<int>(k - q));
     step(weights, a + q * R);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
+    if (i >= out.rows) break;
     float* c[kDotCols];
     for (int j = 0; j < C; ++j) c[j] = out.c[j] + i * out.stride;
     finish_dots<C, kFetch == DotFetch::kPanel>(sums[i], c, out.count, out.add);
   }
 }
 
-// Calls f(integral constant R) for rows in [1, kDotRows].
-template <int R>
-struct RowCount {
-  static constexpr int value = R;
-};
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1.
+template <class Math>
+inline bool dot_is_stream(int64_t m, int64_t k) {
+  const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
+  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= kDotStreamBytes);
+}
+// Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
+inline int64_t dot_stream_tile(int64_t m) { return m > 2 && kDotStreamRows > kDotRows ? round_up(m, 2) : m; }
 template <class F>
-inline void with_rows(int64_t rows, const F& f) {
-  switch (rows) {
+inline void with_stream_tile(int64_t m, const F& f) {
+  constexpr bool kLong = kDotStreamRows == 12;
+  switch (dot_stream_tile(m)) {
     case 1: return f(RowCount<1>{});
-    case 2: return f(RowCount<(kDotRows > 1 ? 2 : 1)>{});
-    case 3: return f(RowCount<(kDotRows > 1 ? 3 : 1)>{});
-    case 4: return f(RowCount<(kDotRows > 3 ? 4 : 1)>{});
-    case 5: return f(RowCount<(kDotRows > 3 ? 5 : 1)>{});
+    case 2: return f(RowCount<(kDotStreamRows > 1 ? 2 : 1)>{});
+    case 3: return f(RowCount<(kDotStreamRows == 3 ? 3 : 1)>{});
+    case 4: return f(RowCount<(kLong ? 4 : 1)>{});
+    case 6: return f(RowCount<(kLong ? 6 : 1)>{});
+    case 8: return f(RowCount<(kLong ? 8 : 1)>{});
+    case 10: return f(RowCount<(kLong ? 10 : 1)>{});
+    default: return f(RowCount<kDotStreamRows>{});
+  }
+}
+// Weights of that tile: its sums fill the registers.
+constexpr int dot_stream_cols(int rows) { return rows <= 2 ? 2 : rows <= 6 ? 4 : rows <= 8 ? 3 : 2; }
+
+// Of the tiles of more rows than that. They are even (dot_tiles), so none has less than half of kDotRows.
+template <class F>
+inline __attribute__((always_inline)) void with_panel_tile(int64_t rows, const F& f) {
+  constexpr int kFewest = (kDotRows + 1) / 2;
+  switch (rows) {
+    case kFewest: return f(RowCount<kFewest>{});
+    case 4: return f(RowCount<(kDotRows == 6 ? 4 : kFewest)>{});
+    case 5: return f(RowCount<(kDotRows == 6 ? 5 : kFewest)>{});
     default: return f(RowCount<kDotRows>{});
   }
 }
@@ -211,9 +235,10 @@ struct DotProblem {
   const typename Math::Element* after;  // weights that come after these, or null
 };
 
-// Row tiles of m rows: tile t of n holds rows [m t / n, m (t + 1) / n). Even tiles, because a tile of one or two rows
-// would wait for its weights.
+// Row tiles of many rows: tile t of n holds rows [m t / n, m (t + 1) / n). Even tiles, because a tile of
+// one or two rows would wait for its weights.
 inline int64_t dot_tiles(int64_t m) { return (m + kDotRows - 1) / kDotRows; }
+inline int64_t dot_row_blocks(int64_t m) { return (m + kDotRowBlock - 1) / kDotRowBlock; }
 
 template <class Math>
 inline int64_t dot_block(int64_t k) {
@@ -221,15 +246,15 @@ inline int64_t dot_block(int64_t k) {
   return round_up((k + blocks - 1) / blocks, Math::kStep);
 }
 
-// All of k for two or four weights at a time that lie far apart: long streams keep one core's memory reads busy.
+// All of k for two to four weights at a time that lie far apart: long streams keep one core's memory reads busy.
 template <int R, class Math>
-void dot_few_rows(const DotProblem<Math>& p) {
-  constexpr int C = R <= 2 ? 2 : 4;
+void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
+  constexpr int C = dot_stream_cols(R);
   const int64_t apart = (p.n + C - 1) / C;
   LineFetcher none(p.w, 0, p.w_stride, p.k);
   for (int64_t j = 0; j < apart; ++j) {
     const typename Math::Element* w[C];
-    DotOutput out{{}, p.c_stride, 0, false};
+    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false};
     for (int i = 0; i < C; ++i) {
       const int64_t column = j + i * apart;
       const bool exists = column < p.n;
@@ -261,11 +286,11 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     const int64_t lines = (next_lines * rows + row_segments - 1) / row_segments;
     const typename Math::Packed* a = p.a + first * padded + q * rows;
-    with_rows(rows, [&](auto count) __attribute__((always_inline)) {
+    with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
         const typename Math::Element* w[kDotCols];
-        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), q > 0};
+        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), R, q > 0};
         for (int i = 0; i < kDotCols; ++i) {
           const int64_t column = panel + j + (i < out.count ? i : 0);
           w[i] = p.w + column * p.w_stride + q;
@@ -308,37 +333,46 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
                                  c_stride,
                                  dot_block<Math>(k),
                                  static_cast<const Element*>(after)};
-  if (m > kDotRows) {
-    const int64_t padded = round_up(k, Math::kStep);
-    for (int64_t first = 0; first < m; first += kDotRowBlock) {
-      DotProblem<Math> part = problem;
-      part.a += first * padded;
-      part.c += first * c_stride;
-      if (first + kDotRowBlock < m) part.after = part.w;
-      dot_many_rows(part, m - first < kDotRowBlock ? m - first : kDotRowBlock);
-    }
-    return;
+  if (dot_is_stream<Math>(m, k))
+    return with_stream_tile(m, [&](auto count) { dot_few_rows<decltype(count)::value>(problem, m); });
+  const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = m * b / blocks;
+    DotProblem<Math> part = problem;
+    part.a += first * padded;
+    part.c += first * c_stride;
+    if (b + 1 < blocks) part.after = part.w;
+    dot_many_rows(part, m * (b + 1) / blocks - first);
   }
-  with_rows(m, [&](auto count) { dot_few_rows<decltype(count)::value>(problem); });
 }
 
 template <class Math>
 int64_t dot_packed_bytes(int64_t m, int64_t k) {
-  return m * round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
+  const int64_t rows = dot_is_stream<Math>(m, k) ? dot_stream_tile(m) : m;
+  return rows * round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
+}
+
+// Rows [first, end) as one tile of `rows`; the last one again where there are fewer.
+template <class Math>
+void dot_pack_tile(const void* const* rows_of, const void* scale, int64_t first, int64_t end, int64_t rows, int64_t k,
+                   typename Math::Packed* to) {
+  constexpr int64_t L = Math::kStep;
+  for (int64_t i = 0; i < rows; ++i, to += L)
+    for (int64_t q = 0; q < k; q += L)
+      Math::pack(rows_of, scale, first + i < end ? first + i : end - 1, q, static_cast<int>(k - q < L ? k - q : L),
+                 to + q * rows);
 }
 
 template <class Math>
 void dot_pack(const void* const* rows, const void* scale, int64_t m, int64_t k, void* packed) {
-  constexpr int64_t L = Math::kStep;
-  const int64_t padded = round_up(k, L);
-  for (int64_t block = 0; block < m; block += kDotRowBlock) {
-    const int64_t block_rows = m - block < kDotRowBlock ? m - block : kDotRowBlock, tiles = dot_tiles(block_rows);
+  typename Math::Packed* to = static_cast<typename Math::Packed*>(packed);
+  if (dot_is_stream<Math>(m, k)) return dot_pack_tile<Math>(rows, scale, 0, m, dot_stream_tile(m), k, to);
+  const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t block = m * b / blocks, block_rows = m * (b + 1) / blocks - block, tiles = dot_tiles(block_rows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = block + block_rows * tile / tiles, end = block + block_rows * (tile + 1) / tiles;
-      typename Math::Packed* to = static_cast<typename Math::Packed*>(packed) + first * padded;
-      for (int64_t i = first; i < end; ++i, to += L)
-        for (int64_t q = 0; q < k; q += L)
-          Math::pack(rows, scale, i, q, static_cast<int>(k - q < L ? k - q : L), to + q * (end - first));
+      dot_pack_tile<Math>(rows, scale, first, end, end - first, k, to + first * padded);
     }
   }
 }

@@ -73,8 +73,8 @@ constexpr int64_t kMaxChunk = 384;
 constexpr int64_t kTasksPerWorker = 12;
 constexpr int64_t kFewRows = 8;  // in every block
 constexpr int64_t kMaxFewRowChunk = 2048;
-constexpr int64_t kMinFewRowChunk = 256;
-constexpr int64_t kFewRowTasksPerWorker = 8;
+constexpr int64_t kMinFewRowChunk = 128;
+constexpr int64_t kFewRowTasksPerWorker = 16;
 
 struct Block {
   int64_t expert, begin, end;

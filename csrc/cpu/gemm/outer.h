@@ -78,22 +78,6 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w
   }
 }
 
-template <int R>
-struct OuterRows {
-  static constexpr int value = R;
-};
-template <class F>
-inline void with_outer_rows(int64_t rows, const F& f) {
-  switch (rows) {
-    case 1: return f(OuterRows<1>{});
-    case 2: return f(OuterRows<2>{});
-    case 3: return f(OuterRows<(kOuterRows > 2 ? 3 : 1)>{});
-    case 4: return f(OuterRows<(kOuterRows > 2 ? 4 : 1)>{});
-    case 5: return f(OuterRows<(kOuterRows > 2 ? 5 : 1)>{});
-    default: return f(OuterRows<kOuterRows>{});
-  }
-}
-
 template <class T>
 struct OuterProblem {
   const float* a;  // packed
@@ -135,7 +119,7 @@ void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, 
   outer_fill_panel(p.w + q * p.w_stride + first, p.w_stride, depth, columns, panel);
   for (int64_t row = 0; row < m; row += kOuterRows) {
     const int64_t rows = m - row < kOuterRows ? m - row : kOuterRows;
-    with_outer_rows(rows, [&](auto count) __attribute__((always_inline)) {
+    with_rows<kOuterRows>(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kWidth)
         outer_tile<R, kOuterVecs, false, R>(
@@ -179,7 +163,7 @@ void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stri
     int64_t first = 0;
     if (m <= kOuterRows) {
       const int64_t whole = n / kWidth * kWidth;
-      with_outer_rows(m, [&](auto count) {
+      with_rows<kOuterRows>(m, [&](auto count) {
         for (; first < whole; first += kOuterSweep)
           outer_few_rows<decltype(count)::value>(p, q, depth, first,
                                                  whole - first < kOuterSweep ? whole - first : kOuterSweep);

@@ -24,6 +24,23 @@ inline void keep_in_register([[maybe_unused]] Vec& value) {
 #endif
 }
 
+// f(RowCount<n>) for a tile of n rows, 1 to kMost <= 6: one instance of a kernel per number of rows.
+template <int R>
+struct RowCount {
+  static constexpr int value = R;
+};
+template <int kMost, class F>
+inline __attribute__((always_inline)) void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1: return f(RowCount<1>{});
+    case 2: return f(RowCount<(kMost >= 2 ? 2 : 1)>{});
+    case 3: return f(RowCount<(kMost >= 3 ? 3 : 1)>{});
+    case 4: return f(RowCount<(kMost >= 4 ? 4 : 1)>{});
+    case 5: return f(RowCount<(kMost >= 5 ? 5 : 1)>{});
+    default: return f(RowCount<kMost>{});
+  }
+}
+
 // Asks for the cache line at p: into L2 and beyond (it will be used later), or into L1. always_inline is not a matter
 // of speed: gcc takes a function that only prefetches for one without effects, and removes calls not yet inlined.
 inline __attribute__((always_inline)) void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -72,7 +72,7 @@ void store_block(const float* sum, int64_t in, int64_t width, T* out, int64_t ou
 void multiply_panels(const Panels& panels, int64_t count, int64_t in, int64_t width, bool first, float* c,
                      int64_t c_stride) {
   for (int64_t i = 0; i < in; i += kTileIn)
-    with_outer_rows(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
+    with_rows<kTileIn>(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
       constexpr int R = decltype(height)::value;
       const float* x = panels.x + i * kBlockRows;
       for (int64_t j = 0; j < width; j += kTileOut)

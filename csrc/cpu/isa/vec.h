@@ -30,6 +30,7 @@ struct Mask {
 
 struct Vec {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -151,10 +152,30 @@ struct Keys {
   void store_lanes(uint32_t lanes, int32_t* p) const {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), v));
   }
+  // Lane i of the result is the lane whose place is i; the places are 0 .. 15 in any order. One hexadecimal digit of a
+  // word for each place.
+  static constexpr bool kSortsByPlace = true;
+  friend Keys lanes_by_place(Keys place) {
+    const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(place.v));
+    const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(place.v, 1));
+    const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i digits =
+        _mm512_or_si512(_mm512_sllv_epi64(lanes, _mm512_slli_epi64(low, 2)),
+                        _mm512_sllv_epi64(_mm512_add_epi64(lanes, _mm512_set1_epi64(8)), _mm512_slli_epi64(high, 2)));
+    __m256i word = _mm256_or_si256(_mm512_castsi512_si256(digits), _mm512_extracti64x4_epi64(digits, 1));
+    word = _mm256_or_si256(word, _mm256_permute4x64_epi64(word, 0x4e));
+    word = _mm256_or_si256(word, _mm256_shuffle_epi32(word, 0x4e));
+    const __m512i both = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                                  _mm512_castsi256_si512(word));
+    return {_mm512_srlv_epi32(both, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28))};
+  }
+  // Lane i of the result is lane lanes[i] % 16 of x.
+  friend Keys pick_lanes(Keys x, Keys lanes) { return {_mm512_permutexvar_epi32(lanes.v, x.v)}; }
   Keys flip_negative() const {
     const __m512i sign = _mm512_srai_epi32(v, 31);
     return {_mm512_xor_si512(v, _mm512_srli_epi32(sign, 1))};
   }
+  Vec as_floats() const { return {_mm512_castsi512_ps(v)}; }
 };
 
 #elif defined(__AVX2__)
@@ -169,6 +190,7 @@ struct Mask {
 
 struct Vec {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -308,7 +330,9 @@ struct Keys {
     _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
     for (; lanes != 0; lanes &= lanes - 1) *p++ = all[__builtin_ctz(lanes)];
   }
+  static constexpr bool kSortsByPlace = false;
   Keys flip_negative() const { return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))}; }
+  Vec as_floats() const { return {_mm256_castsi256_ps(v)}; }
 };
 
 #else  // portable: the compiler's own vectors, lowered to whatever the target has
@@ -330,6 +354,7 @@ struct Mask {
 
 struct Vec {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 8;
   Float8 v;
 
   static Vec zero() { return all(0.0f); }
@@ -460,7 +485,13 @@ struct Keys {
     std::memcpy(&result.v, &x.v, sizeof result.v);
     return result;
   }
+  static constexpr bool kSortsByPlace = false;
   Keys flip_negative() const { return {v ^ ((v >> 31) & 0x7fffffff)}; }
+  Vec as_floats() const {
+    Vec result;
+    std::memcpy(&result.v, &v, sizeof v);
+    return result;
+  }
 };
 
 #endif

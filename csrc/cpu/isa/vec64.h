@@ -70,6 +70,11 @@ struct Keys64 {
     return result;
   }
   Keys64 flip_negative() const { return {v ^ ((v >> 63) & INT64_MAX)}; }
+  Vec64 as_floats() const {
+    Vec64 result;
+    std::memcpy(&result.v, &v, sizeof v);
+    return result;
+  }
 };
 
 FASTMOE_ROUTE_ISA_END

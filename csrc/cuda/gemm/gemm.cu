@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/gemm/policy.h"
+#include "cuda/gemm/up.h"
 #ifndef FASTMOE_ROUTE_PTXVM
 #include "cuda/gemm/native.h"
 #endif
@@ -51,6 +52,7 @@ bool are_wide(std::initializer_list<const void*> pointers, std::initializer_list
 const char* name_of(GemmKernel kernel) {
   switch (kernel) {
     case GemmKernel::kFma: return "cutlass 2.x simt float32, 128x128x8";
+    case GemmKernel::kTf32: return "cutlass 2.x mma.sync tf32, 128x128x16, cp.async 3 stages";
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
     case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64";
@@ -59,20 +61,30 @@ const char* name_of(GemmKernel kernel) {
   }
 }
 
-}  // namespace
-
-CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
-  if (p.dtype == DType::kFloat64) return no_float64();
-  GemmQuestion question{0, uses_native(), p.dtype, false, p.bias != nullptr, true, p.in};
-  question.is_wide =
-      are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
+CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
+  question.uses_native = uses_native();
+  question.allows_tf32 = question.dtype == DType::kFloat32 && queue.allows_tf32 != nullptr && queue.allows_tf32();
   if (question.uses_native) {
     const CudaStatus status = capability_of(&question.capability);
     if (status.code != 0) return status;
   }
+  *kernel = choose_kernel(question);
+  return {};
+}
+
+}  // namespace
+
+CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
+  if (p.dtype == DType::kFloat64) return no_float64();
+  const bool is_wide =
+      are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
+  GemmKernel kernel;
+  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in}, queue, &kernel);
+  if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
-  switch (choose_kernel(question)) {
+  switch (kernel) {
     case GemmKernel::kFma: return rows_product_float32(p, queue);
+    case GemmKernel::kTf32: return rows_product_tf32(p, queue);
 #ifndef FASTMOE_ROUTE_PTXVM
     case GemmKernel::kSm90Cooperative:
       return is_bfloat16 ? rows_sm90_cooperative_bfloat16(p, queue) : rows_sm90_cooperative_float16(p, queue);
@@ -81,21 +93,19 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
 #endif
     default: break;
   }
-  return is_bfloat16 ? rows_product_bfloat16(p, question.is_wide, queue)
-                     : rows_product_float16(p, question.is_wide, queue);
+  return is_bfloat16 ? rows_product_bfloat16(p, is_wide, queue) : rows_product_float16(p, is_wide, queue);
 }
 
 CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
-  GemmQuestion question{0, uses_native(), p.dtype, false, false, false, 0};
-  question.is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
-  if (question.uses_native) {
-    const CudaStatus status = capability_of(&question.capability);
-    if (status.code != 0) return status;
-  }
+  const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
+  GemmKernel kernel;
+  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, 0}, queue, &kernel);
+  if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
-  switch (choose_kernel(question)) {
+  switch (kernel) {
     case GemmKernel::kFma: return groups_product_float32(p, queue);
+    case GemmKernel::kTf32: return groups_product_tf32(p, queue);
 #ifndef FASTMOE_ROUTE_PTXVM
     case GemmKernel::kSm90Cooperative:
       return is_bfloat16 ? groups_sm90_bfloat16(p, queue) : groups_sm90_float16(p, queue);
@@ -103,8 +113,24 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
 #endif
     default: break;
   }
-  return is_bfloat16 ? groups_product_bfloat16(p, question.is_wide, queue)
-                     : groups_product_float16(p, question.is_wide, queue);
+  return is_bfloat16 ? groups_product_bfloat16(p, is_wide, queue) : groups_product_float16(p, is_wide, queue);
+}
+
+CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done) {
+  const bool is_wide =
+      are_wide({p.x, p.b, p.preactivation, p.activated},
+               {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
+  GemmKernel kernel;
+  const CudaStatus status =
+      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden}, queue, &kernel);
+  *is_done = is_fused(kernel);
+  if (status.code != 0 || !*is_done) return status;
+  if (kernel == GemmKernel::kTf32) return up_product_tf32(p, queue);
+  switch (p.dtype) {
+    case DType::kFloat32: return up_product_float32(p, queue);
+    case DType::kBFloat16: return up_product_bfloat16(p, queue);
+    default: return up_product_float16(p, queue);
+  }
 }
 
 // Lines of "device | dtype | product | shape | kernel", tab-separated, for every row of the policy.
@@ -113,18 +139,22 @@ std::string policy_table() {
   const auto line = [&](const char* device, const char* shape, GemmQuestion q) {
     const char* dtype = q.dtype == DType::kFloat32 ? "float32" : q.dtype == DType::kBFloat16 ? "bfloat16" : "float16";
     text << device << '\t' << dtype << '\t' << (q.is_rows ? "forward, dgrad" : "wgrad") << '\t' << shape << '\t'
-         << name_of(choose_kernel(q)) << '\n';
+         << name_of(choose_kernel(q))
+         << (q.is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
   };
-  line("sm_80 and later", "any", {80, false, DType::kFloat32, true, true, true, 1});
-  line("sm_80 and later", "any", {80, false, DType::kFloat32, true, false, false, 1});
+  for (const bool is_rows : {true, false}) {
+    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1});
+    line("sm_80 and later", "multiples of 16 bytes, torch allows tf32",
+         {80, false, true, DType::kFloat32, true, false, is_rows, 1});
+  }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const bool is_rows : {true, false}) {
-      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, dtype, false, false, is_rows, 1});
-      line("sm_80 and later", "multiples of 16 bytes", {80, true, dtype, true, true, is_rows, 1});
+      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, is_rows, 1});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1});
       for (const int capability : {90, 100}) {
         const char* device = capability == 90 ? "sm_90a, native" : "sm_100a, native";
-        const GemmQuestion longer{capability, true, dtype, true, false, is_rows, kPingPongMost + 1};
-        const GemmQuestion shorter{capability, true, dtype, true, false, is_rows, kPingPongMost};
+        const GemmQuestion longer{capability, true, false, dtype, true, false, is_rows, kPingPongMost + 1};
+        const GemmQuestion shorter{capability, true, false, dtype, true, false, is_rows, kPingPongMost};
         if (choose_kernel(longer) == choose_kernel(shorter)) {
           line(device, "multiples of 16 bytes, no bias", longer);
         } else {

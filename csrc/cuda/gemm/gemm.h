@@ -67,9 +67,11 @@ CudaStatus groups_product(const GroupsProduct& product, const CudaQueue& queue);
 
 // One unit per dtype. is_wide: sizes, strides and addresses are multiples of 16 bytes.
 CudaStatus rows_product_float32(const RowsProduct& product, const CudaQueue& queue);
+CudaStatus rows_product_tf32(const RowsProduct& product, const CudaQueue& queue);
 CudaStatus rows_product_bfloat16(const RowsProduct& product, bool is_wide, const CudaQueue& queue);
 CudaStatus rows_product_float16(const RowsProduct& product, bool is_wide, const CudaQueue& queue);
 CudaStatus groups_product_float32(const GroupsProduct& product, const CudaQueue& queue);
+CudaStatus groups_product_tf32(const GroupsProduct& product, const CudaQueue& queue);
 CudaStatus groups_product_bfloat16(const GroupsProduct& product, bool is_wide, const CudaQueue& queue);
 CudaStatus groups_product_float16(const GroupsProduct& product, bool is_wide, const CudaQueue& queue);
 

@@ -18,14 +18,16 @@ __global__ void __launch_bounds__(kThreads) group_rows_kernel(const int32_t* off
   using Scan = cub::BlockScan<int32_t, kThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int32_t ends[kThreads + 1];
-  if (threadIdx.x == 0) bounds[0] = row_tiles[0] = ends[0] = 0;
-  int32_t tiles_before = 0;
+  if (threadIdx.x == 0) bounds[0] = row_tiles[0] = 0;
+  int32_t tiles_before = 0, last = 0;
   for (int first = 0; first < num_groups; first += kThreads) {
     const int g = first + static_cast<int>(threadIdx.x);
     const int32_t offset = g < num_groups ? offsets[g + 1] : 0;
     int32_t end = offset < 0 ? 0 : offset > num_rows ? num_rows : offset;
-    __syncthreads();
-    if (threadIdx.x == 0) end = end > ends[0] ? end : ends[0];
+    if (threadIdx.x == 0) {
+      end = end > last ? end : last;
+      ends[0] = last;
+    }
     Scan(storage).InclusiveScan(end, end, Larger{});
     ends[threadIdx.x + 1] = end;
     __syncthreads();
@@ -38,9 +40,8 @@ __global__ void __launch_bounds__(kThreads) group_rows_kernel(const int32_t* off
       row_tiles[g + 1] = tiles_before + tiles;
     }
     tiles_before += all_tiles;
-    const int32_t last = ends[kThreads];
-    __syncthreads();
-    if (threadIdx.x == 0) ends[0] = last;
+    last = ends[kThreads];
+    __syncthreads();  // `storage` is used again
   }
 }
 

@@ -1,7 +1,8 @@
 // Which kernel multiplies: one function of the device, the dtype and the inner size, and the table it makes.
 //
 // Never of the number of rows: kernels of different architectures add in different orders, and a token's bits must not
-// depend on its batch.
+// depend on its batch. float32 runs on tensor cores, rounded to tf32 (10 bits of mantissa), only where torch lets its
+// own products do so: torch.backends.cuda.matmul.allow_tf32, torch.set_float32_matmul_precision.
 #pragma once
 
 #include "common/dtype.h"
@@ -9,11 +10,12 @@
 namespace fastmoe_route {
 namespace cuda {
 
-enum class GemmKernel { kFma, kTensorCores, kTensorCoresNarrow, kSm90Cooperative, kSm90PingPong, kSm100 };
+enum class GemmKernel { kFma, kTf32, kTensorCores, kTensorCoresNarrow, kSm90Cooperative, kSm90PingPong, kSm100 };
 
 struct GemmQuestion {
   int capability;    // 10 * major + minor
   bool uses_native;  // kernels for one architecture alone are allowed
+  bool allows_tf32;  // torch's setting
   DType dtype;
   bool is_wide;   // sizes, strides and addresses are multiples of 16 bytes
   bool has_bias;  // rows_product with a bias
@@ -24,7 +26,7 @@ struct GemmQuestion {
 constexpr int64_t kPingPongMost = 1024;  // up to here the epilogue is worth hiding
 
 inline GemmKernel choose_kernel(const GemmQuestion& q) {
-  if (q.dtype == DType::kFloat32) return GemmKernel::kFma;
+  if (q.dtype == DType::kFloat32) return q.allows_tf32 && q.is_wide ? GemmKernel::kTf32 : GemmKernel::kFma;
   if (!q.is_wide) return GemmKernel::kTensorCoresNarrow;
   if (!q.uses_native || q.has_bias) return GemmKernel::kTensorCores;
   if (q.capability == 90) {
@@ -32,6 +34,12 @@ inline GemmKernel choose_kernel(const GemmQuestion& q) {
     return is_short ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
   }
   return q.capability == 100 ? GemmKernel::kSm100 : GemmKernel::kTensorCores;
+}
+
+// Whether the up projection of the expert layer takes its rows by index and activates in its epilogue. The native
+// kernels cannot (TMA does not gather by row), element loads are not worth it.
+inline bool is_fused(GemmKernel kernel) {
+  return kernel == GemmKernel::kFma || kernel == GemmKernel::kTf32 || kernel == GemmKernel::kTensorCores;
 }
 
 }  // namespace cuda

@@ -10,7 +10,8 @@
 //
 // bfloat16 and float16 run on tensor cores (16 x 8 x 16, float32 accumulators): 16-byte asynchronous copies in three
 // stages where everything is a multiple of 16 bytes, else element by element through registers. float32 is real
-// float32: fused multiply-adds, no tensor cores.
+// float32: fused multiply-adds, no tensor cores; accesses of 4 elements stand for the other float32, rounded to tf32
+// and multiplied by tensor cores (16 x 8 x 8).
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -28,16 +29,15 @@ namespace cuda {
 constexpr int kBlocksPerMultiprocessor = 2;  // of the grid, and of the register budget
 
 // Where ptxas would spill a few registers of the float32 loop to keep two blocks, one block keeps them all.
-template <class Element>
+template <class C>
 constexpr int blocks_by_registers() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return sizeof(Element) == 4 ? 1 : kBlocksPerMultiprocessor;
+  return std::is_same<typename C::Traits::Class, cutlass::arch::OpClassSimt>::value ? 1 : kBlocksPerMultiprocessor;
 #else
   return kBlocksPerMultiprocessor;
 #endif
 }
 
-template <class Element>
 struct TensorCoreTraits {
   using Class = cutlass::arch::OpClassTensorOp;
   using Block = cutlass::gemm::GemmShape<128, 128, 32>;
@@ -59,15 +59,27 @@ struct Float32Traits {
   using NarrowBlock = Block;
   using NarrowWarp = Warp;
 };
-template <class Element>
-struct ProductTraits : TensorCoreTraits<Element> {};
+struct Tf32Traits {
+  using Class = cutlass::arch::OpClassTensorOp;
+  using Block = cutlass::gemm::GemmShape<128, 128, 16>;
+  using Warp = cutlass::gemm::GemmShape<64, 64, 16>;
+  using Instruction = cutlass::gemm::GemmShape<16, 8, 8>;
+  static constexpr int kWide = 4;
+  static constexpr int kStages = 3;
+  using NarrowBlock = Block;
+  using NarrowWarp = Warp;
+};
+template <class Element, int kAccess>
+struct ProductTraits : TensorCoreTraits {};
 template <>
-struct ProductTraits<float> : Float32Traits {};
+struct ProductTraits<float, 1> : Float32Traits {};
+template <>
+struct ProductTraits<float, 4> : Tf32Traits {};
 
 // The collectives of CUTLASS for A [M, K] B [K, N] -> row-major D, `kAccess` elements an access of global memory.
-template <class Element, class LayoutA, class LayoutB, int kAccess>
+template <class Element, class LayoutA, class LayoutB, int kAccess, class Chosen = ProductTraits<Element, kAccess>>
 struct Collective {
-  using Traits = ProductTraits<Element>;
+  using Traits = Chosen;
   static constexpr bool kIsWide = kAccess == Traits::kWide;
   using Row = cutlass::layout::RowMajor;
   using Block = std::conditional_t<kIsWide, typename Traits::Block, typename Traits::NarrowBlock>;
@@ -120,12 +132,11 @@ struct Collective {
       IteratorB from_b(params.b, const_cast<Element*>(b), {size.k(), size.n()}, thread, {0, col});
       Mma mma(shared.main_loop, thread, warp, lane);
       mma((size.k() + Mma::Shape::kK - 1) / Mma::Shape::kK, accumulators, from_a, from_b, accumulators);
-      __syncthreads();
     }
     IteratorD from_bias(params.bias, const_cast<Element*>(bias), size.mn(), thread, {row, col});
     IteratorD to_d(params.d, d, size.mn(), thread, {row, col});
     Epilogue epilogue(shared.epilogue, thread, warp, lane);
-    epilogue(Output(params.output), to_d, accumulators, from_bias);
+    epilogue(Output(params.output), to_d, accumulators, from_bias);  // begins with a barrier of the block
   }
 };
 
@@ -139,7 +150,7 @@ struct RowsCall {
 };
 
 template <class Element, class C>
-__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<Element>())
+__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<C>())
     rows_product_kernel(const __grid_constant__ RowsCall<C> call) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
@@ -180,7 +191,7 @@ struct GroupsCall {
 };
 
 template <class Element, class C>
-__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<Element>())
+__global__ void __launch_bounds__(C::kThreads, blocks_by_registers<C>())
     groups_product_kernel(const __grid_constant__ GroupsCall<C> call) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);

@@ -43,7 +43,7 @@ def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Ca
     num_bytes = active * one_expert + rows_bytes
     if row.training:
         num_bytes = 2 * active * one_expert + shape.num_experts * one_expert + 3 * rows_bytes
-        require_memory(4 * shape.num_experts * one_expert + 4 * rows_bytes, str(row))
+        require_memory(2 * shape.num_experts * one_expert + 4 * rows_bytes, str(row))
 
     def run(function: Function, i: int) -> tuple[Tensor, ...]:
         w = weights.ups[i % weights.copies]
@@ -60,10 +60,10 @@ def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Ca
         plain["torch grouped_mm"] = baselines.grouped_mm_torch
 
     def check() -> list[Finding]:
-        got, theirs = run(ours, 0), run(baselines.grouped_mm_loop, 0)
         tolerance = TOLERANCE[dtype]
         findings = []
         if not row.training:
+            got, theirs = run(ours, 0), run(baselines.grouped_mm_loop, 0)
             picked, expert = _sample_rows(offsets)
             w = weights.ups[0].detach()
             wanted = torch.stack(
@@ -73,8 +73,11 @@ def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Ca
                 "sampled rows", got[0][picked], theirs[0][picked], wanted, tolerance
             )
             return [*findings, *compare("values", got[0], theirs[0], None, tolerance)]
+        chosen = _some_experts(offsets)
+        got = _keep_experts(run(ours, 0), 1, chosen)
+        theirs = _keep_experts(run(baselines.grouped_mm_loop, 0), 1, chosen)
         findings += compare("gradient of x", got[0], theirs[0], None, tolerance)
-        return findings + _compare_experts("gradient of w", got[1], theirs[1], offsets, tolerance)
+        return [*findings, _compare_experts("gradient of w", got[1], theirs[1], tolerance)]
 
     contenders: dict[str, Call] = {"fastmoe_route": lambda i: run(ours, i)}
     for name, function in plain.items():
@@ -91,17 +94,26 @@ def _sample_rows(offsets: Tensor) -> tuple[list[int], list[int]]:
     return picked, experts.tolist()
 
 
-def _compare_experts(
-    what: str, got: Tensor, plain: Tensor, offsets: Tensor, tolerance: float
-) -> list[Finding]:
-    """Weight gradients of a few experts, the busiest and an idle one among them."""
-    counts = offsets.diff()
-    falling = counts.argsort(descending=True).tolist()
-    chosen = sorted(
-        {falling[0], falling[-1], *falling[:: max(1, len(falling) // _CHECKED_EXPERTS)]}
-    )
-    mine, other = got[chosen].flatten(1), plain[chosen].flatten(1)  # beside the rms of an expert
-    return [bound(f"{what} beside plain PyTorch", mine, other, 2 * tolerance)]
+def _some_experts(offsets: Tensor) -> list[int]:
+    """A few experts, the busiest and an idle one among them."""
+    falling = offsets.diff().argsort(descending=True).tolist()
+    step = max(1, len(falling) // _CHECKED_EXPERTS)
+    return sorted({falling[0], falling[-1], *falling[::step]})
+
+
+def _keep_experts(
+    gradients: tuple[Tensor, ...], first: int, experts: list[int]
+) -> tuple[Tensor, ...]:
+    """Of the gradients from `first` on, which are those of weights, only some experts.
+
+    Of all experts they take as much memory as the weights; two contenders' need not fit at a time.
+    """
+    return (*gradients[:first], *(gradient[experts] for gradient in gradients[first:]))
+
+
+def _compare_experts(what: str, got: Tensor, plain: Tensor, tolerance: float) -> Finding:
+    """Weight gradients, every value beside the rms of its expert."""
+    return bound(f"{what} beside plain PyTorch", got.flatten(1), plain.flatten(1), 2 * tolerance)
 
 
 def _experts_in_double(
@@ -185,7 +197,8 @@ class _Layer:
         if not row.training:
             return int(active * one_expert) + activations, flops
         saved = 2 * slots * 2 * shape.intermediate * size
-        peak = 4 * shape.num_experts * one_expert + 8 * saved + 4 * activations * shape.top_k
+        # The loop holds the gradient of every expert twice: by itself, and where they are joined.
+        peak = 2 * shape.num_experts * one_expert + 8 * saved + 4 * activations * shape.top_k
         require_memory(peak, str(row))
         num_bytes = int((2 * active + shape.num_experts) * one_expert) + 2 * activations + saved
         return num_bytes, 3 * flops
@@ -193,9 +206,9 @@ class _Layer:
     def check(self) -> list[Finding]:
         """Some tokens against float64, all of them (or the gradients) against the plain loop."""
         tokens, tolerance = self.sets[0], TOLERANCE[self.dtype]
-        got = self.run(self.ours, 0)
-        theirs = self.run(self.plain(baselines.experts_loop), 0)
         if not self.row.training:
+            got = self.run(self.ours, 0)
+            theirs = self.run(self.plain(baselines.experts_loop), 0)
             few = slice(0, _CHECKED_TOKENS)
             wanted = _experts_in_double(
                 tokens.x[few],
@@ -210,11 +223,14 @@ class _Layer:
             ]
         counts = torch.bincount(tokens.experts.flatten(), minlength=self.row.shape.num_experts)
         offsets = F.pad(counts.cumsum(0), (1, 0))
+        chosen = _some_experts(offsets)
+        got = _keep_experts(self.run(self.ours, 0), 2, chosen)
+        theirs = _keep_experts(self.run(self.plain(baselines.experts_loop), 0), 2, chosen)
         last = "gradient of the router" if self.is_layer else "gradient of weights"
         findings = compare("gradient of x", got[0], theirs[0], None, tolerance)
         findings.append(rms_bound(f"{last} beside plain PyTorch", got[1], theirs[1], 2 * tolerance))
         for i, name in ((2, "gradient of w_up"), (3, "gradient of w_down")):
-            findings += _compare_experts(name, got[i], theirs[i], offsets, tolerance)
+            findings.append(_compare_experts(name, got[i], theirs[i], tolerance))
         return findings
 
 

@@ -54,16 +54,19 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
     shape = row.shape
     dtype: torch.dtype = getattr(torch, row.dtype)
     num_rows = row.tokens * shape.top_k
-    num_bytes = (row.tokens + num_rows) * shape.hidden * dtype.itemsize
-    num_bytes *= 2 if row.training else 1
+    row_bytes = shape.hidden * dtype.itemsize
+    is_permute = row.op == "permute"
+    passes = 2 if row.training else 1
+    num_bytes = (row.tokens + num_rows) * row_bytes * passes
+    if row.training and not is_permute:
+        num_bytes += num_rows * row_bytes  # the rows once more, for the gradient of the weights
     copies, cached = copies_for(num_bytes, limits.cached_set, limits.rotation_bytes)
     tokens = make_tokens(shape, row.tokens, dtype, seed)
     weights = tokens.weights
     plan = fr.plan_dispatch(tokens.experts, shape.num_experts)
     slots = baselines.sort_slots(tokens.experts.long(), shape.num_experts)
-    is_permute = row.op == "permute"
     in_rows, out_rows = (row.tokens, num_rows) if is_permute else (num_rows, row.tokens)
-    require_memory((copies + 6) * in_rows * shape.hidden * dtype.itemsize, str(row))
+    require_memory((copies + 6) * in_rows * row_bytes, str(row))
     first = random_tensor((in_rows, shape.hidden), dtype, seed + 2, 1.0)
     inputs = [first, *(first.clone() for _ in range(copies - 1))]
     grad = random_tensor((out_rows, shape.hidden), dtype, seed + 3, 1.0)
@@ -116,6 +119,6 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         copies,
         cached,
         check,
-        written=out_rows * shape.hidden * dtype.itemsize * (2 if row.training else 1),
+        written=(in_rows + out_rows if row.training else out_rows) * row_bytes,
         yardsticks={"copy_ of as many bytes": lambda i: target.copy_(sources[i % copies])},
     )

@@ -214,6 +214,9 @@ class Glider(Phatgoose):
         if context.state is not None:
             check_shape(self.name, "state", context.state, (context.num_sequences, z.shape[1]))
             ids = context.sequence_ids
+            if ids is None and context.num_sequences != 1:
+                rule = "be given with more than one sequence"
+                fail(ValueError, self.name, "sequence_ids", rule, None)
             rows = context.state if ids is None else context.state[ids.long()]
             z = z + self.alpha * rows.to(z.dtype)
         routing = gate(z, self.top_k, normalize=True, stats=self.stats)

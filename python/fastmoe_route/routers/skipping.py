@@ -256,6 +256,7 @@ class DrLLM(SkippingRouter):
     source="arXiv:2412.11494",
     verified="mem",
     invariance="S",
+    decode="leak",
     needs=("attention_mass",),
 )
 class Ftp(SkippingRouter):
@@ -264,7 +265,8 @@ class Ftp(SkippingRouter):
     A small network sees four numbers of a token, its place in the sequence, the attention it
     received, the rank of that attention, and the sparsity; the `floor(sparsity * length)` tokens
     of each sequence with the lowest score skip, ties to the lower token. In training the others
-    carry the gradient of their score. From memory: unverified. Causal only if the attention is.
+    carry the gradient of their score. From memory: unverified. A sequence's share counts its later
+    tokens too, so decoding cannot reproduce it, even where the attention is causal.
 
     Defaults: sparsity 0.22.
 

@@ -44,7 +44,8 @@ class XMoE(Router):
     training only with probability `2 p_2`.
 
     Defaults: one expert, norm of expert embeddings 1.5, `tau` 0.07 at the start (from memory),
-    capacity factor 1.25, `aux_coef` 0.01.
+    capacity `K * floor(1.25 * ceil(T / E))` in training and none in evaluation (the authors have
+    factor 1 for two experts, and `T / 4` in evaluation), `aux_coef` 0.01.
 
     Args:
         hidden_size: `H`.
@@ -69,7 +70,7 @@ class XMoE(Router):
         random_second: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
+        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "score_size", score_size, 1)
         if not temperature > 0:
@@ -238,7 +239,9 @@ class UniPool(LinearRouter):
     NormRouter: `s = g relu(z / |z|)` with a learned `g`; the best one, `w = s`, so scaling `z`
     changes nothing. Every layer has its own router and all share the experts: pass the same
     `Experts` everywhere, nothing is copied. Balance the pool, not the layer: the result keeps
-    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`.
+    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`. Of the
+    later lock, the entropy term is `losses.entropy_target`; its partition of the pool by integer
+    programming is left out.
 
     Args:
         hidden_size: `H`.

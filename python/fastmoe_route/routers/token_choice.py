@@ -12,6 +12,7 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.scores import wide
 
 
 @register("switch", row="R1", source="arXiv:2101.03961", verified="code", invariance="C")
@@ -48,6 +49,7 @@ class Switch(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         if self.training and self.jitter > 0:
+            x = wide(x)  # a factor of 1.01 in bfloat16 would be one of three numbers
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         return self.routed(gate(self.score(x), self.top_k, stats=self.stats), context)
 

@@ -14,6 +14,7 @@
 #include "engine/layout.h"
 #include "engine/memory.h"
 #include "engine/module.h"
+#include "engine/mutants.h"
 #include "engine/order.h"
 #include "engine/program.h"
 
@@ -122,6 +123,11 @@ struct Options {
   uint64_t seed = 0;
   bool counts = false;
   int num_sms = 4;
+  uint32_t most_blocks = UINT32_MAX;  // in x, of kernels whose names hold `few`: those that walk on then do
+  std::string few;
+  uint64_t failing_call = 0;  // of the runtime, from 1 on, counted anew when this is set; 0 for none
+  uint64_t num_failing_calls = 1;
+  int failing_code = 0;                            // a cudaError_t
   uint64_t most_instructions = uint64_t{4} << 30;  // warp instructions a launch may take
 };
 
@@ -135,10 +141,18 @@ struct Engine {
   uint64_t num_launches = 0;                              // since the seed was set
   uint64_t last_launch = 0;                               // of all there ever were: never used twice
   uint64_t instructions = 0;                              // of warps, in all launches
+  uint64_t runtime_calls = 0;                             // that may fail, since options.failing_call was set
   std::unordered_map<std::string, uint64_t> launches_of;  // by kernel
   std::vector<std::string> known_kernels;                 // of fat binaries
   std::vector<Module*> modules;                           // of fat binaries
+  Mutants mutants;
   static Engine& get();
+  // Counts a call of the runtime; true if it is to fail.
+  bool fails_now() {
+    ++runtime_calls;
+    return options.failing_call != 0 && runtime_calls >= options.failing_call &&
+           runtime_calls - options.failing_call < options.num_failing_calls;
+  }
 };
 
 struct Dim3 {

@@ -56,7 +56,8 @@ CopyOut copy_out_of(int bytes) {
 void check_not_written(const Context& c, const Access& access) {
   GlobalMemory& memory = c.launch->engine->memory;
   each_lane(access.mask, [&](int l) {
-    Region* region = memory.find(access.address[l], access.address[l] + access.size(), false);
+    Region* region = access.region;
+    if (region == nullptr) region = memory.find(access.address[l], access.address[l] + access.size(), false);
     if (region->shadow.is_empty() || region->launch != c.launch->id) return;
     int count = 0;
     region->shadow.refine(access.bytes);

@@ -43,15 +43,6 @@ std::vector<std::string> words_of(const std::string& text) {
   return words;
 }
 
-// What orders threads and gives no value: it can be left out.
-bool is_synchronisation(const std::string& opcode) {
-  for (const char* start :
-       {"bar.sync", "bar.arrive", "barrier.sync", "bar.warp.sync", "membar", "fence", "cp.async.wait"}) {
-    if (opcode.rfind(start, 0) == 0) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
 int type_bytes(std::string_view type) {
@@ -229,20 +220,6 @@ const std::string& Module::file(uint32_t index) const {
   return found == files_.end() ? kUnknown : found->second;
 }
 
-void Module::leave_out(const std::string& line) {
-  left_out_ = line;
-  programs_.clear();
-}
-
-void Module::synchronisation(std::vector<std::pair<std::string, std::string>>& sites) {
-  for (const auto& span : spans_) {
-    const Program& program = *kernel(span.first);
-    for (uint32_t pc = 0; pc < program.code.size(); ++pc) {
-      if (is_synchronisation(program.texts[pc])) sites.emplace_back(source_line(*this, program, pc), program.texts[pc]);
-    }
-  }
-}
-
 void Module::add_memory(GlobalMemory& memory) {
   if (memory_ != nullptr) return;
   memory_ = &memory;
@@ -257,20 +234,13 @@ Module::~Module() {
   for (const auto& entry : variables_) memory_->remove(entry.second->address, entry.second->size);
 }
 
-const Program* Module::kernel(const std::string& name) {
+Program* Module::kernel(const std::string& name) {
   auto& program = programs_[name];
   if (program == nullptr) {
     const auto span = spans_.find(name);
     if (span == spans_.end()) return nullptr;
-    auto decoded = decode_kernel(
+    program = decode_kernel(
         *this, name, std::string_view(text_).substr(span->second.first, span->second.second - span->second.first));
-    for (uint32_t pc = 0; pc < decoded->code.size() && !left_out_.empty(); ++pc) {
-      Instr& instr = decoded->code[pc];
-      if (!is_synchronisation(decoded->texts[pc]) || source_line(*this, *decoded, pc) != left_out_) continue;
-      instr.kind = Kind::kPlain;
-      instr.run = [](Context&, const Instr&, uint32_t) {};
-    }
-    program = std::move(decoded);
   }
   return program.get();
 }

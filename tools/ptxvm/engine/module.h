@@ -26,15 +26,10 @@ class Module {
   Module(const Module&) = delete;
 
   // The kernel, or null if there is none of this name. Throws DecodeError.
-  const Program* kernel(const std::string& name);
+  Program* kernel(const std::string& name);
   const Variable* variable(const std::string& name) const;
   std::vector<std::string> kernel_names() const;
   const std::string& file(uint32_t index) const;
-  // ---- Mutants, for the test of the tests: kernels with one kind of synchronisation left out.
-  // The source lines of barriers, fences and waits for copies, each with its opcode.
-  void synchronisation(std::vector<std::pair<std::string, std::string>>& sites);
-  // Kernels are decoded anew, without what stands at this source line; an empty line leaves out nothing.
-  void leave_out(const std::string& line);
 
   // Makes the module's variables memory of the device, once; the destructor takes them away.
   void add_memory(GlobalMemory& memory);
@@ -51,7 +46,6 @@ class Module {
   std::unordered_map<std::string, bool> dynamic_shared_;  // extern .shared arrays of the module
   std::unordered_map<uint32_t, std::string> files_;
   GlobalMemory* memory_ = nullptr;
-  std::string left_out_;
 };
 
 struct DecodeError {

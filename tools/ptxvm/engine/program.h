@@ -72,11 +72,11 @@ struct Instr {
   Space space = Space::kGeneric;
   Order order = Order::kWeak;
   bool guard_negated = false;
-  bool is_uniform = false;  // bra.uni, aligned barriers
   bool flag = false;
-  uint8_t bytes = 0;  // of one element in memory
-  uint8_t count = 1;  // elements
-  uint8_t mode = 0;   // what an instruction class needs besides
+  bool has_wrong_mask = false;  // a mutant: see mutants.h
+  uint8_t bytes = 0;            // of one element in memory
+  uint8_t count = 1;            // elements
+  uint8_t mode = 0;             // what an instruction class needs besides
   uint8_t mode2 = 0;
 };
 
@@ -134,6 +134,7 @@ struct Program {
   std::vector<Loc> locs{1};
   std::vector<std::vector<uint32_t>> tables;  // of brx.idx
   std::vector<std::string> texts;             // opcode of each instruction, for reports
+  mutable std::vector<uint8_t> executed;      // 1 if it was, while counters were on; empty unless asked for
   uint32_t file_bytes = 0;                    // register file of a warp
   uint32_t num_predicates = 0;
   uint32_t num_slots = 1;

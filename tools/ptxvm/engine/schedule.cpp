@@ -336,11 +336,12 @@ bool Scheduler::collective(Context& c, Warp& warp, int current, const Instr& ins
   const uint32_t* members = source<uint32_t>(c, instr.c);
   uint32_t done = warp.fragments[static_cast<size_t>(current)].mask & ~mask;  // switched off by the guard
   for (uint32_t left = mask; left != 0;) {
-    const uint32_t named = members[__builtin_ctz(left)];
+    uint32_t named = members[__builtin_ctz(left)];
     uint32_t group = 0;
     each_lane(left, [&](int l) {
       if (members[l] == named) group |= 1u << l;
     });
+    if (instr.has_wrong_mask) named = named == kAllLanes ? kAllLanes >> (kLanes / 2) : kAllLanes;
     left &= ~group;
     if ((group & ~named) != 0) {
       char text[16];
@@ -492,6 +493,7 @@ void Scheduler::run_warp(Block& block, Warp& warp, int budget) {
     if (counts) {
       ++launch_.counters.warp_instructions[static_cast<size_t>(instr.cls)];
       launch_.counters.lane_instructions += static_cast<uint64_t>(__builtin_popcount(mask));
+      if (!program_.executed.empty()) program_.executed[fragment.pc] = 1;
     }
     bool goes_on = true;
     switch (instr.kind) {

@@ -88,6 +88,7 @@ cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t,
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   Kernel* kernel = Runtime::get().kernel(host);
   if (kernel == nullptr) kernel = reinterpret_cast<Kernel*>(const_cast<void*>(host));
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
@@ -99,6 +100,7 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
 }
 cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* host) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   Kernel* kernel = Runtime::get().kernel(host);
   if (kernel == nullptr) return Runtime::get().fail(cudaErrorInvalidDeviceFunction, "no such kernel");
   const ptxvm::Program* program = Runtime::get().program(*kernel);
@@ -115,6 +117,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int threads,
                                                                    size_t shared, unsigned) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   Kernel* kernel = Runtime::get().kernel(host);
   const ptxvm::Program* program = kernel == nullptr ? nullptr : Runtime::get().program(*kernel);
   if (program == nullptr) return Runtime::get().fail(cudaErrorInvalidDeviceFunction, "no such kernel");
@@ -137,14 +140,15 @@ const char* cudaGetErrorName(cudaError_t error) { return Runtime::get().text_of(
 
 // ---- The device.
 
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, Runtime::get().injected(); }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, Runtime::get().injected(); }
 cudaError_t cudaSetDevice(int device) { return device <= 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return Runtime::get().peek_error(); }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = Engine::get().options.num_sms; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 8; break;

@@ -22,6 +22,7 @@ std::unordered_map<void*, size_t>& allocations() {
 
 // Both ends of a copy must lie whole in what is allocated, where they are device memory.
 cudaError_t copy(void* to, const void* from, size_t bytes) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   if (bytes == 0) return cudaSuccess;
   std::memmove(to, from, bytes);
   Engine::get().memory.define(to, bytes);
@@ -35,6 +36,7 @@ extern "C" {
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = nullptr;
   if (bytes == 0) return cudaSuccess;
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   *memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, kPoison, bytes);
@@ -82,6 +84,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return copy(to, from, bytes);
 }
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+  if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   if (bytes == 0) return cudaSuccess;
   const uint64_t at = reinterpret_cast<uintptr_t>(memory);
   Region* region = Engine::get().memory.find(at, at + bytes, true);

@@ -1,5 +1,6 @@
 #include "runtime/registry.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -106,10 +107,13 @@ const Program* Runtime::program(Kernel& kernel) {
 }
 
 cudaError_t Runtime::launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t shared) {
+  if (const cudaError_t error = injected(); error != cudaSuccess) return error;
   const Program* program = this->program(kernel);
   if (program == nullptr) return error_;
   const std::string name = readable(kernel.name);
-  const Dim3 g{grid.x, grid.y, grid.z}, b{block.x, block.y, block.z};
+  const Options& options = Engine::get().options;
+  const uint32_t most_blocks = name.find(options.few) != std::string::npos ? options.most_blocks : UINT32_MAX;
+  const Dim3 g{std::min(grid.x, most_blocks), grid.y, grid.z}, b{block.x, block.y, block.z};
   if (g.count() == 0 || b.count() == 0 || g.count() >= uint64_t{1} << 31 || g.y > 65535 || g.z > 65535)
     return fail(cudaErrorInvalidConfiguration, "a grid or block of this size: " + name);
   if (b.count() > 1024 || b.count() > program->max_threads || b.z > 64)
@@ -125,6 +129,18 @@ cudaError_t Runtime::launch(Kernel& kernel, dim3 grid, dim3 block, void** argume
   const std::string report =
       run_launch(Engine::get(), *kernel.module, *program, g, b, std::move(params), static_cast<uint32_t>(shared));
   return report.empty() ? cudaSuccess : fail(cudaErrorLaunchFailure, report);
+}
+
+cudaError_t Runtime::injected() {
+  if (!Engine::get().fails_now()) return cudaSuccess;
+  const cudaError_t code = static_cast<cudaError_t>(Engine::get().options.failing_code);
+  switch (code) {
+    case cudaErrorMemoryAllocation: return fail(code, "out of memory");
+    case cudaErrorNoDevice: return fail(code, "no CUDA-capable device is detected");
+    case cudaErrorNoKernelImageForDevice: return fail(code, "no kernel image is available for execution on the device");
+    case cudaErrorLaunchFailure: return fail(code, "unspecified launch failure");
+    default: return fail(code, "an injected error");
+  }
 }
 
 cudaError_t Runtime::fail(cudaError_t error, const std::string& text) {

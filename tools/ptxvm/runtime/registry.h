@@ -32,6 +32,8 @@ class Runtime {
   const Program* program(Kernel& kernel);
   cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t shared);
 
+  // The error that a test has asked for, if this call is the one to fail: Options::failing_call.
+  cudaError_t injected();
   // Errors: the first one since it was asked for, with its text.
   cudaError_t fail(cudaError_t error, const std::string& text);
   cudaError_t take_error();

@@ -113,6 +113,7 @@ AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void**
 }
 AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                                int32_t device, int32_t index, AtenTensorHandle* made) {
+  if (Engine::get().fails_now()) return 1;  // as torch's allocator does when there is no memory
   const AOTITorchError error = __real_aoti_torch_empty_strided(dim, sizes, strides, dtype, device, index, made);
   if (error == 0) held()[*made].is_fresh = true;
   return error;

@@ -454,3 +454,30 @@ def test_matrix_products_are_counted() -> None:
     engine().set_options(counts=False)
     assert counters["mma"] == 3
     assert counters["instructions_matrix"] == 3
+
+
+def test_instructions_are_counted_by_class() -> None:
+    out = Buffer(np.zeros(32, np.uint64))
+    engine().set_options(seed=1, counts=True)
+    text = """
+    .shared .align 8 .b8 buffer[256];
+    add.s32 %r0, %t, 1; mul.lo.s32 %r1, %r0, 3; cvt.rn.f32.s32 %f0, %r1;
+    fma.rn.f32 %f1, %f0, %f0, %f0;
+    ex2.approx.f32 %f2, %f1; mov.f64 %fd0, 0d3FF0000000000000; add.f64 %fd1, %fd0, %fd0;
+    mov.u32 %r2, buffer; mad.lo.u32 %r2, %t, 8, %r2; st.shared.u64 [%r2], 7;
+    bar.sync 0; ld.shared.u64 %d0, [%r2]; st.global.u64 [%a0], %d0;
+    atom.global.add.u64 %d1, [%a0], 1; shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;
+    """
+    engine().clear_counters()
+    assert run_text("", [out]) == ""
+    before = engine().counters()
+    engine().clear_counters()
+    assert run_text(text, [out]) == ""
+    counted = {name: count - before[name] for name, count in engine().counters().items()}
+    engine().set_options(counts=False)
+    expected = {"integer": 3, "double": 1, "special": 1, "store_shared": 1, "load_shared": 1}
+    expected |= {"store_global": 1, "atomic": 1, "barrier": 1, "collective": 1}
+    assert {name: counted[f"instructions_{name}"] for name in expected} == expected
+    assert counted["global_store_requests"] == 2  # of the atomic as well
+    assert counted["global_store_sectors"] == 16
+    out.free()

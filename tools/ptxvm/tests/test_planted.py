@@ -118,6 +118,22 @@ def test_planted_bug_is_reported_at_its_line(kernel: str, seed: int) -> None:
     ), report
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_memory_that_was_freed_is_reported_as_such(seed: int) -> None:
+    engine().set_options(seed=seed)
+    values, table = inputs()
+    buffers = [
+        Buffer(part, writable=i > 1) for i, part in enumerate((values, table, values, values))
+    ]
+    buffers[0].free()
+    report = launch(compiled("controls.cu"), "reverse", [*buffers, N], block=128)
+    assert report.startswith("out of bounds:")
+    assert "has been freed (use after free)" in report
+    assert "controls.cu:" in report
+    for buffer in buffers[1:]:
+        buffer.free()
+
+
 # ---- clean controls ----------------------------------------------------------------------------
 
 

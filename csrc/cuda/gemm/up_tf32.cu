@@ -1,0 +1,11 @@
+#include "cuda/gemm/up.cuh"
+
+namespace fastmoe_route {
+namespace cuda {
+
+CudaStatus up_product_tf32(const UpProduct& product, const CudaQueue& queue) {
+  return up_product_as<float, float, 4>(product, queue);
+}
+
+}  // namespace cuda
+}  // namespace fastmoe_route

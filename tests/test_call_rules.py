@@ -1,0 +1,192 @@
+"""Rules that hold for every operator alike: kinds of arguments, second and forward derivatives."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import fastmoe_route as fr
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+EXPERTS = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32)
+PLAN = fr.plan_dispatch(EXPERTS, 3)
+W_UP, W_DOWN = torch.ones(3, 4, 6), torch.ones(3, 3, 4)
+
+
+def mlp(x: Tensor) -> Tensor:
+    return fr.moe_mlp(x, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN)
+
+
+FLOAT_OPS: dict[str, Callable[[Tensor], Any]] = {
+    "gate": lambda x: fr.gate(x, 2).weights,
+    "expert_choice": lambda x: fr.expert_choice(x, 2).weights,
+    "softmax": fr.softmax,
+    "softmax_topk": lambda x: fr.softmax_topk(x, 2)[0],
+    "transport": lambda x: fr.transport(x, "sinkhorn", iters=3),
+    "permute": lambda x: fr.permute(x, PLAN),
+    "unpermute": lambda x: fr.unpermute(x.repeat(2, 1), PLAN),
+    "grouped_mm": lambda x: fr.grouped_mm(x.repeat(2, 1), W_UP, PLAN.offsets),
+    "moe_mlp": mlp,
+}
+TWICE = ("permute", "expert_choice", "grouped_mm")
+
+
+# ---- derivatives -------------------------------------------------------------------------------
+
+
+def penalty(op: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+    """A loss on a gradient, as in gradient penalties: needs the second derivative of `op`."""
+    x = torch.arange(12.0).reshape(3, 4).sin().requires_grad_()
+    (grad,) = torch.autograd.grad(op(x * scale).square().sum(), x, create_graph=True)
+    return grad.square().sum()
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
+def test_second_derivative_is_right_or_an_error(name: str) -> None:
+    scale = torch.full((), 0.7, requires_grad=True)
+    loss = penalty(FLOAT_OPS[name], scale)
+    if name not in TWICE:
+        with pytest.raises(RuntimeError, match=f"{name}: gradients must be differentiated once"):
+            loss.backward()
+        return
+    loss.backward()
+    step = 1e-2
+    ends = [penalty(FLOAT_OPS[name], scale.detach() + sign * step) for sign in (1, -1)]
+    slope = (ends[0] - ends[1]) / (2 * step)
+    assert abs(scale.grad - slope) <= 1e-2 * abs(slope)
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
+def test_a_graph_of_the_gradient_leaves_the_gradient_as_it_is(name: str) -> None:
+    grads = []
+    for create_graph in (False, True):
+        x = torch.arange(12.0).reshape(3, 4).sin().requires_grad_()
+        loss = FLOAT_OPS[name](x).square().sum()
+        grads += torch.autograd.grad(loss, x, create_graph=create_graph)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
+def test_forward_mode_is_an_error_and_never_zero(name: str) -> None:
+    x = torch.arange(12.0).reshape(3, 4).sin()
+    with (
+        pytest.raises(RuntimeError, match="forward mode AD"),
+        torch.autograd.forward_ad.dual_level(),
+    ):
+        FLOAT_OPS[name](torch.autograd.forward_ad.make_dual(x, x))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(FLOAT_OPS[name], (x,), (x,))
+
+
+# ---- symbolic sizes ----------------------------------------------------------------------------
+
+
+def test_capacity_that_follows_the_tokens_compiles_once() -> None:
+    def chosen(scores: Tensor) -> Tensor:
+        return fr.expert_choice(scores, max(1, scores.shape[0] // 4)).experts
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_tokens in range(8, 64, 5):
+        scores = torch.arange(4.0 * num_tokens).sin().reshape(num_tokens, 4)
+        assert torch.equal(compiled(scores), chosen(scores))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_exported_capacity_is_saved_and_loaded() -> None:
+    class Dispatch(torch.nn.Module):
+        def forward(self, experts: Tensor) -> Tensor:
+            capacity = fr.expert_capacity(experts.shape[0], 3, 2, 1.1)
+            return fr.plan_dispatch(experts, 3, capacity=capacity).slot_to_row
+
+    num_tokens = torch.export.Dim("num_tokens", min=2, max=100)
+    program = torch.export.export(Dispatch(), (EXPERTS,), dynamic_shapes=({0: num_tokens},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for tokens in range(2, 40):
+        experts = torch.zeros(tokens, 2, dtype=torch.int32)
+        assert torch.equal(loaded(experts), Dispatch()(experts))
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn])
+@pytest.mark.parametrize("name", FLOAT_OPS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_only_dense_tensors(name: str, layout: torch.layout) -> None:
+    ops = {
+        "unpermute": lambda x: fr.unpermute(x, PLAN),
+        "grouped_mm": lambda x: fr.grouped_mm(x, W_UP, PLAN.offsets),
+    }
+    x = torch.eye(3, 4)
+    x = x.to_mkldnn() if layout == torch._mkldnn else x.to_sparse(layout=layout)
+    with pytest.raises(
+        TypeError, match=rf"{name}: \w+ must be a dense tensor, got layout {layout}"
+    ):
+        ops.get(name, FLOAT_OPS[name])(x)
+
+
+LOGITS = torch.arange(12.0).reshape(3, 4)
+BAD_CALLS: dict[str, Callable[[], Any]] = {
+    "gate: scale must be a number, got 'a'": lambda: fr.gate(LOGITS, 2, scale="a"),
+    "gate: scale must be a number that a float can hold, got nan": (
+        lambda: fr.gate(LOGITS, 2, scale=float("nan"))
+    ),
+    "gate: top_p must be a number that a float can hold, got nan": (
+        lambda: fr.gate(LOGITS, 2, top_p=float("nan"))
+    ),
+    "gate: threshold must be a number that a float can hold, got 1000": (
+        lambda: fr.gate(LOGITS, 2, threshold=10**400)
+    ),
+    "gate: normalize must be a bool, got 'x'": lambda: fr.gate(LOGITS, 2, normalize="x"),
+    "gate: stats must be a bool, got 1": lambda: fr.gate(LOGITS, 2, stats=1),
+    "gate: noise must have 2 dimensions": lambda: fr.gate(LOGITS, 2, noise=torch.ones(4)),
+    "gate: k_per_token must have 1 dimension, got": (
+        lambda: fr.gate(LOGITS, 2, k_per_token=EXPERTS)
+    ),
+    "expert_capacity: factor must be a number that a float can hold, got 1000": (
+        lambda: fr.expert_capacity(4, 2, 1, 10**400)
+    ),
+    "transport: iters must be in [1, 2147483647], got 9223372036854775808": (
+        lambda: fr.transport(LOGITS, "bip", iters=2**63)
+    ),
+    "transport: temperature must be a number, got 'a'": (
+        lambda: fr.transport(LOGITS, "sinkhorn", iters=1, temperature="a")
+    ),
+    "transport: learning_rate must be positive, got 0": (
+        lambda: fr.transport(LOGITS, "ksparse", iters=1, learning_rate=0)
+    ),
+    "moe_mlp: interleaved must be a bool, got 'x'": (
+        lambda: fr.moe_mlp(LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, interleaved="x")
+    ),
+    "moe_mlp: plan.row_to_slot must be a torch.Tensor, got [0]": lambda: fr.moe_mlp(
+        LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, plan=PLAN._replace(row_to_slot=[0])
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_message(message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        BAD_CALLS[message]()
+    assert str(caught.value).startswith(message)
+
+
+def test_bounds_beyond_int64_are_no_bound() -> None:
+    unbounded = fr.gate(LOGITS, 2, num_groups=2)
+    bounded = fr.gate(LOGITS, 2, num_groups=2, max_per_group=2**70)
+    assert torch.equal(bounded.experts, unbounded.experts)
+    assert torch.equal(fr.expert_choice(LOGITS, 2**70).experts, fr.expert_choice(LOGITS, 3).experts)
+
+
+def test_numpy_floats_are_numbers() -> None:
+    scaled = fr.gate(LOGITS, 2, scale=np.float32(0.5), top_p=np.float64(0.9))
+    assert torch.equal(scaled.weights, fr.gate(LOGITS, 2, scale=0.5, top_p=0.9).weights)

@@ -1,0 +1,133 @@
+"""Fills the places for numbers in docs/experts.md from recorded reports of the bench.
+
+    python tools/experts_numbers.py bench/results/NAME.json ...
+
+Rows of `moe_mlp` that were timed beside the kernels of others (`bench --peers`) go to the first
+table, the other ones to the second. Nothing else in the page is touched; a report with a wrong row
+is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastmoe_route.bench.peers import MODULES
+from fastmoe_route.bench.report import duration
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "experts.md"
+PEERS = tuple(MODULES)
+Row = dict[str, Any]
+
+
+def key(row: Row) -> tuple[int, int, str, int, str]:
+    """Forward first, then layers by the sizes of their experts, dtypes, tokens."""
+    shape = row["shape"]
+    training = int(row["pass"] == "training")
+    return training, shape["num_experts"], shape["name"], -int(row["dtype"][-2:]), row["tokens"]
+
+
+def ratio(row: Row, name: str) -> str:
+    return f"{row['ratios'][name]['median']:.2f}" if name in row["ratios"] else "-"
+
+
+def peer_line(row: Row) -> str:
+    time = duration(row["seconds"]["fastmoe_route"]["median"])
+    limit = f"{row['limit']['share']:.0%} {row['limit']['bound_by']}"
+    names = ("torch grouped_mm", *PEERS)
+    cells = (row["shape"]["name"], str(row["tokens"]), row["dtype"], time)
+    return "| " + " | ".join((*cells, *(ratio(row, name) for name in names), limit)) + " |"
+
+
+def standing(rows: list[Row]) -> str:
+    """In how many cells a peer is faster, and by how much."""
+    fastest = []
+    for row in rows:
+        name = min((row["ratios"][name]["median"], name) for name in PEERS if name in row["ratios"])
+        fastest.append((*name, row))
+    lost = [(1 - value, name, row) for value, name, row in fastest if value < 1]
+    if not lost:
+        return f"Ours is the fastest in all {len(rows)} cells."
+    middle = statistics.median(share for share, _, _ in lost)
+    share, name, row = max(lost, key=lambda entry: entry[0])
+    where = f"{row['shape']['name']}, T = {row['tokens']}, {row['dtype']}"
+    return (
+        f"Of {len(rows)} cells, {len(lost)} are lost to a peer: it takes {middle:.0%} less time in "
+        f"the median,\nand {share:.0%} at most ({name}: {where})."
+    )
+
+
+def peer_table(rows: list[Row]) -> str:
+    heads = ("layer", "T", "dtype", "time", "torch `grouped_mm`", *PEERS, "of limit")
+    table = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*table, *(peer_line(row) for row in rows), "", standing(rows)])
+
+
+def layer_table(rows: list[Row]) -> str:
+    """One line per layer, tokens and pass; float32 and bfloat16 beside each other."""
+    lines: dict[tuple[int, str, int, str], dict[str, Row]] = {}
+    for row in rows:
+        passes = "forward and backward" if row["pass"] == "training" else "forward"
+        place = (key(row)[0], row["shape"]["name"], row["tokens"], passes)
+        lines.setdefault(place, {})[row["dtype"]] = row
+    heads = ("layer", "T", "pass", "float32", "of limit", "bfloat16", "of limit")
+    table = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (_, name, tokens, passes), by_dtype in lines.items():
+        cells = [name, str(tokens), passes]
+        for dtype in ("float32", "bfloat16"):
+            row = by_dtype.get(dtype)
+            cells.append(ratio(row, row["fastest_baseline"]) if row else "-")
+            cells.append(f"{row['limit']['share']:.0%}" if row else "-")
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join(table)
+
+
+def source(paths: list[Path], reports: list[Row]) -> str:
+    """Where and when the numbers come from."""
+    machine, versions = reports[0]["machine"], reports[0]["versions"]
+    days = sorted({report["created"][:10] for report in reports})
+    files = ",\n".join(f"`bench/results/{path.name}`" for path in paths)
+    return (
+        f"From\n{files}:\n{machine['cpu']}, {machine['threads']} threads, "
+        f"level {machine['level']}, torch {versions['torch']}, {' and '.join(days)}."
+    )
+
+
+def fill(text: str, name: str, content: str) -> str:
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    return head + begin + content + "\n" + end + rest.split(end)[1]
+
+
+def main(paths: list[Path]) -> None:
+    text = PAGE.read_text()
+    tables = {"peers": peer_table, "layers": layer_table}
+    kept: dict[str, tuple[list[Path], list[Row], list[Row]]] = {
+        name: ([], [], []) for name in tables
+    }
+    for path in paths:
+        report = json.loads(path.read_text())
+        for row in report["rows"]:
+            if row["op"] != "moe_mlp" or row["skipped"]:
+                continue
+            if not row.get("seconds"):
+                sys.exit(f"{path}: a row was not timed, because its result was wrong")
+            files, reports, rows = kept["peers" if set(PEERS) & set(row["ratios"]) else "layers"]
+            if path not in files:
+                files.append(path)
+                reports.append(report)
+            rows.append(row)
+    for name, (files, reports, rows) in kept.items():
+        if rows:
+            table = tables[name](sorted(rows, key=key))
+            text = fill(text, name, f"{source(files, reports)}\n\n{table}")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"{__doc__}\nname at least one report")
+    main([Path(name) for name in sys.argv[1:]])
