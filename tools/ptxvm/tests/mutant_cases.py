@@ -253,6 +253,9 @@ CASES: dict[str, Case] = {
     "gate, noise over groups": partial(
         gate, 20, 40, 4, 1, softmax_over="group", noise=True, bias=True, **GROUPED
     ),
+    "gate, share of the best groups": partial(
+        gate, 20, 40, 6, 1, score="sigmoid", bias=True, max_per_group=4, **GROUPED
+    ),
     "gate, share of a group": partial(gate, 20, 40, 6, 1, num_groups=4, max_per_group=2),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
