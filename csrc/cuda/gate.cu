@@ -168,6 +168,7 @@ class GateRow {
       const int key = isnan(noisy_[i]) ? kDisallowed + 1 : ordered_key(source[i] + bias);
       keys_[i] = is_allowed ? key : kDisallowed;
     }
+    __syncwarp();  // scores read here may be poisoned by other lanes
   }
 
   // Scores under noise where there is noise and they are formed, else the clean ones.

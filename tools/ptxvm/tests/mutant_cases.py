@@ -102,7 +102,7 @@ def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: 
     num_columns = num_experts + options.get("num_null", 0)
     logits = random(num_tokens, num_columns)
     if options.pop("has_nan", False):
-        logits[3::7, 1] = torch.nan
+        logits[3::7, num_experts - 1] = torch.nan
     if options.pop("has_empty", False):
         logits[2] = -torch.inf
     if options.pop("all_equal", False):
