@@ -168,6 +168,7 @@ class GateRow {
       const int key = isnan(noisy_[i]) ? kDisallowed + 1 : ordered_key(source[i] + bias);
       keys_[i] = is_allowed ? key : kDisallowed;
     }
+    __syncwarp();  // scores read here may be poisoned by other lanes
   }
 
   // Scores under noise where there is noise and they are formed, else the clean ones.
@@ -184,7 +185,7 @@ class GateRow {
     }
   }
 
-  // Disallows every expert outside the best groups: each lane those keys that the selector will ask it for.
+  // Disallows every expert outside the best groups.
   __device__ void close_groups() {
     for (int g = 0; g < c_.num_groups; ++g) {
       const int key = group_key(g * c_.group_size);
@@ -204,6 +205,7 @@ class GateRow {
     __syncwarp();
     for (int i = lane_index(); i < c_.num_experts; i += kWarp)
       if (group_count_[i / c_.group_size] == 0) keys_[i] = kDisallowed;
+    __syncwarp();  // whoever counts what a group has given clears the counts
   }
 
   // Key of the group that starts at column `begin`: of its best key, or of the sum of its two best keys.

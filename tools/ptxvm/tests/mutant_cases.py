@@ -102,7 +102,7 @@ def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: 
     num_columns = num_experts + options.get("num_null", 0)
     logits = random(num_tokens, num_columns)
     if options.pop("has_nan", False):
-        logits[3::7, 1] = torch.nan
+        logits[3::7, num_experts - 1] = torch.nan
     if options.pop("has_empty", False):
         logits[2] = -torch.inf
     if options.pop("all_equal", False):
@@ -252,6 +252,9 @@ CASES: dict[str, Case] = {
     ),
     "gate, noise over groups": partial(
         gate, 20, 40, 4, 1, softmax_over="group", noise=True, bias=True, **GROUPED
+    ),
+    "gate, share of the best groups": partial(
+        gate, 20, 40, 6, 1, score="sigmoid", bias=True, max_per_group=4, **GROUPED
     ),
     "gate, share of a group": partial(gate, 20, 40, 6, 1, num_groups=4, max_per_group=2),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
