@@ -12,8 +12,8 @@
 // bits on every run. The host waits for nothing, so a round is launched whether or not a token is still short.
 //
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: 24 a slot and pass over 8 bits
-// of key, three sorts (two by position, two more for a fill), and 21 a slot in its round. A sort per round instead would
-// have to read the same keys again: they do not change, only who still asks does.
+// of key, three sorts (two by position, two more for a fill), and 21 a slot in its round. A sort per round instead
+// would have to read the same keys again: they do not change, only who still asks does.
 #include "cuda/surplus.cuh"
 #include "ops/reroute.h"
 
