@@ -11,9 +11,9 @@
 // at once and writes it no more. The only atomics count, and nothing reads what they count in the same launch: the same
 // bits on every run. The host waits for nothing, so a round is launched whether or not a token is still short.
 //
-// Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: 24 a slot and pass over 8 bits of
-// key, three sorts (two by position, two more for a fill), and 21 a slot in its round. A sort per round instead would
-// have to read the same keys again: they do not change, only who still asks does.
+// Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: 24 a slot and pass over 8 bits
+// of key, three sorts (two by position, two more for a fill), and 21 a slot in its round. A sort per round instead
+// would have to read the same keys again: they do not change, only who still asks does.
 #include "cuda/surplus.cuh"
 #include "ops/reroute.h"
 
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// kAim: (expert, scope) as one number, larger than all of them for none; kGroup: the same as a place, none last; kRound:
-// 0 for a choice, 1 and so on for the columns behind.
+// kAim: (expert, scope) as one number, larger than all of them for none; kGroup: the same as a place, none last;
+// kRound: 0 for a choice, 1 and so on for the columns behind.
 enum class Key { kAim, kGroup, kRound };
 
 template <Key kKey>
