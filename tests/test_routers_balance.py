@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fastmoe_route as fr
+import numpy as np
 import pytest
 import torch
+from fastmoe_route.routers.assignment import capped_plan
+from fastmoe_route.routers.base import Context
 from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
 from test_routers_choice import near, set_logits, tokens
 from torch import Tensor
@@ -46,6 +49,36 @@ def test_expert_choice_fills_every_expert() -> None:
     assert near(routing.weights, torch.where(routing.experts >= 0, p, 0.0), 1e-6)
     alone = router(x, scope_ids=torch.zeros(40, dtype=torch.int32)).routing
     assert torch.equal(alone.experts, routing.experts)
+
+
+def test_expert_choice_with_a_cap_spreads_what_every_expert_wants() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(64, 8, generator=generator).mul(2).softmax(1)
+    scores[:16] = 1 / 8 + 0.2 * torch.rand(16, 8, generator=generator)  # wanted by all
+    plan = capped_plan(scores, 2, 2, Context())
+    assert 0 <= float(plan.min()) <= float(plan.max()) <= 1
+    assert float(plan.sum(1).max()) <= 2 * 1.01
+    assert near(plan.sum(0), torch.full((8,), 16.0), 0.3)
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    token_sums = np.kron(np.eye(64), np.ones((1, 8)))
+    expert_sums = np.kron(np.ones((1, 64)), np.eye(8))
+    best = linprog(
+        -scores.flatten().numpy(), A_ub=token_sums, b_ub=np.full(64, 2.0), A_eq=expert_sums,
+        b_eq=np.full(8, 16.0), bounds=(0, 1),
+    )  # fmt: skip
+    assert 0.97 <= float((scores * plan).sum()) / -best.fun <= 1.01
+    scopes = torch.arange(64, dtype=torch.int32) % 2
+    both = capped_plan(scores, 2, 2, Context(scope_ids=scopes, num_scopes=2))
+    assert near(both[scopes == 1], capped_plan(scores[scopes == 1], 2, 2, Context()), 1e-4)
+
+    taken = []
+    for cap in (None, 2):
+        router = fr.routers.build("expert_choice", 8, 8, token_cap=cap).eval()
+        experts = router(set_logits(router, scores.log())).routing.experts
+        taken.append((experts >= 0).sum(1))
+    assert taken[0].sum() == taken[1].sum() == 128
+    assert 2 * int((taken[1] > 2).sum()) <= int((taken[0] > 2).sum())
+    assert int(taken[1].max()) <= 3 < int(taken[0].max())
 
 
 def test_pmoe_gives_every_expert_its_patches_of_every_sample() -> None:
