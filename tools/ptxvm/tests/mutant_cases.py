@@ -140,6 +140,22 @@ def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: 
     close(logits.grad[clean], wanted[clean])
 
 
+def reroute(num_tokens: int, num_candidates: int, capacity: int, **options: object) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    experts = torch.randint(-1, 7, (num_tokens, num_candidates), generator=generator).int()
+    routing = experts, torch.rand(experts.shape, generator=generator)
+    if "num_scopes" in options:
+        options["scope_ids"] = (torch.arange(num_tokens) % options["num_scopes"]).int()
+    if options.get("overflow") == "local":
+        options["rank_of_expert"] = (torch.arange(7) % 2).int()
+        options["rank_of_token"] = (torch.arange(num_tokens) % 2).int()
+    made = fr.reroute(routing, 7, 2, capacity, **options)
+    expected = reference.reroute(routing, 7, 2, capacity, **options)
+    assert torch.equal(made.experts, expected.experts)
+    assert torch.equal(made.weights, expected.weights)
+    assert torch.equal(made.demand, expected.demand)
+
+
 def expert_choice(num_scopes: int) -> None:
     scores = random(300, 7).requires_grad_()
     scopes = {"scope_ids": (torch.arange(300) % num_scopes).int(), "num_scopes": num_scopes}
@@ -260,6 +276,11 @@ CASES: dict[str, Case] = {
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
     "gate 8000": partial(gate, 5, 8000, 4, 1, score="sigmoid", stats=True, **GROUPED),
+    "reroute": partial(reroute, 150, 4, 40),
+    "reroute, local, filled": partial(
+        reroute, 90, 5, 20, overflow="local", fill="turned_away", drop_policy="score"
+    ),
+    "reroute, scopes": partial(reroute, 90, 40, 9, fill="any", num_scopes=3),
     "expert_choice": partial(expert_choice, 1),
     "expert_choice, scopes": partial(expert_choice, 3),
     "experts, bfloat16": partial(experts, torch.bfloat16, True, 1),
