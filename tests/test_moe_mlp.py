@@ -580,7 +580,7 @@ def test_plans_of_other_sizes_are_refused(backend: str) -> None:
 
     with pytest.raises(ValueError, match=r"plan.offsets must have shape \[4\]"):
         fr.moe_mlp(**bad(offsets=plan.offsets[:-1]))
-    with pytest.raises(ValueError, match="plan.offsets must be on cpu, got meta"):
+    with pytest.raises(ValueError, match=r"plan\.offsets must be on cpu, got meta"):
         fr.moe_mlp(**bad(offsets=plan.offsets.to("meta")))
     with pytest.raises(RuntimeError, match="offsets that start at 0, never fall"):
         fr.moe_mlp(**bad(offsets=plan.offsets.flip(0)))
