@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_bound
 
 PATH = Path(__file__).parent.parent / "examples" / "train_moe_lm.py"
 
@@ -33,7 +34,7 @@ def test_both_runs_learn_the_same(example, tmp_path, capsys):
     assert fast.valid_loss[10] < fast.valid_loss[0] - 0.1
     for ours, theirs in zip(fast.train_loss, plain.train_loss, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-3)
-    torch.testing.assert_close(fast.load.sum(1), torch.full((1,), 8.0))
+    assert_bound(fast.load.sum(1), torch.full((1,), 8.0), 8 * 8 * 2**-24)
     assert path.stat().st_size > 10_000
     text = capsys.readouterr().out
     for word in ("tokens/s", "expert load by layer", "validation loss", "written:"):
