@@ -38,7 +38,7 @@ def test_lora_grouped_mm_by_hand_and_gradients():
     experts = routing.experts.clone()
     experts[0, 1] = -1
     weights = routing.weights.masked_fill(experts < 0, 0)
-    y = adapters.lora_grouped_mm(x, a, b, (experts, weights), scaling=0.5)
+    y = fr.lora_grouped_mm(x, a, b, (experts, weights), scaling=0.5)
     for t in range(6):
         terms = [
             0.5 * weights[t, j] * x[t] @ a[e] @ b[e]
@@ -49,11 +49,11 @@ def test_lora_grouped_mm_by_hand_and_gradients():
     tensors = [v.requires_grad_() for v in (x, a, b, weights)]
 
     def call(x, a, b, w):
-        return adapters.lora_grouped_mm(x, a, b, (experts, w), scaling=0.5)
+        return fr.lora_grouped_mm(x, a, b, (experts, w), scaling=0.5)
 
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
     idle = (torch.zeros(6, 1, dtype=torch.int32), torch.ones(6, 1, dtype=F64))
-    (grad,) = torch.autograd.grad(adapters.lora_grouped_mm(x, a, b, idle).sum(), a)
+    (grad,) = torch.autograd.grad(fr.lora_grouped_mm(x, a, b, idle).sum(), a)
     assert (grad[1:] == 0).all()
     assert grad[0].abs().sum() > 0
 
@@ -64,18 +64,16 @@ def test_lora_grouped_mm_is_batch_invariant_and_compiles(dtype):
         normal(*s, seed=i).to(dtype) for i, s in enumerate(((33, 64), (4, 64, 8), (4, 8, 32)))
     )
     routing = fr.gate(normal(33, 4, seed=7), 2)
-    y = adapters.lora_grouped_mm(x, a, b, routing)
+    y = fr.lora_grouped_mm(x, a, b, routing)
     index = torch.tensor([7, 3, 30])
-    some = adapters.lora_grouped_mm(
-        x[index], a, b, (routing.experts[index], routing.weights[index])
-    )
+    some = fr.lora_grouped_mm(x[index], a, b, (routing.experts[index], routing.weights[index]))
     assert torch.equal(some, y[index])
-    compiled = torch.compile(adapters.lora_grouped_mm, fullgraph=True, backend="eager")
+    compiled = torch.compile(fr.lora_grouped_mm, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, a, b, routing), y)
-    view = adapters.lora_grouped_mm(x, a.transpose(1, 2).contiguous().transpose(1, 2), b, routing)
+    view = fr.lora_grouped_mm(x, a.transpose(1, 2).contiguous().transpose(1, 2), b, routing)
     assert_bound(view, y.double(), 0.2 if dtype == torch.bfloat16 else 1e-4)
     nothing = (routing.experts[:0], routing.weights[:0])
-    assert adapters.lora_grouped_mm(x[:0], a, b, nothing).shape == (0, 32)
+    assert fr.lora_grouped_mm(x[:0], a, b, nothing).shape == (0, 32)
 
 
 def test_mixture_of_shards():
@@ -142,11 +140,11 @@ LORA = adapters.LoraExperts(torch.ones(1, 5, 2), torch.ones(1, 2, 4))
     ("call", "message"),
     [
         (
-            lambda x: adapters.lora_grouped_mm(x, torch.ones(2, 5, 1), torch.ones(2, 1, 4), None),
+            lambda x: fr.lora_grouped_mm(x, torch.ones(2, 5, 1), torch.ones(2, 1, 4), None),
             r"lora_grouped_mm: lora_a must have shape \[any, 16, any\]",
         ),
         (
-            lambda x: adapters.lora_grouped_mm(x, torch.ones(2, 16, 1), torch.ones(2, 2, 4), None),
+            lambda x: fr.lora_grouped_mm(x, torch.ones(2, 16, 1), torch.ones(2, 2, 4), None),
             r"lora_grouped_mm: lora_b must have shape \[2, 1, any\]",
         ),
         (

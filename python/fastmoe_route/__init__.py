@@ -9,7 +9,6 @@ from fastmoe_route._load import load_libraries
 read_environment()
 load_libraries()
 
-from fastmoe_route.adapters import lora_grouped_mm  # noqa: E402
 from fastmoe_route.assign_balanced import assign_balanced  # noqa: E402
 from fastmoe_route.dispatch import (  # noqa: E402
     expert_capacity,
@@ -22,6 +21,7 @@ from fastmoe_route.gate import gate  # noqa: E402
 from fastmoe_route.grouped_mm import grouped_mm  # noqa: E402
 from fastmoe_route.huge_pages import use_huge_pages  # noqa: E402
 from fastmoe_route.invariance import check_servable, dispatch_invariance  # noqa: E402
+from fastmoe_route.lora_grouped_mm import lora_grouped_mm  # noqa: E402
 from fastmoe_route.moe_mlp import moe_mlp  # noqa: E402
 from fastmoe_route.overflow import (  # noqa: E402
     DropCounts,
