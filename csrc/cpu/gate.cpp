@@ -60,9 +60,10 @@ template <class V>
 struct Row {
   using Float = typename Arithmetic<V>::Float;
   using Key = typename Arithmetic<V>::Key;
-  Float *logits, *scores, *biased, *noisy, *noisy_scores, *taken_scores, *group_sums;
+  Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores, *group_sums;
   Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
   int32_t *group_order, *group_count;
+  const Float* logits;      // in `buffer`, or where they came from
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
   Float max;                // largest logit that is a number
   int64_t num_taken;        // columns selected
@@ -80,7 +81,7 @@ struct Row {
       if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
       bytes += round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
     };
-    for (Float** buffer : {&logits, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
+    for (Float** buffer : {&buffer, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
     give(taken_scores, shape.top_k + V::kLanes);
     give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
     give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
@@ -135,8 +136,8 @@ class Gate {
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
   void prepare(Row<V>& row, int64_t t) const {
     prefetch(t + 2 * kBatch);
-    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.logits);
-    row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
+    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
+    row.logits = loaded.z, row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
     if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
     else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
     row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
@@ -186,12 +187,6 @@ class Gate {
     return max_z == -static_cast<Float>(INFINITY) || a_.logsumexp == nullptr
                ? 0
                : exponentials<V>(z, num_columns_, max_z, may_have_nan, nullptr);
-  }
-
-  static Float max_of(const Float* z, int64_t n) {
-    Float best = -static_cast<Float>(INFINITY);
-    for (int64_t i = 0; i < n; ++i) best = z[i] > best ? z[i] : best;
-    return best;
   }
 
   // keys = ordered(score(logits + noise) + bias), or ordered(logits + noise) where that orders the same. NaN is last

@@ -5,6 +5,8 @@
 // exp(z / 2), to which sqrt(log1p(e^z)) rounds there. Softmax is exp(z - max), scaled by its caller.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa/vec64.h"
 #include "ops/gate.h"
 
@@ -73,42 +75,55 @@ inline V elementwise_slope(Score score, V z) {
   }
 }
 
-// What a row of logits holds.
+// A row of logits.
 template <class V>
 struct RowOf {
-  typename Arithmetic<V>::Float max;  // of its numbers, -inf if there is none
-  bool is_plain;                      // no NaN and no -inf
+  using Float = typename Arithmetic<V>::Float;
+  const Float* z;  // padded to whole vectors with -inf
+  Float max;       // of its numbers, -inf if there is none
+  bool is_plain;   // no NaN and no -inf
   bool has_nan;
 };
 
-// Loads n logits of a row into z, padded to whole vectors with -inf.
+// The n logits of a row, in `buffer` unless they can stay where they are.
 template <class V, class T>
-inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* z) {
+inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer) {
   using Float = typename Arithmetic<V>::Float;
   const V minus_inf = V::all(-INFINITY);
   V best = minus_inf;
   auto special = is_nan(best);  // where there is a NaN or -inf
-  const int64_t whole = n / V::kLanes * V::kLanes;
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) z[i] = to_float(row[i * stride]);
-    for (int64_t i = n; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
-  }
-  for (int64_t i = 0; i < whole; i += V::kLanes) {
-    const V x = stride == 1 ? V::load(row + i) : V::load(z + i);
-    if (stride == 1) x.store(z + i);
+  const auto look_at = [&](V x) {
     special = special | ~(x > minus_inf);
     best = max(x, best);  // a NaN in x gives best
+  };
+  RowOf<V> result{buffer, 0, true, false};
+  const int64_t whole = n / V::kLanes * V::kLanes;
+  const auto load = [&](const auto* from) {
+    const bool is_copied = static_cast<const void*>(from) != result.z;
+    for (int64_t i = 0; i < whole; i += V::kLanes) {
+      const V x = V::load(from + i);
+      if (is_copied) x.store(buffer + i);
+      look_at(x);
+    }
+    if (whole == n) return;
+    const int lanes = static_cast<int>(n - whole);
+    V::load(from + whole, lanes, -INFINITY).store(buffer + whole);
+    best = max(V::load(buffer + whole), best);
+    const V x = V::load(buffer + whole, lanes, 0);
+    special = special | ~(x > minus_inf);
+  };
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(row[i * stride]);
+    load(static_cast<const Float*>(buffer));
+  } else {
+    if constexpr (std::is_same_v<T, Float>) result.z = whole == n ? row : buffer;
+    load(row);
   }
-  if (whole < n) {
-    const V x = stride == 1 ? V::load(row + whole, static_cast<int>(n - whole), -INFINITY) : V::load(z + whole);
-    if (stride == 1) x.store(z + whole);
-    special = special | is_nan(x) | ~(V::load(z + whole, static_cast<int>(n - whole), 0) > minus_inf);
-    best = max(x, best);
-  }
-  RowOf<V> result{reduce_max(best), special.lanes() == 0, false};
+  result.max = reduce_max(best);
+  result.is_plain = special.lanes() == 0;
   if (result.is_plain) return result;
   auto nan = is_nan(minus_inf);
-  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(z + i));
+  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(result.z + i));
   result.has_nan = nan.lanes() != 0;
   return result;
 }
@@ -116,10 +131,10 @@ inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Ar
 // load_logits by the dtype of the logits.
 template <class V>
 inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
-                         typename Arithmetic<V>::Float* z) {
+                         typename Arithmetic<V>::Float* buffer) {
   const auto load = [&](auto type) {
     using T = decltype(type);
-    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, z);
+    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer);
   };
   if constexpr (V::kLanes == 1) {
     return load(double{});
@@ -130,6 +145,14 @@ inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, in
       default: return load(float{});
     }
   }
+}
+
+// The largest number of z, -inf if there is none.
+template <class Float>
+inline Float max_of(const Float* z, int64_t n) {
+  Float best = -static_cast<Float>(INFINITY);
+  for (int64_t i = 0; i < n; ++i) best = z[i] > best ? z[i] : best;
+  return best;
 }
 
 // out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
