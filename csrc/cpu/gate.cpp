@@ -60,13 +60,16 @@ template <class V>
 struct Row {
   using Float = typename Arithmetic<V>::Float;
   using Key = typename Arithmetic<V>::Key;
-  Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores, *group_sums;
+  Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
   Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
   int32_t *group_order, *group_count;
+  int32_t* first_columns;   // of each vector of keys
+  int64_t num_keys;         // whole vectors, in rising order of columns; those of closed groups may be left out
   const Float* logits;      // in `buffer`, or where they came from
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
   Float max;                // largest logit that is a number
   int64_t num_taken;        // columns selected
+  int64_t num_chosen;       // experts among them, up to a stop rule
   Float sum;                // of exp(logit - max)
   Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
   bool is_plain;            // no logit is NaN or -inf
@@ -84,8 +87,8 @@ struct Row {
     for (Float** buffer : {&buffer, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
     give(taken_scores, shape.top_k + V::kLanes);
     give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
+    give(first_columns, columns / V::kLanes);
     give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
-    give(group_sums, groups);
     give(group_taken, shape.num_groups), give(group_order, shape.num_groups), give(group_count, shape.num_groups);
     return bytes;
   }
@@ -99,29 +102,40 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  Gate(const GateArgs& args, char* memory)
+  // demand: [E], zeros; counts the rows that run() is given.
+  Gate(const GateArgs& args, int32_t* demand, char* memory)
       : a_(args), shape_(args.shape), needs_(args), num_columns_(shape_.num_experts + shape_.num_null),
-        padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups) {
-    for (Row<V>& row : rows_) memory += row.carve(memory, shape_);
+        padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
+        slots_(slots_of(shape_)), demand_(demand) {
+    for (Row<V>& row : rows_) {
+      memory += row.carve(memory, shape_);
+      row.num_keys = padded_;
+      for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
+    }
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
-    demand_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(int32_t), 64));
-    for (int64_t e = 0; e < shape_.num_experts; ++e) demand_[e] = 0;
+    adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
   static int64_t bytes(const GateShape& shape) {
     return kBatch * Row<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
-           round_up(num_taken(shape) * sizeof(int32_t), 64) + round_up(shape.num_experts * sizeof(int32_t), 64);
+           round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
-  const int32_t* demand() const { return demand_; }
 
   // Rows [begin, end); adds their scores to score_sum unless that is null.
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r);
+      for (int64_t r = 0; r < count; ++r) {
+        prepare(rows_[r], t + r);
+        if (a_.logsumexp != nullptr) sums_[r] = sum_of_exponentials(rows_[r]);
+      }
+      if (a_.topk_groups < shape_.num_groups)
+        for (int64_t r = 0; r < count; ++r) close_groups(rows_[r]);
       select_rows(count);
-      for (int64_t r = 0; r < count; ++r) finish(rows_[r], t + r, r * shape_.top_k);
+      for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
+      for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
+      if (a_.logsumexp != nullptr) write_logsumexp(t, count);
       if (score_sum != nullptr) add_scores(count, score_sum);
     }
   }
@@ -130,20 +144,25 @@ class Gate {
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
   static constexpr int kShortlist = 32;  // the longest
 
-  // Room for the columns taken in a batch: a short list writes all its places.
-  static int64_t num_taken(const GateShape& shape) { return kBatch * shape.top_k + kShortlist; }
+  // Places for the columns taken of a row: whole vectors, so that what is stored as one is loaded as one.
+  static int64_t slots_of(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
+  // And for those of a batch: a short list writes all its places.
+  static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
   void prepare(Row<V>& row, int64_t t) const {
     prefetch(t + 2 * kBatch);
     const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
     row.logits = loaded.z, row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
-    if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
-    else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
-    row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
-    form_keys(row, t);
-    if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
-    if (a_.topk_groups < shape_.num_groups) close_groups(row);
+    if (adds_plain_bias_ && row.is_plain && row.max < INFINITY) {
+      form_biased_keys(row, t);
+    } else {
+      if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
+      else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+      row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
+      form_keys(row, t);
+      if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
+    }
   }
 
   // The processor's own prefetching ends at each page: a few rows.
@@ -154,17 +173,35 @@ class Gate {
     for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
   }
 
-  // Everything after the selection, whose results begin at `first`.
-  void finish(Row<V>& row, int64_t t, int64_t first) {
+  // Experts and demand of row t, whose selection begins at `first`: the columns taken before a stop rule, null ones left
+  // out.
+  void choose(Row<V>& row, int64_t t, int64_t first) {
     const int32_t* taken = taken_ + first;
-    const Key* taken_keys = taken_keys_ + first;
     const int64_t slots = slots_of(t);
-    int64_t num_chosen = row.num_taken < slots ? row.num_taken : slots;
-    if (has_stops()) num_chosen = num_before_stop(row, t, taken, taken_keys, num_chosen);
-    if (needs_.weigh_keys) weigh_keys(row, t, taken, taken_keys, num_chosen);
-    else write_choice(row, t, taken, num_chosen);
+    int64_t num_before = row.num_taken < slots ? row.num_taken : slots;
+    if (has_stops()) num_before = num_before_stop(row, t, taken, taken_keys_ + first, num_before);
+    int32_t* experts = a_.experts + t * shape_.top_k;
+    int64_t num_chosen = 0;
+    for (int64_t j = 0; j < num_before; ++j) {
+      const int32_t column = taken[j];
+      if (column >= shape_.num_experts) continue;
+      experts[num_chosen] = column;
+      ++demand_[column];
+      if (!needs_.weigh_keys)
+        row.taken_scores[num_chosen] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
+      ++num_chosen;
+    }
+    row.num_chosen = num_chosen;
+    for (int64_t j = num_chosen; j < shape_.top_k; ++j) experts[j] = -1;
+  }
+
+  // The weights of row t, and its scores where they are kept.
+  void weigh(Row<V>& row, int64_t t, int64_t first) const {
+    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
+    if (needs_.weigh_keys) weigh_keys(row, taken_keys_ + first, weights);
+    else weigh_scores(row, weights);
+    for (int64_t j = row.num_chosen; j < shape_.top_k; ++j) weights[j] = 0;
     if (a_.scores != nullptr) copy_scores(row, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
-    if (a_.logsumexp != nullptr) static_cast<Float*>(a_.logsumexp)[t] = logsumexp(row);
   }
 
   // Scores of all columns of z, whose largest number is max_z; NaN logits count as -inf, so that the others stay
@@ -216,10 +253,43 @@ class Gate {
       const V key = select(is_nan(V::load(z + i)), nan, V::load(source + i));
       select(V::load(row.logits + i) == minus_inf, KeyVec::all(kDisallowed), ordered_keys(key)).store(row.keys + i);
     }
+    apply_mask(row, t);
+  }
+
+  void apply_mask(Row<V>& row, int64_t t) const {
     if (a_.mask.data == nullptr) return;
     const bool* mask = row_of<bool>(a_.mask, t);
     for (int64_t i = 0; i < num_columns_; ++i)
       if (!mask[i * a_.mask.stride_col]) row.keys[i] = kDisallowed;
+  }
+
+  // Whether the bias is one row of finite numbers.
+  bool is_plain_bias() const {
+    if (a_.bias.data == nullptr || a_.bias.stride_row != 0 || a_.bias.stride_col != 1) return false;
+    const Float* bias = static_cast<const Float*>(a_.bias.data);
+    bool is_plain = true;
+    for (int64_t i = 0; i < num_columns_; ++i) is_plain &= bias[i] - bias[i] == 0;
+    return is_plain;
+  }
+
+  // Scores and keys in one pass, where no key can be NaN or disallowed but by the mask.
+  void form_biased_keys(Row<V>& row, int64_t t) const {
+    const Float* bias = static_cast<const Float*>(a_.bias.data);
+    row.key_scores = row.scores;
+    row.factor = 1;
+    const auto pass = [&](const auto& of) {
+      const Float* z = row.logits;
+      Float* scores = row.scores;
+      Key* keys = row.keys;
+      for (int64_t i = 0; i < padded_; i += V::kLanes) {
+        const V score = of(V::load(z + i));
+        score.store(scores + i);
+        number_keys(score + V::load(bias + i)).store(keys + i);
+      }
+    };
+    if (shape_.score == Score::kSigmoid) pass([](V z) { return sigmoid(z); });
+    else pass([&](V z) { return elementwise_score(shape_.score, z); });
+    apply_mask(row, t);
   }
 
   template <class T, class S>
@@ -254,19 +324,12 @@ class Gate {
     }
   }
 
-  // Disallows every expert outside the best groups.
+  // Leaves out the keys of every expert outside the best groups, or disallows them.
   void close_groups(Row<V>& row) const {
-    for (int64_t g = 0; g < shape_.num_groups; ++g) form_group_key(row, g);
-    finish_group_keys(row);
+    form_group_keys(row);
     if constexpr (V::kLanes > 1) {
-      if (shape_.num_groups <= 16 && group_size_ % V::kLanes == 0) {
-        const uint32_t open = Shortlist<V, 16>::best_lanes(row.group_keys, shape_.num_groups, a_.topk_groups);
-        const KeyVec disallowed = KeyVec::all(kDisallowed);
-        for (int64_t g = 0, i = 0; g < shape_.num_groups; ++g) {
-          const uint32_t lanes = 0u - (open >> g & 1u);
-          for (const int64_t end = i + group_size_; i < end; i += V::kLanes)
-            select_lanes(lanes, KeyVec::load(row.keys + i), disallowed).store(row.keys + i);
-        }
+      if (shape_.num_groups <= 16 && group_size_ % V::kLanes == 0 && a_.max_per_group >= shape_.top_k) {
+        keep_groups(row, Shortlist<V, 16>::best_lanes(row.group_keys, shape_.num_groups, a_.topk_groups));
         return;
       }
     }
@@ -279,45 +342,78 @@ class Gate {
         for (int64_t i = g * group_size_; i < (g + 1) * group_size_; ++i) row.keys[i] = kDisallowed;
   }
 
-  // Key of group g: of its best key; for a sum of its two best keys, the sum itself is left in group_sums.
-  void form_group_key(Row<V>& row, int64_t g) const {
-    const bool is_sum = a_.group_score == GroupScore::kTop2Sum;
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    const int64_t begin = g * group_size_;
-    KeyVec first = disallowed, second = disallowed;
-    if (group_size_ % V::kLanes == 0) {
-      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes) {
-        KeyVec key = KeyVec::load(row.keys + i);
-        if (is_sum && needs_.logit_keys) key = keys_of_scores(row, i, key);
-        second = max(second, min(first, key));
-        first = max(first, key);
-      }
-    } else {
-      for (int64_t i = begin; i < begin + group_size_; ++i) {
-        Key key = row.keys[i];
-        if (is_sum && needs_.logit_keys && key != kDisallowed) key = ordered(row.key_scores[i]);
-        const KeyVec lane = select_lanes(1u << ((i - begin) % V::kLanes), KeyVec::all(key), disallowed);
-        second = max(second, min(first, lane));
-        first = max(first, lane);
+  // Moves the keys of the groups whose bit is set, of whole vectors each, to the front.
+  void keep_groups(Row<V>& row, uint32_t open) const {
+    int64_t kept = 0;
+    for (; open != 0; open &= open - 1) {
+      const int64_t begin = __builtin_ctz(open) * group_size_;
+      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes, kept += V::kLanes) {
+        KeyVec::load(row.keys + i).store(row.keys + kept);
+        row.first_columns[kept / V::kLanes] = static_cast<int32_t>(i);
       }
     }
-    const KeyVec spread = spread_max(first);
-    const Key best = row.group_keys[g] = spread.first();
-    if (!is_sum) return;
-    const uint32_t lanes = equal_lanes(first, spread);
-    const Key next = spread_max(select_lanes(lanes & (0u - lanes), second, first)).first();
-    row.group_sums[g] = key_value(best) + (next == kDisallowed ? 0 : key_value(next));
+    row.num_keys = kept;
+    if (kept > 0) return;
+    KeyVec::all(kDisallowed).store(row.keys);
+    row.num_keys = V::kLanes;
   }
 
-  // Pads the keys of the groups, and makes them of the sums where groups are ranked by these.
-  void finish_group_keys(Row<V>& row) const {
-    for (int64_t g = shape_.num_groups; g % V::kLanes != 0; ++g) row.group_keys[g] = kDisallowed;
-    if (a_.group_score != GroupScore::kTop2Sum) return;
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
+  // group_keys = the keys of the groups, padded to whole vectors: of a group's best key, or of the sum of its two best.
+  void form_group_keys(Row<V>& row) const {
+    constexpr int kHalf = V::kLanes > 1 ? V::kLanes / 2 : 1;
     for (int64_t g = 0; g < shape_.num_groups; g += V::kLanes) {
-      const KeyVec best = KeyVec::load(row.group_keys + g);
-      const KeyVec sum = ordered_keys(V::load(row.group_sums + g));
-      select_lanes(equal_lanes(best, disallowed), disallowed, sum).store(row.group_keys + g);
+      const int count = lanes_at(g, shape_.num_groups);
+      const KeyVec key = count <= kHalf ? keys_of_groups<kHalf>(row, g, count) : keys_of_groups<V::kLanes>(row, g, count);
+      select_lanes((1u << count) - 1u, key, KeyVec::all(kDisallowed)).store(row.group_keys + g);
+    }
+  }
+
+  // The keys of `count` groups from `begin` on, at most kRoom of them.
+  template <int kRoom>
+  KeyVec keys_of_groups(const Row<V>& row, int64_t begin, int count) const {
+    const KeyVec disallowed = KeyVec::all(kDisallowed);
+    KeyVec first[kRoom], second[kRoom];
+#pragma GCC unroll 16
+    for (int g = 0; g < kRoom; ++g) {
+      first[g] = second[g] = disallowed;
+      if (g < count) two_best(row, (begin + g) * group_size_, first[g], second[g]);
+    }
+    // Halves the lanes of every group, until lane g holds the two best of group g.
+    const auto fold = [&](int g, int a, int b) {
+      const KeyVec best = even_lanes(first[a], first[b]), rival = odd_lanes(first[a], first[b]);
+      second[g] = max(max(even_lanes(second[a], second[b]), odd_lanes(second[a], second[b])), min(best, rival));
+      first[g] = max(best, rival);
+    };
+#pragma GCC unroll 4
+    for (int half = kRoom / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int g = 0; g < half; ++g) fold(g, 2 * g, 2 * g + 1);
+#pragma GCC unroll 4
+    for (int lanes = V::kLanes / kRoom; lanes > 1; lanes /= 2) fold(0, 0, 0);
+    if (a_.group_score == GroupScore::kMax) return first[0];
+    const KeyVec other = select_lanes(equal_lanes(second[0], disallowed), KeyVec::all(0), second[0]);
+    const V sum = first[0].flip_negative().as_floats() + other.flip_negative().as_floats();
+    return select_lanes(equal_lanes(first[0], disallowed), disallowed, ordered_keys(sum));
+  }
+
+  // The best and the second best key of every lane of the group that begins at column `begin`.
+  void two_best(const Row<V>& row, int64_t begin, KeyVec& first, KeyVec& second) const {
+    const bool by_score = a_.group_score == GroupScore::kTop2Sum && needs_.logit_keys;
+    const auto insert = [&](KeyVec key) {
+      second = max(second, min(first, key));
+      first = max(first, key);
+    };
+    if (group_size_ % V::kLanes == 0) {
+      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes) {
+        const KeyVec key = KeyVec::load(row.keys + i);
+        insert(by_score ? keys_of_scores(row, i, key) : key);
+      }
+      return;
+    }
+    for (int64_t i = begin; i < begin + group_size_; ++i) {
+      Key key = row.keys[i];
+      if (by_score && key != kDisallowed) key = ordered(row.key_scores[i]);
+      insert(select_lanes(1u << ((i - begin) % V::kLanes), KeyVec::all(key), KeyVec::all(kDisallowed)));
     }
   }
 
@@ -343,16 +439,17 @@ class Gate {
     for (int64_t r = 0; r < count; ++r) take_columns(r);
   }
 
-  // Rows in rising order: what a short list writes past its end belongs to the next row.
+  // Rows in rising order: what a short list writes past its places belongs to the next row.
   template <int kWidth>
   void select_short(int64_t count) {
     Shortlist<V, kWidth> lists[kBatch];
     bool fits[kBatch];
     const int64_t k = shape_.top_k;
-    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, padded_, static_cast<Key>(k));
-    for (int64_t r = 0; r < count; ++r) fits[r] = lists[r].collect(rows_[r].keys, padded_);
+    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, rows_[r].num_keys, static_cast<Key>(k));
+    for (int64_t r = 0; r < count; ++r)
+      fits[r] = lists[r].collect(rows_[r].keys, rows_[r].num_keys, rows_[r].first_columns);
     for (int64_t r = 0; r < count; ++r) {
-      if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * k, taken_keys_ + r * k);
+      if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * slots_, taken_keys_ + r * slots_);
       else take_columns(r);
     }
   }
@@ -360,11 +457,13 @@ class Gate {
   // Row r of the batch by repeated extraction.
   void take_columns(int64_t r) {
     Row<V>& row = rows_[r];
-    int32_t* taken = taken_ + r * shape_.top_k;
-    Key* taken_keys = taken_keys_ + r * shape_.top_k;
-    Selector<V> columns(row.keys, padded_, row.block_max);
+    int32_t* taken = taken_ + r * slots_;
+    Key* taken_keys = taken_keys_ + r * slots_;
+    Selector<V> columns(row.keys, row.num_keys, row.block_max);
     if (a_.max_per_group >= shape_.top_k) {
       row.num_taken = columns.take(shape_.top_k, taken, taken_keys);
+      for (int64_t j = 0; j < row.num_taken; ++j)
+        taken[j] = row.first_columns[taken[j] / V::kLanes] + taken[j] % V::kLanes;
       return;
     }
     for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
@@ -403,10 +502,9 @@ class Gate {
     return values.data != nullptr ? *row_of<float>(values, t) : static_cast<Float>(otherwise);
   }
 
-  // Experts, demand and weights where the weight is a function of the key.
-  void weigh_keys(const Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_chosen) {
-    int32_t* experts = a_.experts + t * shape_.top_k;
-    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
+  // Weights that are functions of the keys.
+  void weigh_keys(const Row<V>& row, const Key* taken_keys, Float* weights) const {
+    const int64_t num_chosen = row.num_chosen;
     const bool is_softmax = shape_.score == Score::kSoftmax;
     const V shift = V::all(row.max);
     const V factor = V::all(row.factor);
@@ -428,40 +526,26 @@ class Gate {
       for (int64_t j = 0; j < num_chosen; j += V::kLanes)
         (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at(j, num_chosen));
     }
-    for (int64_t j = 0; j < num_chosen; ++j) {
-      experts[j] = taken[j];
-      ++demand_[taken[j]];
-    }
-    for (int64_t j = num_chosen; j < shape_.top_k; ++j) experts[j] = -1, weights[j] = 0;
   }
 
   static Float floored(Float sum) {
     return sum < static_cast<Float>(kWeightFloor) ? static_cast<Float>(kWeightFloor) : sum;
   }
 
-  // Experts, demand and weights of the first num_chosen taken columns, null ones left out.
-  void write_choice(Row<V>& row, int64_t t, const int32_t* taken, int64_t num_chosen) {
-    int32_t* experts = a_.experts + t * shape_.top_k;
-    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
-    int64_t num_real = 0;
-    for (int64_t j = 0; j < num_chosen; ++j) {
-      const int32_t column = taken[j];
-      if (column >= shape_.num_experts) continue;
-      experts[num_real] = column;
-      ++demand_[column];
-      row.taken_scores[num_real++] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
-    }
-    if (!needs_.scores) score_taken(row, num_real);
+  // Weights from taken_scores.
+  void weigh_scores(Row<V>& row, Float* weights) const {
+    if (!needs_.scores) score_taken(row, row.num_chosen);
     Float divisor = 1;
     if (shape_.normalize) {
       divisor = 0;
-      for (int64_t j = 0; j < num_real; ++j) divisor += row.taken_scores[j];
+      for (int64_t j = 0; j < row.num_chosen; ++j) divisor += row.taken_scores[j];
       divisor = floored(divisor);
     }
     const V scale = V::all(row.has_nan ? static_cast<Float>(NAN) : static_cast<Float>(shape_.scale));
-    for (int64_t j = 0; j < num_real; j += V::kLanes)
-      (V::load(row.taken_scores + j) / V::all(divisor) * scale).store(weights + j, lanes_at(j, num_real));
-    for (int64_t j = num_real; j < shape_.top_k; ++j) experts[j] = -1, weights[j] = 0;
+    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+      const V weight = V::load(row.taken_scores + j) / V::all(divisor) * scale;
+      weight.store(weights + j, lanes_at(j, row.num_chosen));
+    }
   }
 
   // Logits of taken columns to their scores; softmax up to the denominator where that is not formed.
@@ -483,14 +567,25 @@ class Gate {
     }
   }
 
-  // A row without an allowed column takes no part in the statistics.
-  Float logsumexp(const Row<V>& row) const {
-    if (row.num_taken == 0) return -static_cast<Float>(INFINITY);
-    if (row.has_nan) return static_cast<Float>(NAN);
-    if (std::isinf(row.max)) return row.max;
-    const bool has_sum = shape_.score == Score::kSoftmax;
-    const Float sum = has_sum ? row.sum : exponentials<V>(row.logits, num_columns_, row.max, false, nullptr);
-    return row.max + static_cast<Float>(std::log(static_cast<double>(sum)));
+  Float sum_of_exponentials(const Row<V>& row) const {
+    return shape_.score == Score::kSoftmax ? row.sum
+                                           : exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+  }
+
+  // logsumexp of rows t ... of the batch. A row without an allowed column takes no part in the statistics.
+  void write_logsumexp(int64_t t, int64_t count) {
+    Float* out = static_cast<Float*>(a_.logsumexp) + t;
+    for (int64_t r = 0; r < count; r += V::kLanes) {
+      const int lanes = lanes_at(r, count);
+      log_positive(V::load(sums_ + r, lanes, 1)).store(out + r, lanes);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Row<V>& row = rows_[r];
+      if (row.num_taken == 0) out[r] = -static_cast<Float>(INFINITY);
+      else if (row.has_nan) out[r] = static_cast<Float>(NAN);
+      else if (std::isinf(row.max)) out[r] = row.max;
+      else out[r] += row.max;
+    }
   }
 
   // The rows of the batch in order, together: score_sum is loaded and stored once for all of them.
@@ -519,10 +614,13 @@ class Gate {
   GateShape shape_;
   Needs needs_;
   int64_t num_columns_, padded_, group_size_;
+  int64_t slots_;
+  bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   Row<V> rows_[kBatch];
-  Key* taken_keys_;  // [kBatch, K]
-  int32_t* taken_;   // [kBatch, K]
-  int32_t* demand_;  // [E], of the rows this worker has seen
+  Float sums_[kBatch];  // of exp(logit - max)
+  Key* taken_keys_;     // [kBatch, slots_]
+  int32_t* taken_;      // [kBatch, slots_]
+  int32_t* demand_;     // [E], of the rows this worker has seen
 };
 
 template <class V>
@@ -533,24 +631,32 @@ void gate_rows(const GateArgs& args) {
   const int64_t tile = rows_per_tile(num_tokens);
   const int64_t num_tiles = (num_tokens + tile - 1) / tile;
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
-  const int64_t worker_bytes = Gate<V>::bytes(args.shape);
+  const int64_t gate_bytes = Gate<V>::bytes(args.shape);
+  const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64);
   const int64_t sums_bytes = args.score_sum != nullptr ? num_tiles * num_experts * sizeof(Float) : 0;
   char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
   Float* tile_sums = reinterpret_cast<Float*>(memory + workers * worker_bytes);
   const bool has_sums = args.score_sum != nullptr;
+  const auto demand_of = [&](int64_t worker) {
+    return worker == 0 ? args.demand : reinterpret_cast<int32_t*>(memory + worker * worker_bytes + gate_bytes);
+  };
 
   for (int64_t e = 0; e < num_experts; ++e) args.demand[e] = 0;
   parallel_workers(workers, [&](int worker) {
-    Gate<V> gate(args, memory + worker * worker_bytes);
+    int32_t* demand = demand_of(worker);
+    for (int64_t e = 0; worker > 0 && e < num_experts; ++e) demand[e] = 0;
+    Gate<V> gate(args, demand, memory + worker * worker_bytes);
     for (int64_t i = num_tiles * worker / workers; i < num_tiles * (worker + 1) / workers; ++i) {
       Float* sums = has_sums ? tile_sums + i * num_experts : nullptr;
       for (int64_t e = 0; has_sums && e < num_experts; ++e) sums[e] = 0;
       const int64_t end = (i + 1) * tile < num_tokens ? (i + 1) * tile : num_tokens;
       gate.run(i * tile, end, sums);
     }
-    const int32_t* demand = gate.demand();
-    for (int64_t e = 0; e < num_experts; ++e) __atomic_fetch_add(args.demand + e, demand[e], __ATOMIC_RELAXED);
   });
+  for (int64_t worker = 1; worker < workers; ++worker) {
+    const int32_t* demand = demand_of(worker);
+    for (int64_t e = 0; e < num_experts; ++e) args.demand[e] += demand[e];
+  }
   if (!has_sums) return;
   Float* score_sum = static_cast<Float*>(args.score_sum);
   for (int64_t e = 0; e < num_experts; ++e) score_sum[e] = 0;

@@ -190,12 +190,14 @@ class GateBackward {
   }
 
   static Float dot(const Float* a, const Float* b, int64_t n) {
-    V sums[2] = {V::zero(), V::zero()};
+    V even = V::zero(), odd = V::zero();
     int64_t i = 0;
-    for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1)
-      sums[turn] = fma(V::load(a + i), V::load(b + i), sums[turn]);
-    if (i < n) sums[0] = fma(V::load(a + i, lanes_at(i, n)), V::load(b + i, lanes_at(i, n)), sums[0]);
-    return reduce_add(sums[0] + sums[1]);
+    for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+      even = fma(V::load(a + i), V::load(b + i), even);
+      odd = fma(V::load(a + i + V::kLanes), V::load(b + i + V::kLanes), odd);
+    }
+    for (; i < n; i += V::kLanes) even = fma(V::load(a + i, lanes_at(i, n)), V::load(b + i, lanes_at(i, n)), even);
+    return reduce_add(even + odd);
   }
 
   void elementwise_backward(const Float* of_scores, Float* grad_z) {

@@ -33,9 +33,9 @@ struct Arithmetic<Vec64> {
 
 template <class V>
 inline V sigmoid(V z) {
-  const V one = V::all(1);
   const V e = exp_nonpositive(V::zero() - abs(z));
-  return select(z >= V::zero(), one, e) / (one + e);
+  const V r = reciprocal(V::all(1) + e);
+  return select(z >= V::zero(), r, e * r);
 }
 
 template <class V>
@@ -81,7 +81,7 @@ struct RowOf {
   using Float = typename Arithmetic<V>::Float;
   const Float* z;  // padded to whole vectors with -inf
   Float max;       // of its numbers, -inf if there is none
-  bool is_plain;   // no NaN and no -inf
+  bool is_plain;   // all are finite
   bool has_nan;
 };
 
@@ -89,40 +89,41 @@ struct RowOf {
 template <class V, class T>
 inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer) {
   using Float = typename Arithmetic<V>::Float;
-  const V minus_inf = V::all(-INFINITY);
-  V best = minus_inf;
-  auto special = is_nan(best);  // where there is a NaN or -inf
-  const auto look_at = [&](V x) {
-    special = special | ~(x > minus_inf);
-    best = max(x, best);  // a NaN in x gives best
+  V best[2] = {V::all(-INFINITY), V::all(-INFINITY)};
+  V zero[2] = {V::zero(), V::zero()};  // NaN in a lane that met an infinity or a NaN
+  const auto look_at = [&](V x, int turn) {
+    zero[turn] = fma(x, V::zero(), zero[turn]);
+    best[turn] = max(x, best[turn]);  // a NaN in x gives best
   };
   RowOf<V> result{buffer, 0, true, false};
-  const int64_t whole = n / V::kLanes * V::kLanes;
   const auto load = [&](const auto* from) {
     const bool is_copied = static_cast<const void*>(from) != result.z;
-    for (int64_t i = 0; i < whole; i += V::kLanes) {
+    int64_t i = 0;
+    const auto next = [&](int turn) {
       const V x = V::load(from + i);
       if (is_copied) x.store(buffer + i);
-      look_at(x);
-    }
-    if (whole == n) return;
-    const int lanes = static_cast<int>(n - whole);
-    V::load(from + whole, lanes, -INFINITY).store(buffer + whole);
-    best = max(V::load(buffer + whole), best);
-    const V x = V::load(buffer + whole, lanes, 0);
-    special = special | ~(x > minus_inf);
+      look_at(x, turn);
+      i += V::kLanes;
+    };
+    while (i + 2 * V::kLanes <= n) next(0), next(1);
+    if (i + V::kLanes <= n) next(0);
+    if (i == n) return;
+    const int lanes = static_cast<int>(n - i);
+    V::load(from + i, lanes, -INFINITY).store(buffer + i);
+    best[0] = max(V::load(buffer + i), best[0]);
+    zero[0] = fma(V::load(buffer + i, lanes, 0), V::zero(), zero[0]);
   };
   if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(row[i * stride]);
     load(static_cast<const Float*>(buffer));
   } else {
-    if constexpr (std::is_same_v<T, Float>) result.z = whole == n ? row : buffer;
+    if constexpr (std::is_same_v<T, Float>) result.z = n % V::kLanes == 0 ? row : buffer;
     load(row);
   }
-  result.max = reduce_max(best);
-  result.is_plain = special.lanes() == 0;
+  result.max = reduce_max(max(best[0], best[1]));
+  result.is_plain = is_nan(zero[0] + zero[1]).lanes() == 0;
   if (result.is_plain) return result;
-  auto nan = is_nan(minus_inf);
+  auto nan = is_nan(V::zero());
   for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(result.z + i));
   result.has_nan = nan.lanes() != 0;
   return result;
@@ -164,22 +165,32 @@ inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::
   using Float = typename Arithmetic<V>::Float;
   const V minus_inf = V::all(-INFINITY);
   const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
-  V sums[2] = {V::zero(), V::zero()};
-  const auto of = [&](V x) {
-    return may_have_nan ? exp(select(is_nan(x), minus_inf, x - shift)) : exp_nonpositive(x - shift);
+  // Inlined apart, so that the loops over plain rows ask nothing.
+  const auto pass = [&](const auto& of, const auto& keep) {
+    V even = V::zero(), odd = V::zero();
+    int64_t i = 0;
+    const auto next = [&](V& sum) {
+      const V e = of(V::load(z + i));
+      keep(e, out + i, V::kLanes);
+      sum = sum + e;
+      i += V::kLanes;
+    };
+    while (i + 2 * V::kLanes <= n) next(even), next(odd);
+    if (i + V::kLanes <= n) next(even);
+    if (i < n) {
+      const int lanes = static_cast<int>(n - i);
+      const V e = of(V::load(z + i, lanes, -INFINITY));
+      keep(e, out + i, lanes);
+      even = even + e;
+    }
+    return reduce_add(even + odd);
   };
-  int64_t i = 0;
-  for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1) {
-    const V e = of(V::load(z + i));
-    if (out != nullptr) e.store(out + i);
-    sums[turn] = sums[turn] + e;
-  }
-  if (i < n) {
-    const V e = of(V::load(z + i, static_cast<int>(n - i), -INFINITY));
-    if (out != nullptr) e.store(out + i, static_cast<int>(n - i));
-    sums[0] = sums[0] + e;
-  }
-  return reduce_add(sums[0] + sums[1]);
+  const auto plain = [&](V x) { return exp_nonpositive(x - shift); };
+  const auto nan_as_zero = [&](V x) { return exp(select(is_nan(x), minus_inf, x - shift)); };
+  const auto keep = [](V e, Float* to, int lanes) { lanes == V::kLanes ? e.store(to) : e.store(to, lanes); };
+  const auto drop = [](V, Float*, int) {};
+  if (may_have_nan) return out != nullptr ? pass(nan_as_zero, keep) : pass(nan_as_zero, drop);
+  return out != nullptr ? pass(plain, keep) : pass(plain, drop);
 }
 
 // What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.
