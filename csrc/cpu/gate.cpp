@@ -112,6 +112,7 @@ class Gate {
       row.num_keys = padded_;
       for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
     }
+    for (Float& sum : sums_) sum = 1;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
@@ -142,7 +143,8 @@ class Gate {
 
  private:
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
-  static constexpr int kShortlist = 32;  // the longest
+  static constexpr int kSums = kBatch > V::kLanes ? kBatch : V::kLanes;  // whole vectors
+  static constexpr int kShortlist = 32;                                  // the longest
 
   // Places for the columns taken of a row: whole vectors, so that what is stored as one is loaded as one.
   static int64_t slots_of(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
@@ -575,16 +577,14 @@ class Gate {
   // logsumexp of rows t ... of the batch. A row without an allowed column takes no part in the statistics.
   void write_logsumexp(int64_t t, int64_t count) {
     Float* out = static_cast<Float*>(a_.logsumexp) + t;
-    for (int64_t r = 0; r < count; r += V::kLanes) {
-      const int lanes = lanes_at(r, count);
-      log_positive(V::load(sums_ + r, lanes, 1)).store(out + r, lanes);
-    }
+    Float logs[kSums];
+    for (int64_t r = 0; r < kSums; r += V::kLanes) log_positive(V::load(sums_ + r)).store(logs + r);
     for (int64_t r = 0; r < count; ++r) {
       const Row<V>& row = rows_[r];
       if (row.num_taken == 0) out[r] = -static_cast<Float>(INFINITY);
       else if (row.has_nan) out[r] = static_cast<Float>(NAN);
       else if (std::isinf(row.max)) out[r] = row.max;
-      else out[r] += row.max;
+      else out[r] = row.max + logs[r];
     }
   }
 
@@ -598,8 +598,16 @@ class Gate {
       scores[num_open] = rows_[r].scores;
       factors[num_open++] = V::all(rows_[r].factor);
     }
+    if (num_open == kBatch) add_rows<kBatch>(scores, factors, score_sum);
+    for (int r = 0; num_open < kBatch && r < num_open; ++r) add_rows<1>(scores + r, factors + r, score_sum);
+  }
+
+  // score_sum += the sum of kRows rows times their factors.
+  template <int kRows>
+  void add_rows(const Float* const* scores, const V* factors, Float* score_sum) const {
     const auto add = [&](V sum, int64_t i) {
-      for (int r = 0; r < num_open; ++r) sum = fma(V::load(scores[r] + i), factors[r], sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum = fma(V::load(scores[r] + i), factors[r], sum);
       return sum;
     };
     int64_t i = 0;
@@ -617,7 +625,7 @@ class Gate {
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   Row<V> rows_[kBatch];
-  Float sums_[kBatch];  // of exp(logit - max)
+  Float sums_[kSums];   // of exp(logit - max)
   Key* taken_keys_;     // [kBatch, slots_]
   int32_t* taken_;      // [kBatch, slots_]
   int32_t* demand_;     // [E], of the rows this worker has seen
