@@ -127,7 +127,8 @@ class Router(nn.Module):
         unknown = common.keys() - Common.__annotations__.keys()
         if unknown:
             name = min(unknown)
-            fail(TypeError, self.name, name, "be an argument of the method", repr(common[name]))
+            value = dict(common)[name]
+            fail(TypeError, self.name, name, "be an argument of the method", repr(value))
         check_int(self.name, "hidden_size", hidden_size, 1)
         check_int(self.name, "num_experts", num_experts, 1)
         check_int(self.name, "top_k", top_k, 1, num_experts)
