@@ -365,7 +365,8 @@ class Gate {
     constexpr int kHalf = V::kLanes > 1 ? V::kLanes / 2 : 1;
     for (int64_t g = 0; g < shape_.num_groups; g += V::kLanes) {
       const int count = lanes_at(g, shape_.num_groups);
-      const KeyVec key = count <= kHalf ? keys_of_groups<kHalf>(row, g, count) : keys_of_groups<V::kLanes>(row, g, count);
+      const KeyVec key =
+          count <= kHalf ? keys_of_groups<kHalf>(row, g, count) : keys_of_groups<V::kLanes>(row, g, count);
       select_lanes((1u << count) - 1u, key, KeyVec::all(kDisallowed)).store(row.group_keys + g);
     }
   }
@@ -625,10 +626,10 @@ class Gate {
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   Row<V> rows_[kBatch];
-  Float sums_[kSums];   // of exp(logit - max)
-  Key* taken_keys_;     // [kBatch, slots_]
-  int32_t* taken_;      // [kBatch, slots_]
-  int32_t* demand_;     // [E], of the rows this worker has seen
+  Float sums_[kSums];  // of exp(logit - max)
+  Key* taken_keys_;    // [kBatch, slots_]
+  int32_t* taken_;     // [kBatch, slots_]
+  int32_t* demand_;    // [E], of the rows this worker has seen
 };
 
 template <class V>

@@ -28,10 +28,24 @@ T rounded(Float value) {
   else return from_float<T>(static_cast<float>(value));
 }
 
+// A row in flight. No chosen where the weights have no gradient; buffers of slots are whole vectors.
+template <class V>
+struct BackwardRow {
+  using Float = typename Arithmetic<V>::Float;
+  RowOf<V> logits;
+  const int32_t* experts;
+  const Float* grad_weights;
+  int64_t num_chosen;
+  bool is_sparse;  // grad_taken is all there is
+  Float* buffer;   // of columns
+  Float *taken_z, *taken_scores, *grad_taken;
+};
+
 template <class V>
 class GateBackward {
  public:
   using Float = typename Arithmetic<V>::Float;
+  using Row = BackwardRow<V>;
 
   GateBackward(const GateBackwardArgs& args, char* memory)
       : a_(args), shape_(args.shape), num_columns_(shape_.num_experts + shape_.num_null),
@@ -40,40 +54,62 @@ class GateBackward {
         is_sparse_(!a_.grad_score_sum && !a_.grad_scores && !a_.grad_logsumexp &&
                    (!is_softmax_ || (num_parts_ == 1 && shape_.normalize))) {
     Float* next = reinterpret_cast<Float*>(memory);
-    for (Float** buffer : {&logits_, &scores_, &grad_scores_, &grad_z_}) *buffer = next, next += padded_;
-    for (Float** buffer : {&taken_z_, &taken_scores_, &grad_taken_}) *buffer = next, next += padded_k(shape_);
+    const auto give = [&](Float*& buffer, int64_t count) { buffer = next, next += count; };
+    for (Float** buffer : {&scores_, &grad_scores_, &grad_z_}) give(*buffer, padded_);
+    for (Row& row : rows_) {
+      give(row.buffer, padded_);
+      for (Float** buffer : {&row.taken_z, &row.taken_scores, &row.grad_taken}) give(*buffer, padded_k(shape_));
+    }
   }
 
   static int64_t bytes(const GateShape& shape) {
     const int64_t padded = round_up(shape.num_experts + shape.num_null, V::kLanes);
-    return round_up((4 * padded + 3 * padded_k(shape)) * static_cast<int64_t>(sizeof(Float)), 64);
+    return round_up(((3 + kBatch) * padded + 3 * kBatch * padded_k(shape)) * static_cast<int64_t>(sizeof(Float)), 64);
   }
 
+  // Rows [begin, end), several side by side: what is stored by elements has to rest before it is loaded as a vector.
   template <class T>
-  void run(int64_t t) {
-    row_ = load_row<V>(a_.dtype, a_.logits, t, num_columns_, logits_);
-    experts_ = a_.experts + t * shape_.top_k;
-    grad_weights_ = row_of(a_.grad_weights, t, shape_.top_k);
-    num_chosen_ = 0;
-    while (grad_weights_ != nullptr && num_chosen_ < shape_.top_k && experts_[num_chosen_] >= 0) ++num_chosen_;
-    T* out = static_cast<T*>(a_.grad_logits) + t * num_columns_;
-    if (is_sparse_ && sparse()) {
-      write(out, [](int64_t) { return V::zero(); });
-      for (int64_t j = 0; j < num_chosen_; ++j) out[experts_[j]] = rounded<T>(grad_taken_[j]);
-      return;
+  void run(int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t += kBatch) {
+      const int64_t count = end - t < kBatch ? end - t : kBatch;
+      for (int64_t r = 0; r < count; ++r) read(rows_[r], t + r);
+      for (int64_t r = 0; r < count; ++r) rows_[r].is_sparse = is_sparse_ && sparse(rows_[r]);
+      for (int64_t r = 0; r < count; ++r)
+        finish(rows_[r], t + r, static_cast<T*>(a_.grad_logits) + (t + r) * num_columns_);
     }
-    if constexpr (std::is_same_v<T, Float>) {
-      if (num_columns_ == padded_) return dense(t, out);
-    }
-    dense(t, grad_z_);
-    write(out, [&](int64_t i) { return V::load(grad_z_ + i); });
   }
 
  private:
+  static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
+
   static int64_t padded_k(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
   static int lanes_at(int64_t i, int64_t n) { return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes); }
   static const Float* row_of(const void* rows, int64_t t, int64_t n) {
     return rows != nullptr ? static_cast<const Float*>(rows) + t * n : nullptr;
+  }
+
+  void read(Row& row, int64_t t) const {
+    row.logits = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
+    row.experts = a_.experts + t * shape_.top_k;
+    row.grad_weights = row_of(a_.grad_weights, t, shape_.top_k);
+    int64_t j = 0;
+    for (; row.grad_weights != nullptr && j < shape_.top_k && row.experts[j] >= 0; ++j)
+      row.taken_z[j] = row.logits.z[row.experts[j]];
+    row.num_chosen = j;
+  }
+
+  template <class T>
+  void finish(const Row& row, int64_t t, T* out) {
+    if (row.is_sparse) {
+      write(out, [](int64_t) { return V::zero(); });
+      for (int64_t j = 0; j < row.num_chosen; ++j) out[row.experts[j]] = rounded<T>(row.grad_taken[j]);
+      return;
+    }
+    if constexpr (std::is_same_v<T, Float>) {
+      if (num_columns_ == padded_) return dense(row, t, out);
+    }
+    dense(row, t, grad_z_);
+    write(out, [&](int64_t i) { return V::load(grad_z_ + i); });
   }
 
   // out = f(first column) by vectors of columns.
@@ -84,63 +120,69 @@ class GateBackward {
     if (i < num_columns_) f(i).store(out + i, lanes_at(i, num_columns_));
   }
 
-  // grad_taken_ = the gradients at the chosen, all others being zero. False where the general formula has to be used:
+  // grad_taken = the gradients at the chosen, all others being zero. False where the general formula has to be used:
   // NaN, and for softmax +inf or scores near the floor.
-  bool sparse() {
-    if (num_chosen_ == 0) return true;
-    if (row_.has_nan) return false;
+  bool sparse(const Row& row) const {
+    if (row.num_chosen == 0) return true;
+    if (row.logits.has_nan) return false;
     // Past the chosen, a logit whose score is 0.
     const Float none = shape_.score == Score::kIdentity ? 0 : -static_cast<Float>(INFINITY);
-    const V shift = V::all(row_.max);
-    for (int64_t j = 0; j < num_chosen_; ++j) taken_z_[j] = row_.z[experts_[j]];
-    for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
-      const V z = V::load(taken_z_ + j, lanes_at(j, num_chosen_), none);
-      (is_softmax_ ? exp_nonpositive(z - shift) : elementwise_score(shape_.score, z)).store(taken_scores_ + j);
+    const V shift = V::all(row.logits.max);
+    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+      const V z = V::load(row.taken_z + j, lanes_at(j, row.num_chosen), none);
+      (is_softmax_ ? exp_nonpositive(z - shift) : elementwise_score(shape_.score, z)).store(row.taken_scores + j);
     }
-    const Float sum = form_grad_taken();
+    const Float sum = form_grad_taken(row);
     if (is_softmax_ && !(sum > static_cast<Float>(kSafeSum))) return false;
-    for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
-      const V slope = is_softmax_ ? V::load(taken_scores_ + j) : elementwise_slope(shape_.score, V::load(taken_z_ + j));
-      (V::load(grad_taken_ + j) * slope).store(grad_taken_ + j);
+    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+      const V slope =
+          is_softmax_ ? V::load(row.taken_scores + j) : elementwise_slope(shape_.score, V::load(row.taken_z + j));
+      (V::load(row.grad_taken + j) * slope).store(row.grad_taken + j);
     }
     return true;
   }
 
-  // grad_taken_ = the gradients of taken_scores_, which are 0 up to a whole vector. Returns the sum of these.
-  Float form_grad_taken() {
-    V total = V::zero(), dot = V::zero();
-    for (int64_t j = 0; j < num_chosen_; j += V::kLanes) {
-      const V score = V::load(taken_scores_ + j);
-      total = total + score;
-      dot = fma(score, V::load(grad_weights_ + j, lanes_at(j, num_chosen_)), dot);
+  // grad_taken = the gradients of taken_scores, which are 0 up to a whole vector. Returns the sum of these where the
+  // weights are divided by it.
+  Float form_grad_taken(const Row& row) const {
+    Float sum = 1, mean = 0, divisor = 1;
+    if (shape_.normalize) {
+      V total = V::zero(), dot = V::zero();
+      for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+        const V score = V::load(row.taken_scores + j);
+        total = total + score;
+        dot = fma(score, V::load(row.grad_weights + j, lanes_at(j, row.num_chosen)), dot);
+      }
+      sum = reduce_add(total);
+      const bool is_floored = sum < static_cast<Float>(kWeightFloor);
+      divisor = is_floored ? static_cast<Float>(kWeightFloor) : sum;
+      mean = is_floored ? 0 : reduce_add(dot) / divisor;
     }
-    const Float sum = reduce_add(total);
-    const bool is_floored = sum < static_cast<Float>(kWeightFloor);
-    const Float divisor = !shape_.normalize ? 1 : is_floored ? static_cast<Float>(kWeightFloor) : sum;
-    const V mean = V::all(shape_.normalize && !is_floored ? reduce_add(dot) / divisor : 0);
     const V factor = V::all(static_cast<Float>(shape_.scale) / divisor);
-    for (int64_t j = 0; j < num_chosen_; j += V::kLanes)
-      ((V::load(grad_weights_ + j, lanes_at(j, num_chosen_)) - mean) * factor).store(grad_taken_ + j);
+    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+      const V over_mean = V::load(row.grad_weights + j, lanes_at(j, row.num_chosen)) - V::all(mean);
+      (over_mean * factor).store(row.grad_taken + j);
+    }
     return sum;
   }
 
   // grad_z = the gradients of all columns; room for whole vectors.
-  void dense(int64_t t, Float* grad_z) {
+  void dense(const Row& row, int64_t t, Float* grad_z) const {
     const bool takes_part = a_.logsumexp == nullptr || *row_of(a_.logsumexp, t, 1) != -static_cast<Float>(INFINITY);
     const Float* of_logsumexp = takes_part ? row_of(a_.grad_logsumexp, t, 1) : nullptr;
     const Float* of_scores = grad_scores(t, takes_part);
-    if (is_softmax_) softmax_backward(of_scores, num_parts_ == 1 ? of_logsumexp : nullptr, grad_z);
-    else elementwise_backward(of_scores, grad_z);
+    if (is_softmax_) softmax_backward(row, of_scores, num_parts_ == 1 ? of_logsumexp : nullptr, grad_z);
+    else elementwise_backward(row, of_scores, grad_z);
     if (of_logsumexp != nullptr && (!is_softmax_ || num_parts_ > 1)) {
-      const Float sum = exponentials<V>(row_.z, num_columns_, row_.max, false, scores_);
+      const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
       const V grad = V::all(*of_logsumexp * inverse_of(sum));
       for (int64_t i = 0; i < padded_; i += V::kLanes)
         fma(V::load(scores_ + i), grad, V::load(grad_z + i)).store(grad_z + i);
     }
-    if (row_.is_plain) return;
+    if (row.logits.is_plain) return;
     const V minus_inf = V::all(-INFINITY);
     for (int64_t i = 0; i < padded_; i += V::kLanes)
-      select(V::load(row_.z + i) == minus_inf, V::zero(), V::load(grad_z + i)).store(grad_z + i);
+      select(V::load(row.logits.z + i) == minus_inf, V::zero(), V::load(grad_z + i)).store(grad_z + i);
   }
 
   // The gradients of all scores but for what the weights add to the chosen; null where there are none.
@@ -155,29 +197,29 @@ class GateBackward {
     return grad_scores_;
   }
 
-  // scores_ times `factor` are the scores: sets taken_scores_ and their gradients.
-  void take_scores(Float factor) {
-    for (int64_t j = 0; j < num_chosen_; ++j) taken_scores_[j] = scores_[experts_[j]] * factor;
-    for (int64_t j = num_chosen_; j % V::kLanes != 0; ++j) taken_scores_[j] = 0;
-    form_grad_taken();
+  // scores_ times `factor` are the scores: sets taken_scores and their gradients.
+  void take_scores(const Row& row, Float factor) const {
+    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]] * factor;
+    for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
+    form_grad_taken(row);
   }
 
-  void softmax_backward(const Float* of_scores, const Float* of_logsumexp, Float* grad_z) {
+  void softmax_backward(const Row& row, const Float* of_scores, const Float* of_logsumexp, Float* grad_z) const {
     const int64_t part = num_columns_ / num_parts_;
     Float factor = 1;
     if (num_parts_ == 1) {
-      factor = inverse_of(exponentials<V>(row_.z, num_columns_, row_.max, false, scores_));
+      factor = inverse_of(exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_));
     } else {
       for (int64_t i = 0; i < num_columns_; i += part) {
-        const Float sum = exponentials<V>(row_.z + i, part, max_of(row_.z + i, part), false, scores_ + i);
+        const Float sum = exponentials<V>(row.logits.z + i, part, max_of(row.logits.z + i, part), false, scores_ + i);
         scale_by<V>(scores_ + i, part, inverse_of(sum));
       }
     }
-    take_scores(factor);
+    take_scores(row, factor);
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
-      for (int64_t j = 0; j < num_chosen_; ++j)
-        if (experts_[j] >= begin && experts_[j] < begin + part) mean += taken_scores_[j] * grad_taken_[j];
+      for (int64_t j = 0; j < row.num_chosen; ++j)
+        if (row.experts[j] >= begin && row.experts[j] < begin + part) mean += row.taken_scores[j] * row.grad_taken[j];
       const V shift = V::all(of_logsumexp != nullptr ? *of_logsumexp - mean : -mean);
       const V by = V::all(factor);
       for (int64_t i = begin; i < begin + part; i += V::kLanes) {
@@ -186,7 +228,7 @@ class GateBackward {
         (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
       }
     }
-    for (int64_t j = 0; j < num_chosen_; ++j) grad_z[experts_[j]] += taken_scores_[j] * grad_taken_[j];
+    for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += row.taken_scores[j] * row.grad_taken[j];
   }
 
   static Float dot(const Float* a, const Float* b, int64_t n) {
@@ -200,17 +242,17 @@ class GateBackward {
     return reduce_add(even + odd);
   }
 
-  void elementwise_backward(const Float* of_scores, Float* grad_z) {
-    for (int64_t i = 0; num_chosen_ > 0 && i < padded_; i += V::kLanes)
-      elementwise_score(shape_.score, V::load(row_.z + i)).store(scores_ + i);
-    take_scores(1);
+  void elementwise_backward(const Row& row, const Float* of_scores, Float* grad_z) const {
+    for (int64_t i = 0; row.num_chosen > 0 && i < padded_; i += V::kLanes)
+      elementwise_score(shape_.score, V::load(row.logits.z + i)).store(scores_ + i);
+    take_scores(row, 1);
     for (int64_t i = 0; i < padded_; i += V::kLanes) {
-      const V slope = elementwise_slope(shape_.score, V::load(row_.z + i));
+      const V slope = elementwise_slope(shape_.score, V::load(row.logits.z + i));
       slope.store(scores_ + i);
       const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at(i, num_columns_)) : V::zero();
       (grad * slope).store(grad_z + i);
     }
-    for (int64_t j = 0; j < num_chosen_; ++j) grad_z[experts_[j]] += scores_[experts_[j]] * grad_taken_[j];
+    for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += scores_[row.experts[j]] * row.grad_taken[j];
   }
 
   GateBackwardArgs a_;
@@ -219,13 +261,8 @@ class GateBackward {
   bool is_softmax_;
   int64_t num_parts_;
   bool is_sparse_;
-  // Of columns: buffers for the logits, scores or their slopes, gradients; of slots: logits, scores, gradients.
-  Float *logits_, *scores_, *grad_scores_, *grad_z_, *taken_z_, *taken_scores_, *grad_taken_;
-  // Of the row in work. No chosen where the weights have no gradient.
-  RowOf<V> row_;
-  const int32_t* experts_ = nullptr;
-  const Float* grad_weights_ = nullptr;
-  int64_t num_chosen_ = 0;
+  Float *scores_, *grad_scores_, *grad_z_;  // of columns; scores or their slopes
+  Row rows_[kBatch];
 };
 
 template <class V, class T>
@@ -238,8 +275,7 @@ void backward_rows(const GateBackwardArgs& args) {
   char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * bytes));
   parallel_workers(workers, [&](int worker) {
     GateBackward<V> backward(args, memory + worker * bytes);
-    const int64_t end = num_tokens * (worker + 1) / workers;
-    for (int64_t t = num_tokens * worker / workers; t < end; ++t) backward.template run<T>(t);
+    backward.template run<T>(num_tokens * worker / workers, num_tokens * (worker + 1) / workers);
   });
 }
 
