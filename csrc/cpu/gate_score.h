@@ -85,43 +85,47 @@ struct RowOf {
   bool has_nan;
 };
 
+// Looks over n logits in a row, which it copies, padded, to `copy` unless that is null: then n is whole vectors.
+template <class V, class T>
+inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, RowOf<V>& row) {
+  V best = V::all(-INFINITY), best2 = best;
+  V zero = V::zero(), zero2 = zero;  // NaN in a lane that met an infinity or a NaN
+  const auto look_at = [&](V x, V& best, V& zero) {
+    best = max(x, best);  // a NaN in x gives best
+    zero = fma(x, V::zero(), zero);
+  };
+  int64_t i = 0;
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    const V x = V::load(from + i), x2 = V::load(from + i + V::kLanes);
+    if (copy != nullptr) x.store(copy + i), x2.store(copy + i + V::kLanes);
+    look_at(x, best, zero), look_at(x2, best2, zero2);
+  }
+  for (; i < n; i += V::kLanes) {
+    const int lanes = static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
+    const V x = V::load(from + i, lanes, -INFINITY);
+    if (copy != nullptr) x.store(copy + i);
+    best = max(x, best);
+    zero2 = fma(V::load(from + i, lanes, 0), V::zero(), zero2);
+  }
+  row.max = reduce_max(max(best, best2));
+  row.is_plain = is_nan(zero + zero2).lanes() == 0;
+}
+
 // The n logits of a row, in `buffer` unless they can stay where they are.
 template <class V, class T>
 inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer) {
   using Float = typename Arithmetic<V>::Float;
-  V best[2] = {V::all(-INFINITY), V::all(-INFINITY)};
-  V zero[2] = {V::zero(), V::zero()};  // NaN in a lane that met an infinity or a NaN
-  const auto look_at = [&](V x, int turn) {
-    zero[turn] = fma(x, V::zero(), zero[turn]);
-    best[turn] = max(x, best[turn]);  // a NaN in x gives best
-  };
   RowOf<V> result{buffer, 0, true, false};
-  const auto load = [&](const auto* from) {
-    const bool is_copied = static_cast<const void*>(from) != result.z;
-    int64_t i = 0;
-    const auto next = [&](int turn) {
-      const V x = V::load(from + i);
-      if (is_copied) x.store(buffer + i);
-      look_at(x, turn);
-      i += V::kLanes;
-    };
-    while (i + 2 * V::kLanes <= n) next(0), next(1);
-    if (i + V::kLanes <= n) next(0);
-    if (i == n) return;
-    const int lanes = static_cast<int>(n - i);
-    V::load(from + i, lanes, -INFINITY).store(buffer + i);
-    best[0] = max(V::load(buffer + i), best[0]);
-    zero[0] = fma(V::load(buffer + i, lanes, 0), V::zero(), zero[0]);
-  };
   if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(row[i * stride]);
-    load(static_cast<const Float*>(buffer));
+    scan(static_cast<const Float*>(buffer), n, buffer, result);
+  } else if constexpr (std::is_same_v<T, Float>) {
+    const bool stays = n % V::kLanes == 0;
+    if (stays) result.z = row;
+    scan(row, n, stays ? nullptr : buffer, result);
   } else {
-    if constexpr (std::is_same_v<T, Float>) result.z = n % V::kLanes == 0 ? row : buffer;
-    load(row);
+    scan(row, n, buffer, result);
   }
-  result.max = reduce_max(max(best[0], best[1]));
-  result.is_plain = is_nan(zero[0] + zero[1]).lanes() == 0;
   if (result.is_plain) return result;
   auto nan = is_nan(V::zero());
   for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(result.z + i));
