@@ -1,7 +1,7 @@
 // gate on the CPU: a few rows at a time, in the first-level cache, one read of the logits.
 //
 // Phases of a row: load -> scores (only if something needs them) -> ordered integer keys -> groups -> selection ->
-// stop rules -> weights -> statistics. The selections of kBatch rows run side by side (gate_select.h).
+// stop rules -> weights -> statistics. The phases of kBatch rows run side by side (gate_select.h, gate_groups.h).
 // A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
 // logits are exponentiated.
 // Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
@@ -12,7 +12,7 @@
 
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "cpu/gate_select.h"
+#include "cpu/gate_groups.h"
 #include "cpu/isa/kernels.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
@@ -26,74 +26,6 @@ int64_t rows_per_tile(int64_t num_tokens) {
   return rows > 64 ? rows : 64;
 }
 
-// Which parts of the general algorithm this call needs: decided once, not per row.
-struct Needs {
-  bool logit_keys;    // choice compares the logits themselves
-  bool scores;        // every column's score is formed
-  bool noisy_scores;  // and every column's score under noise
-  bool softmax_sum;   // the softmax denominator is formed
-  bool late_scale;    // the scores stay exponentials until they are used: Row::factor makes scores of them
-  bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
-
-  explicit Needs(const GateArgs& a) {
-    const GateShape& shape = a.shape;
-    const bool softmax = shape.score == Score::kSoftmax;
-    const bool monotone = shape.score != Score::kRelu && !(softmax && shape.softmax_over_group);
-    const bool restricted =
-        a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 || a.max_per_group < shape.top_k;
-    const bool stops =
-        a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY || a.threshold > -INFINITY;
-    const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
-    logit_keys = monotone && !a.bias.data;
-    scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
-    noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
-    softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
-    late_scale = softmax && logit_keys && !stops && !sums_groups;
-    // The key of a logit -0 is that of +0: only the identity would tell.
-    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
-                 (late_scale || !softmax);
-  }
-};
-
-// What one row needs while it is in flight.
-template <class V>
-struct Row {
-  using Float = typename Arithmetic<V>::Float;
-  using Key = typename Arithmetic<V>::Key;
-  Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
-  Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
-  int32_t *group_order, *group_count;
-  int32_t* first_columns;   // of each vector of keys
-  int64_t num_keys;         // whole vectors, in rising order of columns; those of closed groups may be left out
-  const Float* logits;      // in `buffer`, or where they came from
-  const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
-  Float max;                // largest logit that is a number
-  int64_t num_taken;        // columns selected
-  int64_t num_chosen;       // experts among them, up to a stop rule
-  Float sum;                // of exp(logit - max)
-  Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
-  bool is_plain;            // no logit is NaN or -inf
-  bool has_nan;
-
-  // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
-  int64_t carve(char* memory, const GateShape& shape) {
-    const int64_t columns = round_up(shape.num_experts + shape.num_null, V::kLanes);
-    const int64_t groups = round_up(shape.num_groups, V::kLanes);
-    int64_t bytes = 0;
-    const auto give = [&](auto*& pointer, int64_t count) {
-      if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
-      bytes += round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
-    };
-    for (Float** buffer : {&buffer, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
-    give(taken_scores, shape.top_k + V::kLanes);
-    give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
-    give(first_columns, columns / V::kLanes);
-    give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
-    give(group_taken, shape.num_groups), give(group_order, shape.num_groups), give(group_count, shape.num_groups);
-    return bytes;
-  }
-};
-
 template <class V>
 class Gate {
  public:
@@ -104,10 +36,10 @@ class Gate {
 
   // demand: [E], zeros; counts the rows that run() is given.
   Gate(const GateArgs& args, int32_t* demand, char* memory)
-      : a_(args), shape_(args.shape), needs_(args), num_columns_(shape_.num_experts + shape_.num_null),
+      : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
         slots_(slots_of(shape_)), demand_(demand) {
-    for (Row<V>& row : rows_) {
+    for (GateRow<V>& row : rows_) {
       memory += row.carve(memory, shape_);
       row.num_keys = padded_;
       for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
@@ -119,7 +51,7 @@ class Gate {
   }
 
   static int64_t bytes(const GateShape& shape) {
-    return kBatch * Row<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
+    return kBatch * GateRow<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
            round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
 
@@ -132,7 +64,7 @@ class Gate {
         if (a_.logsumexp != nullptr) sums_[r] = sum_of_exponentials(rows_[r]);
       }
       if (a_.topk_groups < shape_.num_groups)
-        for (int64_t r = 0; r < count; ++r) close_groups(rows_[r]);
+        for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(count);
       for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
       for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
@@ -152,7 +84,7 @@ class Gate {
   static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
-  void prepare(Row<V>& row, int64_t t) const {
+  void prepare(GateRow<V>& row, int64_t t) const {
     prefetch(t + 2 * kBatch);
     const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
     row.logits = loaded.z, row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
@@ -175,9 +107,9 @@ class Gate {
     for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
   }
 
-  // Experts and demand of row t, whose selection begins at `first`: the columns taken before a stop rule, null ones left
-  // out.
-  void choose(Row<V>& row, int64_t t, int64_t first) {
+  // Experts and demand of row t, whose selection begins at `first`: the columns taken before a stop rule, null ones
+  // left out.
+  void choose(GateRow<V>& row, int64_t t, int64_t first) {
     const int32_t* taken = taken_ + first;
     const int64_t slots = slots_of(t);
     int64_t num_before = row.num_taken < slots ? row.num_taken : slots;
@@ -198,7 +130,7 @@ class Gate {
   }
 
   // The weights of row t, and its scores where they are kept.
-  void weigh(Row<V>& row, int64_t t, int64_t first) const {
+  void weigh(GateRow<V>& row, int64_t t, int64_t first) const {
     Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
     if (needs_.weigh_keys) weigh_keys(row, taken_keys_ + first, weights);
     else weigh_scores(row, weights);
@@ -230,7 +162,7 @@ class Gate {
 
   // keys = ordered(score(logits + noise) + bias), or ordered(logits + noise) where that orders the same. NaN is last
   // of the allowed; -inf logits and masked columns are not allowed.
-  void form_keys(Row<V>& row, int64_t t) const {
+  void form_keys(GateRow<V>& row, int64_t t) const {
     const Float* z = row.logits;
     row.key_scores = row.scores;
     if (a_.noise.data != nullptr) {
@@ -258,7 +190,7 @@ class Gate {
     apply_mask(row, t);
   }
 
-  void apply_mask(Row<V>& row, int64_t t) const {
+  void apply_mask(GateRow<V>& row, int64_t t) const {
     if (a_.mask.data == nullptr) return;
     const bool* mask = row_of<bool>(a_.mask, t);
     for (int64_t i = 0; i < num_columns_; ++i)
@@ -275,7 +207,7 @@ class Gate {
   }
 
   // Scores and keys in one pass, where no key can be NaN or disallowed but by the mask.
-  void form_biased_keys(Row<V>& row, int64_t t) const {
+  void form_biased_keys(GateRow<V>& row, int64_t t) const {
     const Float* bias = static_cast<const Float*>(a_.bias.data);
     row.key_scores = row.scores;
     row.factor = 1;
@@ -299,25 +231,23 @@ class Gate {
     return static_cast<const T*>(static_cast<const void*>(matrix.data)) + t * matrix.stride_row;
   }
 
-  void add_noise(Row<V>& row, const Float* noise) const {
+  void add_noise(GateRow<V>& row, const Float* noise) const {
     for (int64_t i = 0; i < num_columns_; ++i) row.noisy[i] = row.logits[i] + noise[i * a_.noise.stride_col];
     for (int64_t i = num_columns_; i < padded_; ++i) row.noisy[i] = -static_cast<Float>(INFINITY);
   }
 
-  void add_bias(Row<V>& row, const Float* source, const Float* bias) const {
+  void add_bias(GateRow<V>& row, const Float* source, const Float* bias) const {
     if (a_.bias.stride_col == 1) {
       for (int64_t i = 0; i < padded_; i += V::kLanes)
-        (V::load(source + i) + V::load(bias + i, lanes_at(i, num_columns_))).store(row.biased + i);
+        (V::load(source + i) + V::load(bias + i, lanes_at<V>(i, num_columns_))).store(row.biased + i);
       return;
     }
     for (int64_t i = 0; i < num_columns_; ++i) row.biased[i] = source[i] + bias[i * a_.bias.stride_col];
     for (int64_t i = num_columns_; i < padded_; ++i) row.biased[i] = 0;
   }
 
-  static int lanes_at(int64_t i, int64_t n) { return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes); }
-
   // A softmax over a NaN is NaN throughout; inside groups, throughout the group.
-  void poison_scores(Row<V>& row) const {
+  void poison_scores(GateRow<V>& row) const {
     const int64_t part = shape_.softmax_over_group && shape_.num_groups > 1 ? group_size_ : num_columns_;
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       bool has_nan = false;
@@ -325,107 +255,6 @@ class Gate {
       for (int64_t i = begin; has_nan && i < begin + part; ++i) row.scores[i] = static_cast<Float>(NAN);
     }
   }
-
-  // Leaves out the keys of every expert outside the best groups, or disallows them.
-  void close_groups(Row<V>& row) const {
-    form_group_keys(row);
-    if constexpr (V::kLanes > 1) {
-      if (shape_.num_groups <= 16 && group_size_ % V::kLanes == 0 && a_.max_per_group >= shape_.top_k) {
-        keep_groups(row, Shortlist<V, 16>::best_lanes(row.group_keys, shape_.num_groups, a_.topk_groups));
-        return;
-      }
-    }
-    for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
-    Selector<V> groups(row.group_keys, shape_.num_groups, row.group_block_max);
-    const int64_t open = groups.take(a_.topk_groups, row.group_order, row.group_taken);
-    for (int64_t j = 0; j < open; ++j) row.group_count[row.group_order[j]] = 1;
-    for (int64_t g = 0; g < shape_.num_groups; ++g)
-      if (row.group_count[g] == 0)
-        for (int64_t i = g * group_size_; i < (g + 1) * group_size_; ++i) row.keys[i] = kDisallowed;
-  }
-
-  // Moves the keys of the groups whose bit is set, of whole vectors each, to the front.
-  void keep_groups(Row<V>& row, uint32_t open) const {
-    int64_t kept = 0;
-    for (; open != 0; open &= open - 1) {
-      const int64_t begin = __builtin_ctz(open) * group_size_;
-      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes, kept += V::kLanes) {
-        KeyVec::load(row.keys + i).store(row.keys + kept);
-        row.first_columns[kept / V::kLanes] = static_cast<int32_t>(i);
-      }
-    }
-    row.num_keys = kept;
-    if (kept > 0) return;
-    KeyVec::all(kDisallowed).store(row.keys);
-    row.num_keys = V::kLanes;
-  }
-
-  // group_keys = the keys of the groups, padded to whole vectors: of a group's best key, or of the sum of its two best.
-  void form_group_keys(Row<V>& row) const {
-    constexpr int kHalf = V::kLanes > 1 ? V::kLanes / 2 : 1;
-    for (int64_t g = 0; g < shape_.num_groups; g += V::kLanes) {
-      const int count = lanes_at(g, shape_.num_groups);
-      const KeyVec key =
-          count <= kHalf ? keys_of_groups<kHalf>(row, g, count) : keys_of_groups<V::kLanes>(row, g, count);
-      select_lanes((1u << count) - 1u, key, KeyVec::all(kDisallowed)).store(row.group_keys + g);
-    }
-  }
-
-  // The keys of `count` groups from `begin` on, at most kRoom of them.
-  template <int kRoom>
-  KeyVec keys_of_groups(const Row<V>& row, int64_t begin, int count) const {
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    KeyVec first[kRoom], second[kRoom];
-#pragma GCC unroll 16
-    for (int g = 0; g < kRoom; ++g) {
-      first[g] = second[g] = disallowed;
-      if (g < count) two_best(row, (begin + g) * group_size_, first[g], second[g]);
-    }
-    // Halves the lanes of every group, until lane g holds the two best of group g.
-    const auto fold = [&](int g, int a, int b) {
-      const KeyVec best = even_lanes(first[a], first[b]), rival = odd_lanes(first[a], first[b]);
-      second[g] = max(max(even_lanes(second[a], second[b]), odd_lanes(second[a], second[b])), min(best, rival));
-      first[g] = max(best, rival);
-    };
-#pragma GCC unroll 4
-    for (int half = kRoom / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int g = 0; g < half; ++g) fold(g, 2 * g, 2 * g + 1);
-#pragma GCC unroll 4
-    for (int lanes = V::kLanes / kRoom; lanes > 1; lanes /= 2) fold(0, 0, 0);
-    if (a_.group_score == GroupScore::kMax) return first[0];
-    const KeyVec other = select_lanes(equal_lanes(second[0], disallowed), KeyVec::all(0), second[0]);
-    const V sum = first[0].flip_negative().as_floats() + other.flip_negative().as_floats();
-    return select_lanes(equal_lanes(first[0], disallowed), disallowed, ordered_keys(sum));
-  }
-
-  // The best and the second best key of every lane of the group that begins at column `begin`.
-  void two_best(const Row<V>& row, int64_t begin, KeyVec& first, KeyVec& second) const {
-    const bool by_score = a_.group_score == GroupScore::kTop2Sum && needs_.logit_keys;
-    const auto insert = [&](KeyVec key) {
-      second = max(second, min(first, key));
-      first = max(first, key);
-    };
-    if (group_size_ % V::kLanes == 0) {
-      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes) {
-        const KeyVec key = KeyVec::load(row.keys + i);
-        insert(by_score ? keys_of_scores(row, i, key) : key);
-      }
-      return;
-    }
-    for (int64_t i = begin; i < begin + group_size_; ++i) {
-      Key key = row.keys[i];
-      if (by_score && key != kDisallowed) key = ordered(row.key_scores[i]);
-      insert(select_lanes(1u << ((i - begin) % V::kLanes), KeyVec::all(key), KeyVec::all(kDisallowed)));
-    }
-  }
-
-  static KeyVec keys_of_scores(const Row<V>& row, int64_t i, KeyVec key) {
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    return select_lanes(equal_lanes(key, disallowed), disallowed, ordered_keys(V::load(row.key_scores + i)));
-  }
-
-  static Key ordered(Float value) { return ordered_keys(V::all(value)).first(); }
 
   int64_t slots_of(int64_t t) const {
     if (a_.k_per_token.data == nullptr) return shape_.top_k;
@@ -459,7 +288,7 @@ class Gate {
 
   // Row r of the batch by repeated extraction.
   void take_columns(int64_t r) {
-    Row<V>& row = rows_[r];
+    GateRow<V>& row = rows_[r];
     int32_t* taken = taken_ + r * slots_;
     Key* taken_keys = taken_keys_ + r * slots_;
     Selector<V> columns(row.keys, row.num_keys, row.block_max);
@@ -483,7 +312,7 @@ class Gate {
   bool has_stops() const { return has_top_p() || has_threshold(); }
 
   // How many of the taken columns come before top_p or threshold stop the choice.
-  int64_t num_before_stop(const Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys,
+  int64_t num_before_stop(const GateRow<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys,
                           int64_t num_taken) const {
     const Float top_p = per_token(a_.top_p_per_token, a_.top_p, t);
     const Float threshold = per_token(a_.threshold_per_token, a_.threshold, t);
@@ -506,7 +335,7 @@ class Gate {
   }
 
   // Weights that are functions of the keys.
-  void weigh_keys(const Row<V>& row, const Key* taken_keys, Float* weights) const {
+  void weigh_keys(const GateRow<V>& row, const Key* taken_keys, Float* weights) const {
     const int64_t num_chosen = row.num_chosen;
     const bool is_softmax = shape_.score == Score::kSoftmax;
     const V shift = V::all(row.max);
@@ -521,13 +350,13 @@ class Gate {
         z = select_lanes((1u << (num_chosen - j)) - 1u, KeyVec::of_bits(z), KeyVec::of_bits(minus_inf)).as_floats();
       V s = is_softmax ? exp_nonpositive(z - shift) * factor : elementwise_score(shape_.score, z);
       if (shape_.normalize && is_one_vector) s = s / V::all(floored(reduce_add(s)));
-      if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at(j, num_chosen));
+      if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at<V>(j, num_chosen));
       else s.store(row.taken_scores + j), total = total + s;
     }
     if (shape_.normalize && !is_one_vector) {
       const V divisor = V::all(floored(reduce_add(total)));
       for (int64_t j = 0; j < num_chosen; j += V::kLanes)
-        (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at(j, num_chosen));
+        (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at<V>(j, num_chosen));
     }
   }
 
@@ -536,7 +365,7 @@ class Gate {
   }
 
   // Weights from taken_scores.
-  void weigh_scores(Row<V>& row, Float* weights) const {
+  void weigh_scores(GateRow<V>& row, Float* weights) const {
     if (!needs_.scores) score_taken(row, row.num_chosen);
     Float divisor = 1;
     if (shape_.normalize) {
@@ -547,30 +376,30 @@ class Gate {
     const V scale = V::all(row.has_nan ? static_cast<Float>(NAN) : static_cast<Float>(shape_.scale));
     for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
       const V weight = V::load(row.taken_scores + j) / V::all(divisor) * scale;
-      weight.store(weights + j, lanes_at(j, row.num_chosen));
+      weight.store(weights + j, lanes_at<V>(j, row.num_chosen));
     }
   }
 
   // Logits of taken columns to their scores; softmax up to the denominator where that is not formed.
-  void score_taken(Row<V>& row, int64_t count) const {
+  void score_taken(GateRow<V>& row, int64_t count) const {
     const V shift = V::all(row.max);
     const V factor = V::all(row.factor);
     for (int64_t j = 0; j < count; j += V::kLanes) {
-      const V z = V::load(row.taken_scores + j, lanes_at(j, count));
+      const V z = V::load(row.taken_scores + j, lanes_at<V>(j, count));
       const V s = shape_.score == Score::kSoftmax ? exp(z - shift) * factor : elementwise_score(shape_.score, z);
       s.store(row.taken_scores + j);
     }
   }
 
-  void copy_scores(const Row<V>& row, Float* to) const {
+  void copy_scores(const GateRow<V>& row, Float* to) const {
     const V factor = V::all(row.factor);
     for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
-      const int lanes = lanes_at(i, shape_.num_experts);
+      const int lanes = lanes_at<V>(i, shape_.num_experts);
       (V::load(row.scores + i, lanes) * factor).store(to + i, lanes);
     }
   }
 
-  Float sum_of_exponentials(const Row<V>& row) const {
+  Float sum_of_exponentials(const GateRow<V>& row) const {
     return shape_.score == Score::kSoftmax ? row.sum
                                            : exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
   }
@@ -581,7 +410,7 @@ class Gate {
     Float logs[kSums];
     for (int64_t r = 0; r < kSums; r += V::kLanes) log_positive(V::load(sums_ + r)).store(logs + r);
     for (int64_t r = 0; r < count; ++r) {
-      const Row<V>& row = rows_[r];
+      const GateRow<V>& row = rows_[r];
       if (row.num_taken == 0) out[r] = -static_cast<Float>(INFINITY);
       else if (row.has_nan) out[r] = static_cast<Float>(NAN);
       else if (std::isinf(row.max)) out[r] = row.max;
@@ -614,18 +443,19 @@ class Gate {
     int64_t i = 0;
     for (; i + V::kLanes <= shape_.num_experts; i += V::kLanes) add(V::load(score_sum + i), i).store(score_sum + i);
     if (i < shape_.num_experts) {
-      const int lanes = lanes_at(i, shape_.num_experts);
+      const int lanes = lanes_at<V>(i, shape_.num_experts);
       add(V::load(score_sum + i, lanes), i).store(score_sum + i, lanes);
     }
   }
 
   GateArgs a_;
   GateShape shape_;
-  Needs needs_;
+  GateNeeds needs_;
+  GateGroups<V> groups_;
   int64_t num_columns_, padded_, group_size_;
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
-  Row<V> rows_[kBatch];
+  GateRow<V> rows_[kBatch];
   Float sums_[kSums];  // of exp(logit - max)
   Key* taken_keys_;    // [kBatch, slots_]
   int32_t* taken_;     // [kBatch, slots_]

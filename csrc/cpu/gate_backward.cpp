@@ -3,9 +3,9 @@
 // Per row, the gradients of the scores G = grad_score_sum + grad_scores + (chosen ones) d weights / d score, then
 //   softmax:      dz = p (G - <p, G>), inside each group for a softmax over groups
 //   elementwise:  dz = G s'(z)
-// plus grad_logsumexp * softmax(z). The choice is a constant. The chosen part of G is kept apart, so that no row of G is
-// written. Where nothing but the weights is differentiated, and these are a normalised softmax or an elementwise score,
-// dz is zero outside the chosen and no other column's score is formed: a softmax's denominator cancels.
+// plus grad_logsumexp * softmax(z). The choice is a constant. The chosen part of G is kept apart, so that no row of G
+// is written. Where nothing but the weights is differentiated, and these are a normalised softmax or an elementwise
+// score, dz is zero outside the chosen and no other column's score is formed: a softmax's denominator cancels.
 #include <initializer_list>
 #include <type_traits>
 
@@ -83,7 +83,6 @@ class GateBackward {
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
 
   static int64_t padded_k(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
-  static int lanes_at(int64_t i, int64_t n) { return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes); }
   static const Float* row_of(const void* rows, int64_t t, int64_t n) {
     return rows != nullptr ? static_cast<const Float*>(rows) + t * n : nullptr;
   }
@@ -117,7 +116,7 @@ class GateBackward {
   void write(T* out, const F& f) const {
     int64_t i = 0;
     for (; i + V::kLanes <= num_columns_; i += V::kLanes) f(i).store(out + i);
-    if (i < num_columns_) f(i).store(out + i, lanes_at(i, num_columns_));
+    if (i < num_columns_) f(i).store(out + i, lanes_at<V>(i, num_columns_));
   }
 
   // grad_taken = the gradients at the chosen, all others being zero. False where the general formula has to be used:
@@ -129,7 +128,7 @@ class GateBackward {
     const Float none = shape_.score == Score::kIdentity ? 0 : -static_cast<Float>(INFINITY);
     const V shift = V::all(row.logits.max);
     for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-      const V z = V::load(row.taken_z + j, lanes_at(j, row.num_chosen), none);
+      const V z = V::load(row.taken_z + j, lanes_at<V>(j, row.num_chosen), none);
       (is_softmax_ ? exp_nonpositive(z - shift) : elementwise_score(shape_.score, z)).store(row.taken_scores + j);
     }
     const Float sum = form_grad_taken(row);
@@ -151,7 +150,7 @@ class GateBackward {
       for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
         const V score = V::load(row.taken_scores + j);
         total = total + score;
-        dot = fma(score, V::load(row.grad_weights + j, lanes_at(j, row.num_chosen)), dot);
+        dot = fma(score, V::load(row.grad_weights + j, lanes_at<V>(j, row.num_chosen)), dot);
       }
       sum = reduce_add(total);
       const bool is_floored = sum < static_cast<Float>(kWeightFloor);
@@ -160,7 +159,7 @@ class GateBackward {
     }
     const V factor = V::all(static_cast<Float>(shape_.scale) / divisor);
     for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-      const V over_mean = V::load(row.grad_weights + j, lanes_at(j, row.num_chosen)) - V::all(mean);
+      const V over_mean = V::load(row.grad_weights + j, lanes_at<V>(j, row.num_chosen)) - V::all(mean);
       (over_mean * factor).store(row.grad_taken + j);
     }
     return sum;
@@ -223,7 +222,7 @@ class GateBackward {
       const V shift = V::all(of_logsumexp != nullptr ? *of_logsumexp - mean : -mean);
       const V by = V::all(factor);
       for (int64_t i = begin; i < begin + part; i += V::kLanes) {
-        const int lanes = lanes_at(i, begin + part);
+        const int lanes = lanes_at<V>(i, begin + part);
         const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes) + shift : shift;
         (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
       }
@@ -238,7 +237,8 @@ class GateBackward {
       even = fma(V::load(a + i), V::load(b + i), even);
       odd = fma(V::load(a + i + V::kLanes), V::load(b + i + V::kLanes), odd);
     }
-    for (; i < n; i += V::kLanes) even = fma(V::load(a + i, lanes_at(i, n)), V::load(b + i, lanes_at(i, n)), even);
+    for (; i < n; i += V::kLanes)
+      even = fma(V::load(a + i, lanes_at<V>(i, n)), V::load(b + i, lanes_at<V>(i, n)), even);
     return reduce_add(even + odd);
   }
 
@@ -249,7 +249,7 @@ class GateBackward {
     for (int64_t i = 0; i < padded_; i += V::kLanes) {
       const V slope = elementwise_slope(shape_.score, V::load(row.logits.z + i));
       slope.store(scores_ + i);
-      const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at(i, num_columns_)) : V::zero();
+      const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at<V>(i, num_columns_)) : V::zero();
       (grad * slope).store(grad_z + i);
     }
     for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += scores_[row.experts[j]] * row.grad_taken[j];

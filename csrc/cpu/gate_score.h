@@ -75,6 +75,12 @@ inline V elementwise_slope(Score score, V z) {
   }
 }
 
+// How many lanes of the vector at i lie below n.
+template <class V>
+inline int lanes_at(int64_t i, int64_t n) {
+  return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
+}
+
 // A row of logits.
 template <class V>
 struct RowOf {
@@ -101,7 +107,7 @@ inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, 
     look_at(x, best, zero), look_at(x2, best2, zero2);
   }
   for (; i < n; i += V::kLanes) {
-    const int lanes = static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
+    const int lanes = lanes_at<V>(i, n);
     const V x = V::load(from + i, lanes, -INFINITY);
     if (copy != nullptr) x.store(copy + i);
     best = max(x, best);
