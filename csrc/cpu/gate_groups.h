@@ -50,10 +50,8 @@ class GateGroups {
         row.first_columns[kept / V::kLanes] = static_cast<int32_t>(i);
       }
     }
-    row.num_keys = kept;
-    if (kept > 0) return;
-    KeyVec::all(kDisallowed).store(row.keys);
-    row.num_keys = V::kLanes;
+    // Without an open group every key is disallowed, and any vector of them will do.
+    row.num_keys = kept > 0 ? kept : V::kLanes;
   }
 
   // group_keys = the keys of the groups, padded to whole vectors: of a group's best key, or of the sum of its two best.
