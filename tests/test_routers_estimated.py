@@ -97,7 +97,7 @@ def test_remix_has_constant_weights_and_the_probability_of_its_draw():
         router.eval()(**given).routing,
         fr.gate(z, 3)._replace(weights=torch.full((24, 3), 2 / 12)),
     )
-    assert make("remix", rank=4, rs=True).weight == 0.5
+    assert make("remix", rank=8, rs=True).weight == 0.5  # 2 / sqrt(2 * 8): the active rank is K r
     router.train()
     losses_of_draws = torch.tensor([1.0, 2.0])
     log_probs = torch.stack(

@@ -109,12 +109,22 @@ def test_sparse_softmax_loss_and_its_gradient():
     assert float(joined) == 0.0
 
 
-def test_sparse_softmax_loss_may_be_negative_only_without_the_target():
-    """The logits of the sum lie below the target only if the target is masked out of the sum."""
+def test_sparse_softmax_loss_is_never_negative():
+    """The largest logit is in the sum, so the sum is at least the target, inside or outside."""
     x, target = torch.tensor([[3.0, 2.0, -1.0]]), torch.tensor([2])
     full = sv.sparse_softmax_loss(x, target, 3)
     close(full, torch.nn.functional.cross_entropy(x.double(), target))
-    assert float(sv.sparse_softmax_loss(x, target, 2)) < float(full)
+    assert 0 < float(sv.sparse_softmax_loss(x, target, 2)) < float(full)
+    many, every = normal(1, 12) * 4, torch.arange(12)
+    for k in (1, 3, 12):
+        for include in (False, True):
+            each = [
+                float(sv.sparse_softmax_loss(many, t[None], k, include_target=include))
+                for t in every
+            ]
+            assert min(each) >= 0
+            # over all classes the weights sum to more than 1 unless every class is in the sum
+            assert (sum(math.exp(-loss) for loss in each) > 1 + 1e-9) == (k < 12)
 
 
 def row_of_entropy(h):

@@ -125,15 +125,16 @@ def sparse_softmax_loss(
 ) -> Tensor:
     """`log(sum over the top k of exp(x)) - x_target`, mean over rows (arXiv:2112.12433).
 
-    As it is commonly written, the target does not join the top `k`, so the loss is negative for a
-    row whose target lies far outside. From memory: unverified.
+    As it is commonly written, the target does not join the top `k`: for a target outside them
+    `exp(-loss)` is its weight beside theirs, not a probability among them. The loss is never
+    negative either way, since the largest logit is in the sum. From memory: unverified.
 
     Args:
         x: `[N, C]`.
         target: integers `[N]`.
         k: how many logits the sum takes.
         include_target: let the target take the place of the smallest of the `k` where it is not
-            among them; the loss is then never negative.
+            among them; `exp(-loss)` is then always a probability.
 
     Returns:
         A scalar, differentiable; the gradient is 0 outside the sum and the target.
