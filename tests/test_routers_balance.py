@@ -376,7 +376,19 @@ def test_v_moe_rounds_capacity_and_balances() -> None:
     router = make("v_moe").train()
     routed = router(tokens(41))
     assert routed.plan.kept.max() <= 12  # ceil(1.05 * 41 * 2 / 8) = 11, rounded up to 12
-    assert routed.losses["balance"] > 0
+    x, noisy = tokens(41), routed.routing  # losses: noiseless importance, chances to be chosen
+    torch.manual_seed(5)
+    noise = torch.randn(41, EXPERTS) / EXPERTS
+    torch.manual_seed(5)
+    routed, z = router(x), router.score(x).double()
+    floor = (z + noise).topk(2, dim=1).values[:, 1:]
+    chance = (1 - torch.special.ndtr((floor - z) * EXPERTS)).mean(0)
+    sums = z.softmax(1).sum(0)
+    squares = [v.var(correction=0) / v.mean() ** 2 for v in (sums, chance)]
+    assert near(routed.losses["balance"], 0.01 * sum(squares) / 2, 1e-6)
+    chosen = (z + noise).softmax(1).gather(1, routed.routing.experts.long())
+    assert near(routed.routing.weights, chosen, 1e-6)
+    assert not torch.equal(noisy.weights, routed.routing.weights)
     router.score.weight.data.zero_()
     noisy = [router(tokens(41)).routing.experts for _ in range(2)]
     assert not torch.equal(*noisy)

@@ -269,11 +269,43 @@ def test_x_moe_is_a_cosine() -> None:
     alike = make("x_moe").train()
     alike.embeddings.data.copy_(alike.embeddings.data[:1].expand(EXPERTS, -1))
     assert alike(tokens(25)).plan.kept[0] == 5  # floor(1.25 * ceil(25 / 8)); ties go to expert 0
-    thinned = make("x_moe", top_k=2, random_second=True, capacity_factor=None).train()
+    thinned = make("x_moe", top_k=2, second="random", capacity_factor=None).train()
     routing = thinned(tokens(400)).routing
     kept = (routing.experts[:, 1] >= 0).float().mean()
     assert bool((routing.experts[:, 0] >= 0).all())
     assert 0.1 < kept < 0.95
+    assert near(routing.weights.sum(1), 1.0)
+    assert bool((routing.weights[routing.experts[:, 1] < 0, 0] == 1).all())
+
+
+def test_x_moe_with_two_experts_shares_what_was_not_dropped() -> None:
+    router = make("x_moe", top_k=2).train()
+    routed = router(tokens(25))
+    assert routed.plan.kept.max() == 8  # 2 * ceil(25 / 8)
+    p = router.logits(tokens(25)).softmax(1).gather(1, routed.routing.experts.long())
+    p = p * (routed.plan.slot_to_row >= 0)
+    assert near(routed.routing.weights, p / p.sum(1, keepdim=True), 1e-6)
+    assert bool((routed.routing.weights == 1).any())  # the other one was dropped
+    router.embeddings.data.copy_(router.embeddings.data[:1].expand(EXPERTS, -1))
+    alike = router(tokens(25)).routing.weights  # all ask for experts 0 and 1
+    assert near(alike, torch.tensor([[0.5, 0.5]] * 8 + [[0.0, 0.0]] * 17), 1e-6)
+
+
+def test_x_moe_draws_the_second_expert() -> None:
+    """The second is a draw from the softmax over all but the first: chi squared, 6 degrees."""
+    router = make("x_moe", top_k=2, second="gumbel", capacity_factor=None, temperature=0.5).train()
+    x = tokens(1).expand(6000, -1)
+    routing = router(x, seed=3).routing
+    z = router.logits(x[:1])[0]
+    first = int(z.argmax())
+    assert bool((routing.experts[:, 0] == first).all())
+    expected = 6000 * z.index_fill(0, torch.tensor([first]), -torch.inf).softmax(0)
+    counts = torch.bincount(routing.experts[:, 1].long(), minlength=EXPERTS)
+    others = expected > 0
+    assert ((counts - expected)[others].square() / expected[others]).sum() < 22.5  # 0.1%
+    assert torch.equal(router.eval()(x[:1]).routing.experts, router.logits(x[:1]).topk(2)[1].int())
+    with pytest.raises(ValueError, match="x_moe: second must be one of best, random, gumbel"):
+        make("x_moe", second="worst")
 
 
 def test_hyper_router_learns_its_embedding_only() -> None:

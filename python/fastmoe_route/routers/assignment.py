@@ -285,23 +285,23 @@ class StableMoE(LinearRouter):
         deciding = torch.where(self.is_frozen, by_word.to(scores.dtype), scores)
         experts = gate(deciding.detach(), 1, score="identity").experts
         alpha = sigmoid(scores.gather(1, experts.long().clamp(min=0)))
-        routing = assemble(experts, alpha, self.num_experts)
+        routing = self.built(experts, alpha, scores)
         found = {}
         if self.training:
             found["balance"] = self.aux_coef * losses.assigned_balance(routing)
             distil = losses.imitation(by_word, experts)
             found["distil"] = self.distil_coef * torch.where(self.is_frozen, 0.0, distil)
         residual = 1 - alpha[:, 0] if self.keep_input else None
-        plan = self.plan(routing, context)
-        return Routed(routing, found, plan, residual)
+        return self.routed(routing, context, losses=found, residual=residual)
 
 
 @register("v_moe", row="R9", source="arXiv:2401.15969", verified="code", invariance="C")
 class VMoE(LinearRouter):
     """V-MoE: noisy softmax top-k of vision models, with importance and load losses.
 
-    Training adds normal noise of deviation `1 / E` to the logits; `w = softmax(z)` of the chosen,
-    as it is. Loss `aux_coef * (importance + load) / 2`, squared coefficients of variation
+    Training adds normal noise of deviation `1 / E` to the logits; `w = softmax` of the chosen (with
+    the noise), as it is. Loss `aux_coef * (importance + load) / 2`, squared coefficients of
+    variation of the sums of the noiseless softmax and of the chances to be chosen
     (arXiv:2106.05974). Capacity is a multiple of 4. Of the six routers of the comparison, the
     others are `expert_choice`, `s_base`, `sparse_ot` and `soft_moe`.
 
@@ -324,11 +324,11 @@ class VMoE(LinearRouter):
             return self.routed(gate(logits, self.top_k), context)
         deviation = 1 / self.num_experts
         noisy = logits + torch.randn_like(logits) * deviation
-        routing = gate(noisy, self.top_k, stats=True)
+        routing = gate(noisy, self.top_k, stats=self.stats)
         load = losses.smooth_load(logits, noisy, deviation, self.top_k)
-        both = (losses.importance(routing) + load) / 2 if x.shape[0] > 0 else load * 0
-        found = {"balance": self.aux_coef * both}
-        return Routed(routing, found, self.plan(routing, context))
+        importance = losses.cv_squared(softmax(logits).sum(0))
+        both = (importance + load) / 2 if x.shape[0] > 0 else load * 0
+        return self.routed(routing, context, losses={"balance": self.aux_coef * both})
 
 
 @register(

@@ -113,10 +113,12 @@ class Router(nn.Module):
     Attributes:
         method: the entry of the registry: survey row, source, invariance, needs. A class that is
             not registered is taken for one of invariance I, and goes by its class name.
+        unused: common losses that a method has nothing to compute from, and therefore refuses.
         serving: whether calls that could leak from one request to another are refused.
     """
 
     method: ClassVar[Method] = Method("", "", "", "mem", "I", "ok", (), None)
+    unused: ClassVar[tuple[str, ...]] = ()
     serving: bool
 
     def __init__(
@@ -140,6 +142,10 @@ class Router(nn.Module):
         self.min_capacity = common.get("min_capacity", 1)
         self.rounding = common.get("rounding", "ceil")
         self.serving = False
+        for argument in self.unused:
+            if common.get(argument, 0.0) != 0:
+                rule = "be 0: the method has no scores for that loss"
+                fail(ValueError, self.name, argument, rule, common.get(argument))
         self._check_capacity()
         self.register_load_state_dict_post_hook(_check_loaded)
 

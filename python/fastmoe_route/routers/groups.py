@@ -120,8 +120,10 @@ class Smile(Router):
         num_nodes: divides `E`.
         node_coef: coefficient of `node_balance`.
         device_coef: coefficient of `device_balance`.
-        common: see `Common`; `aux_coef` and `z_coef` must be 0.
+        common: see `Common`; `node_coef` and `device_coef` take the place of `aux_coef`.
     """
+
+    unused = ("aux_coef", "z_coef")
 
     def __init__(
         self,
@@ -136,8 +138,6 @@ class Smile(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "top_k", top_k, 1, 1)
-        if self.aux_coef != 0 or self.z_coef != 0:
-            fail(ValueError, self.name, "aux_coef", "be 0 (see node_coef)", self.aux_coef)
         check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
         self.node_coef = node_coef
         self.device_coef = device_coef

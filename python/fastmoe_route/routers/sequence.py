@@ -167,6 +167,8 @@ class Merging(Router):
         common: see `Common`.
     """
 
+    unused = ("z_coef",)
+
     def __init__(
         self,
         hidden_size: int,
@@ -189,8 +191,7 @@ class Merging(Router):
         weights, experts = share[ids].sort(dim=1, descending=True, stable=True)
         routing = assemble(slots.gather(1, experts), weights, self.num_experts)
         if self.stats:
-            sums = share[ids].sum(0)
-            routing = routing._replace(score_sum=sums, logsumexp=sums.new_zeros(x.shape[0]))
+            routing = routing._replace(score_sum=share[ids].sum(0))
         return self.routed(routing, context, extra={"share": share, "sequence": ids})
 
     def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
