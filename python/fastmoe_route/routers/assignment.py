@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -16,65 +14,13 @@ from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.overflow import reroute
-from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
-from fastmoe_route.routers.parts import LinearRouter, assemble, segment_rank, sequences
+from fastmoe_route.routers.parts import LinearRouter, scopes, sequences
+from fastmoe_route.routers.plans import capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, segment_softmax, sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
-
-
-def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Context) -> Routing:
-    """Expert choice with the capacity of `top_k` slots per token, per scope by its own size."""
-    num_tokens, num_experts = scores.shape
-    if context.scope_ids is None:
-        slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
-        return expert_choice(scores, slots)
-    scopes = context.scope_ids.long()
-    room = limit.of_scopes(scope_sizes(scopes, context.num_scopes), num_experts, top_k)[scopes]
-    places = [
-        segment_rank(-column, scopes, context.num_scopes)[0] for column in scores.detach().unbind(1)
-    ]
-    is_taken = torch.stack(places, 1) < room[:, None]
-    experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
-    return assemble(torch.where(is_taken, experts, -1), scores, num_experts)
-
-
-def capped_plan(
-    scores: Tensor, top_k: int, token_cap: int, context: Context, iters: int = 100
-) -> Tensor:
-    """Expert choice with a cap per token, relaxed (arXiv:2202.09368, section 3.2).
-
-    Maximises `<S, A> + lambda H(A)` under `sum over t of A = T * top_k / E` (per scope, if given),
-    `sum over e of A <= token_cap` and `0 <= A <= 1`, by Dykstra's projections in logarithms.
-    lambda = 0.03 is ours: it comes within 3% of the optimum without entropy in 100 rounds.
-
-    Args:
-        scores: float `[T, E]`.
-        top_k: experts per token on average.
-        token_cap: `b`.
-        context: for the scopes.
-        iters: rounds of the three projections.
-
-    Returns:
-        `[T, E]`, without gradient.
-    """
-    num_tokens, num_experts = scores.shape
-    ids, num_segments = context.scope_ids, context.num_scopes
-    if ids is None:
-        ids, num_segments = torch.zeros(num_tokens, dtype=torch.int64, device=scores.device), 1
-    ids = ids.long()
-    share = scope_sizes(ids, num_segments)[ids, None] * (top_k / num_experts)
-    log_plan = scores.detach() / 0.03
-    over_row, over_one = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
-    for _ in range(iters):
-        log_plan = segment_softmax(log_plan, ids, num_segments).log() + share.log() + over_row
-        over_row = (log_plan.logsumexp(1, keepdim=True) - math.log(token_cap)).clamp(min=0)
-        log_plan = log_plan - over_row + over_one
-        over_one = log_plan.clamp(min=0)
-        log_plan = log_plan - over_one
-    return log_plan.exp()
 
 
 @register(
@@ -478,9 +424,7 @@ class UoE(LinearRouter):
         chosen = gate(logits, self.top_k)
         columns = chosen.experts.long().clamp(min=0)
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
-        ids, number = torch.zeros_like(columns[:, 0]), 1
-        if context.scope_ids is not None:
-            ids, number = context.scope_ids.long(), context.num_scopes
+        ids, number = scopes(context, x)
         share = scope_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
         scaled = g * (share[:, None] / total)[ids]

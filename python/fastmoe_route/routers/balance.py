@@ -11,7 +11,8 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, Router
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.parts import LinearRouter, every_expert
+from fastmoe_route.routers.plans import expert_plan
 from fastmoe_route.routers.scores import linear, sigmoid, wide
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
@@ -297,14 +298,16 @@ class SparseOt(LinearRouter):
 
     The plan has at most `top_k` experts per token and even column sums as far as `iters` steps of
     Adam reach; a token's experts are where its plan is positive, `w = softmax(z)` there, as it is.
-    No auxiliary loss. The form with `C` tokens per expert is the transposed problem and not here.
+    No auxiliary loss. With `sparse="expert"` it is the experts whose number of tokens is limited,
+    to `ceil(T * top_k / E)`: their column sums are even and it is tokens that have prices.
 
     Defaults: two experts, `gamma` 1, Adam 0.01, 20 iterations.
 
     Args:
         hidden_size: `H`.
         num_experts: `E`.
-        top_k: experts per token at most.
+        top_k: experts per token, at most or (`sparse="expert"`) on average at most.
+        sparse: `token` or `expert`, whose choices are limited.
         iters: iterations of the prices.
         gamma: weight of the quadratic term.
         learning_rate: Adam's.
@@ -317,17 +320,25 @@ class SparseOt(LinearRouter):
         num_experts: int,
         top_k: int = 2,
         *,
+        sparse: str = "token",
         iters: int = 20,
         gamma: float = 1.0,
         learning_rate: float = 0.01,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
+        check_choice(self.name, "sparse", sparse, ("token", "expert"))
+        check_int(self.name, "iters", iters, 1)
+        self.sparse = sparse
         self.options = {"iters": iters, "gamma": gamma, "learning_rate": learning_rate}
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
         p = softmax(logits)
+        if self.sparse == "expert":
+            plan = expert_plan(p.detach(), self.top_k, context, **self.options)  # type: ignore[arg-type]
+            slots = every_expert(x.shape[0], self.num_experts, x.device)
+            return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
         plan = transport(
             p.detach(),
             "ksparse",
