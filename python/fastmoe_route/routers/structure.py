@@ -247,41 +247,6 @@ class YuanAttention(Router):
         return self.routed(routing, context)
 
 
-@register("uni_pool", row="R34", source="arXiv:2605.06665", verified="2nd")
-class UniPool(LinearRouter):
-    """UniPool: one pool of experts for all layers, scores of unit length.
-
-    NormRouter: `s = g relu(z / |z|)` with a learned `g`; the best one, `w = s`, so scaling `z`
-    changes nothing. Every layer has its own router and all share the experts: pass the same
-    `Experts` everywhere, nothing is copied. Balance the pool, not the layer: the result keeps
-    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`. Of the
-    later lock, the entropy term is `losses.entropy_target`; its partition of the pool by integer
-    programming is left out.
-
-    Args:
-        hidden_size: `H`.
-        num_experts: `M`, the size of the pool; the paper has 0.42 to 1 times layers times `E`.
-        top_k: experts per token.
-        common: see `Common`.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gain = nn.Parameter(torch.ones(()))
-
-    @property
-    def stats(self) -> bool:
-        """Statistics are for the loss of the pool, too."""
-        return self.training
-
-    def route(self, x: Tensor, context: Context) -> Routed:
-        scores = F.normalize(self.score(x), dim=1).relu()
-        scores = scores * self.gain.to(scores.dtype)
-        return self.routed(gate(scores, self.top_k, score="identity", stats=self.stats), context)
-
-
 @register("block_ffn", row="R35", source="arXiv:2507.08771", verified="code")
 class BlockFFN(LinearRouter):
     """BlockFFN: every expert with a positive activation takes part, weighed by its normalised one.
