@@ -241,8 +241,16 @@ def test_promoe_keeps_unconditional_tokens_apart():
         assert (routing.experts[~free] >= 0).all()
         scaled = router(**{**given, "x": 8 * given["x"]}).routing
         same_routing(scaled, routing)
-    routed = make("promoe").train()(**given)
-    assert routed.losses["contrast"].item() > 0
+    router = make("promoe").train()
+    routed = router(**given)
+    experts = routed.routing.experts[:, 0].masked_fill(free, -1)
+    used = experts[experts >= 0].unique().long()
+    means = torch.stack([given["x"][experts == e].mean(0) for e in used]).double()
+    unit = torch.nn.functional.normalize
+    cosines = unit(means, dim=1) @ unit(router.prototypes.double(), dim=1).T
+    assert cosines.shape[1] == 7  # the expert of unconditional tokens has no prototype
+    wanted = torch.nn.functional.cross_entropy(cosines / 0.1, used)
+    close(routed.losses["contrast"].detach(), wanted.detach(), 1e-5)
 
 
 def test_phatgoose_ignores_scale_and_shift_of_a_gate():
@@ -511,6 +519,11 @@ def test_state_must_fit_and_be_finite(name):
         (lambda x: make("sira", expert_dropout=1.0), r"sira: expert_dropout must be in \[0, 1\)"),
         (lambda x: make("compete_smoe_v1", rate=2.0), r"compete_smoe_v1: rate must be in \[0, 1\]"),
         (lambda x: make("promoe", score="relu"), "promoe: score must be one of softmax, sigmoid"),
+        (lambda x: make("promoe", top_k=8), r"promoe: top_k must be in \[1, 7\], got 8"),
+        (
+            lambda x: fr.routers.build("promoe", HIDDEN, 1),
+            "promoe: num_experts must be at least 2, got 1",
+        ),
         (lambda x: make("graph_of_tokens", similarity="l1"), "similarity must be one of gaussian"),
         (lambda x: make("glider")(x, state=x), r"glider: state must have shape \[1, 8\]"),
         (lambda x: make("r2t2")(x, state=x), r"r2t2: state must have shape \[3, 8\]"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_shape, fail
+from fastmoe_route._arguments import check_choice, check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.balance import reduce_over_ranks
@@ -113,17 +113,18 @@ class ProMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "num_experts", num_experts, 2)
+        check_int(self.name, "top_k", top_k, 1, num_experts - 1)
         check_choice(self.name, "score", score, ("softmax", "sigmoid", "identity"))
         self.score_name, self.unconditional = score, unconditional
         self.contrast_coef, self.temperature = contrast_coef, temperature
-        self.prototypes = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
+        prototypes = torch.randn(num_experts - 1, hidden_size) * hidden_size**-0.5
+        self.prototypes = nn.Parameter(prototypes)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
         free = (context.token_ids == self.unconditional)[:, None]
         z = linear(F.normalize(wide(x), dim=1), F.normalize(self.prototypes, dim=1))
-        last = torch.arange(self.num_experts, device=x.device) == self.num_experts - 1
-        z = z.masked_fill(last, -torch.inf)  # not among the softmax of conditional tokens
         chosen = gate(z, self.top_k, score=self.score_name)
         slot = torch.arange(self.top_k, device=x.device)
         own = torch.where(slot == 0, self.num_experts - 1, -1).to(torch.int32)
@@ -132,14 +133,14 @@ class ProMoE(Router):
         routing = assemble(experts, weights, self.num_experts)
         found = {}
         if self.training and self.contrast_coef != 0:
-            routed = assemble(chosen.experts.masked_fill(free, -1), chosen.weights, last.shape[0])
+            experts = chosen.experts.masked_fill(free, -1)
+            routed = assemble(experts, chosen.weights, self.num_experts - 1)
             found["contrast"] = self.contrast_coef * losses.contrastive(
                 wide(x), routed, self.prototypes, temperature=self.temperature
             )
         if self.stats:
-            real = z[:, : max(self.num_experts - 1, 1)]
-            sums = F.pad(real.softmax(1).sum(0), (0, self.num_experts - real.shape[1]))
-            routing = routing._replace(score_sum=sums, logsumexp=real.logsumexp(1))
+            sums = F.pad(z.softmax(1).sum(0), (0, 1))
+            routing = routing._replace(score_sum=sums, logsumexp=z.logsumexp(1))
         return self.routed(routing, context, losses=found)
 
 
