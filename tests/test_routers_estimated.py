@@ -408,21 +408,21 @@ def test_drmc():
 def test_adapt_dhm_centers_are_means_of_members():
     x = torch.cat([normal(20, 16) * 0.1 + 3, normal(20, 16, seed=1) * 0.1 - 3])
     router = fr.routers.build("adapt_dhm", 16, 2, momentum=0.0).train()
-    router.centers.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+    router.centroids.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
     ids = torch.cat([router(half).routing.experts[:, 0] for half in (x[:15], x[15:])])
     assert ids.tolist() == [0] * 20 + [1] * 20
     router.update()
-    assert_bound(router.centers, torch.stack([x[:20].mean(0), x[20:].mean(0)]).double(), 1e-5)
-    moved = router.centers.clone()
+    assert_bound(router.centroids, torch.stack([x[:20].mean(0), x[20:].mean(0)]).double(), 1e-5)
+    moved = router.centroids.clone()
     routed = router.eval()(x)
-    assert torch.equal(router.centers, moved)
+    assert torch.equal(router.centroids, moved)
     assert not routed.routing.weights.requires_grad
     assert (routed.routing.weights == 1).all()
     empty = fr.routers.build("adapt_dhm", 16, 2, momentum=0.0).train()
-    empty.centers.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+    empty.centroids.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
     empty(x[:20])
     empty.update()
-    assert torch.equal(empty.centers[1], -torch.ones(16))  # without a member nothing moves
+    assert torch.equal(empty.centroids[1], -torch.ones(16))  # without a member nothing moves
 
 
 def test_cigt_gain_is_largest_for_sure_and_balanced_routes():

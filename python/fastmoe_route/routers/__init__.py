@@ -23,7 +23,7 @@ from fastmoe_route.routers.assignment import (
     UoE,
     VMoE,
 )
-from fastmoe_route.routers.balance import Bip, DeepSeekV3, KMeans, LossFree, SparseOt, Ssr
+from fastmoe_route.routers.balance import Bip, DeepSeekV3, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.competition import (
     CompeteSMoEv1,
@@ -43,7 +43,7 @@ from fastmoe_route.routers.dynamic import (
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile, angle_capacity
 from fastmoe_route.routers.pool import UniPool, pool_partition
-from fastmoe_route.routers.prototypes import AdaptDHM, Glider, Phatgoose, ProMoE, VQMoE
+from fastmoe_route.routers.prototypes import AdaptDHM, Glider, KMeans, Phatgoose, ProMoE, VQMoE
 from fastmoe_route.routers.sampled import BinaryGate, Grin, ReMix, SiRA
 from fastmoe_route.routers.sequence import (
     Accord,

@@ -11,6 +11,7 @@ from fastmoe_route import losses
 from fastmoe_route._arguments import check_choice, check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
+from fastmoe_route.results import Routing
 from fastmoe_route.routers.balance import reduce_over_ranks
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
@@ -224,26 +225,135 @@ class Glider(Phatgoose):
         return self.routed(routing, context)
 
 
+class Centroids(Router):
+    """Base of routers whose experts are running means of the tokens they were given.
+
+    Training calls add up the tokens of every expert; `update`, called after the optimizer's step,
+    moves each centroid by `rate` towards their mean on all ranks, so it stays a convex combination
+    of inputs. A centroid without a token stays where it is. No gradient is involved.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: weight of the new mean.
+        common: see `Common`.
+    """
+
+    centroids: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        rate: float,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        if not 0 <= rate <= 1:
+            fail(ValueError, self.name, "rate", "be in [0, 1]", rate)
+        self.rate = rate
+        self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
+        self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
+        self.register_buffer("counts", torch.zeros(num_experts))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, routing: Routing) -> None:
+        """Adds the tokens of a training call to their experts."""
+        for column in routing.experts.long().unbind(1):
+            is_used = (column >= 0).to(self.sums.dtype)
+            members = column.clamp(min=0)
+            self.sums.index_add_(0, members, tokens.to(self.sums.dtype) * is_used[:, None])
+            self.counts.index_add_(0, members, is_used)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centroids by the tokens of all calls, on all ranks, since the last update."""
+        reduce_over_ranks(self.sums, self.counts)
+        mean = self.sums / self.counts.clamp(min=1)[:, None]
+        moved = torch.lerp(self.centroids, mean, self.rate)
+        self.centroids.copy_(torch.where(self.counts[:, None] > 0, moved, self.centroids))
+        self.sums.zero_()
+        self.counts.zero_()
+
+
+@register("kmeans", row="R30", source="arXiv:2605.12476", verified="2nd")
+class KMeans(Centroids):
+    """K-means router: no parameters; an expert is the running mean of the tokens it was given.
+
+    Experts are the `top_k` largest `cos(x, mu_e)`, weight `1 / K` (the source states none). The
+    first training call places the centroids on tokens far from each other; `update()` moves them,
+    see `Centroids`: `mu_e` to `(1 - rate) mu_e + rate * mean of its tokens`. After abstract and
+    third-party text.
+
+    Defaults: one expert, rate 0.05.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: weight of the new mean.
+        common: see `Common`.
+    """
+
+    is_placed: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        rate: float = 0.05,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
+        self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        tokens = wide(x)
+        if self.training and x.shape[0] > 0:
+            self._place(tokens.detach())
+        cosines = linear(F.normalize(tokens, dim=1), F.normalize(self.centroids, dim=1))
+        routing = gate(cosines, self.top_k, score="identity", stats=self.stats)
+        if self.training:
+            self.observe(tokens.detach(), routing)
+        weights = torch.full_like(routing.weights, 1 / self.top_k)
+        return self.routed(routing._replace(weights=weights), context)
+
+    @torch.no_grad()
+    def _place(self, tokens: Tensor) -> None:
+        """Far tokens as first centroids: each is the token least similar to those before it."""
+        unit = F.normalize(tokens, dim=1)
+        picked = [unit.new_zeros((), dtype=torch.int64)]
+        nearest = unit @ unit[0]
+        for _ in range(1, self.num_experts):
+            picked.append(nearest.argmin())
+            nearest = torch.maximum(nearest, unit @ unit[picked[-1]])
+        first = tokens[torch.stack(picked)].to(self.centroids.dtype)
+        self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
+        self.is_placed.fill_(True)
+
+
 @register("adapt_dhm", row="L3", source="arXiv:2211.12105", verified="mem")
-class AdaptDHM(Router):
+class AdaptDHM(Centroids):
     """AdaptDHM: the nearest cluster names the expert; centres move by averages, not by gradient.
 
-    `c = softmax(x . centre / temperature)`, the largest wins, weight 1. Training calls add up the
-    members of every cluster; `update`, called after the optimizer's step, moves each centre towards
-    the mean of its members on all ranks by `1 - momentum`. From memory: unverified.
+    `c = softmax(x . centroid / temperature)`, the largest wins, weight 1; see `Centroids` for the
+    move. From memory: unverified.
 
     Args:
         hidden_size: `H`.
         num_experts: `E` clusters.
         top_k: 1.
         temperature: of the softmax in `extra["assignment"]`; does not change the winner.
-        momentum: 0 makes a centre the mean of its members since the last update.
+        momentum: 1 less the rate; 0 makes a centroid the mean of its members since the last update.
         common: see `Common`.
     """
-
-    centers: Tensor
-    total: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -255,33 +365,18 @@ class AdaptDHM(Router):
         momentum: float = 0.95,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
+        super().__init__(hidden_size, num_experts, top_k, rate=1 - momentum, **common)
         if top_k != 1:
             fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
-        self.temperature, self.momentum = temperature, momentum
-        self.register_buffer("centers", torch.randn(num_experts, hidden_size))
-        self.register_buffer("total", torch.zeros(num_experts, hidden_size))
-        self.register_buffer("count", torch.zeros(num_experts))
+        self.temperature = temperature
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x).detach()
-        z = linear(x, self.centers) / self.temperature
+        z = linear(x, self.centroids) / self.temperature
         routing = gate(z, self.top_k, stats=self.stats, keep_scores=True)
         assert routing.scores is not None
         if self.training:
-            members = routing.experts[:, 0].clamp(min=0).long()
-            self.total.index_add_(0, members, x.to(self.total.dtype))
-            self.count.add_(routing.demand)
+            self.observe(x, routing)
         ones = (routing.experts >= 0).to(routing.weights.dtype)
         extra = {"assignment": routing.scores}
         return self.routed(routing._replace(weights=ones), context, extra=extra)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the centres that had members, on any rank, and forgets the members."""
-        reduce_over_ranks(self.total, self.count)
-        mean = self.total / self.count.clamp(min=1)[:, None]
-        step = (1 - self.momentum) * (mean - self.centers)
-        self.centers.add_(torch.where(self.count[:, None] > 0, step, torch.zeros_like(step)))
-        self.total.zero_()
-        self.count.zero_()
