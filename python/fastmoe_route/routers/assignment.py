@@ -213,6 +213,8 @@ class StableMoE(LinearRouter):
         common = with_defaults(common, capacity_factor=2.0, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "top_k", top_k, 1, 1)
+        check_int(self.name, "vocab_size", vocab_size, 1)
+        check_int(self.name, "distil_size", distil_size, 1)
         self.distil_coef, self.keep_input = distil_coef, keep_input
         self.words = nn.Embedding(vocab_size, distil_size)
         self.word_score = Linear(distil_size, num_experts)
@@ -227,6 +229,7 @@ class StableMoE(LinearRouter):
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
         scores = self.score(x)
+        self.check_ids("token_ids", context.token_ids, self.words.num_embeddings)
         by_word = self.word_score(self.words(context.token_ids.long()))
         deciding = torch.where(self.is_frozen, by_word.to(scores.dtype), scores)
         experts = gate(deciding.detach(), 1, score="identity").experts

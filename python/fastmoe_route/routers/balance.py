@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -330,13 +332,14 @@ class SparseOt(LinearRouter):
         check_choice(self.name, "sparse", sparse, ("token", "expert"))
         check_int(self.name, "iters", iters, 1)
         self.sparse = sparse
-        self.options = {"iters": iters, "gamma": gamma, "learning_rate": learning_rate}
+        self.options: dict[str, Any] = {"iters": iters, "gamma": gamma}
+        self.options["learning_rate"] = learning_rate
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
         p = softmax(logits)
         if self.sparse == "expert":
-            plan = expert_plan(p.detach(), self.top_k, context, **self.options)  # type: ignore[arg-type]
+            plan = expert_plan(p.detach(), self.top_k, context, **self.options)
             slots = every_expert(x.shape[0], self.num_experts, x.device)
             return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
         plan = transport(
@@ -345,7 +348,7 @@ class SparseOt(LinearRouter):
             k=self.top_k,
             scope_ids=context.scope_ids,
             num_scopes=context.num_scopes if context.scope_ids is not None else None,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)
         weights = p.gather(1, chosen.experts.long().clamp(min=0))

@@ -300,6 +300,12 @@ class Router(nn.Module):
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_finite(self.name, [(argument, value)])
 
+    def check_ids(self, argument: str, ids: Tensor, size: int) -> None:
+        """Refuses ids outside `[0, size)`, where looking costs no wait for a device."""
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+            for end in ids.aminmax():
+                check_int(self.name, argument, int(end), 0, size - 1)
+
     def extra_repr(self) -> str:
         """The sizes, for `print`."""
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
@@ -330,10 +336,12 @@ class Router(nn.Module):
             value = getattr(context, argument)
             if value is not None and value.is_floating_point():
                 self.check_finite(argument, value)
-        if context.sequence_ids is not None or context.num_sequences != 1:
-            check_int(name, "num_sequences", context.num_sequences, 1)
-        if context.scope_ids is not None or context.num_scopes != 1:
-            check_int(name, "num_scopes", context.num_scopes, 1)
+        check_int(name, "num_sequences", context.num_sequences, 1)
+        if context.sequence_ids is not None:
+            self.check_ids("sequence_ids", context.sequence_ids, context.num_sequences)
+        check_int(name, "num_scopes", context.num_scopes, 1)
+        if context.scope_ids is not None:
+            self.check_ids("scope_ids", context.scope_ids, context.num_scopes)
         if self.serving:
             self._check_served(context)
 

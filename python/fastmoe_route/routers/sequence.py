@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_int, check_shape
+from fastmoe_route._arguments import check_choice, check_dtype, check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -317,6 +317,8 @@ class Mhr(Merging):
         if tasks is None:
             tasks = torch.zeros(num, dtype=torch.int64, device=self.table.device)
         check_shape(self.name, "state", tasks, (num,))
+        check_dtype(self.name, "state", tasks, (torch.int64, torch.int32))
+        self.check_ids("state", tasks, self.table.shape[0])
         skills = self.table[tasks].sigmoid()
         return skills / skills.sum(2, keepdim=True)
 

@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from fastmoe_route.methods import register
 from fastmoe_route.softmax import softmax, softmax_topk
 
@@ -31,6 +38,8 @@ def two_pass_softmax(x: Tensor) -> Tensor:
     Returns:
         The shape of `x`, rows (last dimension) sum to 1; differentiable.
     """
+    check_tensor("two_pass_softmax", "x", x)
+    check_dtype("two_pass_softmax", "x", x, FLOAT_DTYPES)
     return softmax(x, method="two_pass")
 
 
@@ -295,6 +304,8 @@ def noisy_sparse_softmax(
     check_tensor("noisy_sparse_softmax", "x", x)
     if not temperature > 0:
         fail(ValueError, "noisy_sparse_softmax", "temperature", "be above 0", temperature)
+    if k is not None:
+        check_int("noisy_sparse_softmax", "k", k, 1, x.shape[-1])
     z = (x if noise is None else x + noise) / temperature
     return softmax(z) if k is None else sparse_softmax(z, k)
 
@@ -383,6 +394,8 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     Returns:
         The bias, with `dims` kept as size 1.
     """
+    check_tensor("quantization_bias", "p", p)
+    check_int("quantization_bias", "bits", bits, 1, 23)
     error = p - quantize_probabilities(p, bits)
     return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
 
@@ -402,6 +415,8 @@ def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
     Raises:
         ValueError: the lists do not fit together.
     """
+    for logits in stage_logits[1:]:
+        check_shape("early_exit", "stage_logits", logits, (*stage_logits[0].shape[:-1], -1))
     if not stage_logits or len(thresholds) != len(stage_logits) - 1:
         rule = f"have {max(len(stage_logits) - 1, 0)} entries, one less than stages"
         fail(ValueError, "early_exit", "thresholds", rule, len(thresholds))
@@ -432,6 +447,8 @@ def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
     """
     check_tensor("entropy_tolerance", "p", p)
     check_shape("entropy_tolerance", "threshold", threshold, p.shape[:1])
+    if not tolerance >= 0:
+        fail(ValueError, "entropy_tolerance", "tolerance", "be at least 0", tolerance)
     h = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
     h = h.reshape(p.shape[0], -1).mean(1)
     off = h / math.log(max(p.shape[-1], 2)) - threshold
