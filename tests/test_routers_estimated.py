@@ -318,6 +318,17 @@ def test_mhr():
     y = router.mix(given["x"], routed, lora)
     assert_bound(y[:8], (given["x"][:8].double() @ a.double() @ b.double()), 1e-4)
     assert_bound(y[16:], (given["x"][16:].double() @ a.double() @ b.double()), 1e-4)
+    # one head is Poly: A and B are averaged as a whole; with one B it is the sum of the outputs
+    poly = make("mhr", num_tasks=4, num_heads=1).eval()
+    alike = lora._replace(lora_b=lora.lora_b[:1].expand(EXPERTS, -1, -1).contiguous())
+    with torch.no_grad():
+        poly.table.normal_(generator=torch.Generator().manual_seed(1))
+    routed = poly(**{**given, "state": state})
+    alpha = poly.table[state, 0].sigmoid()
+    alpha = (alpha / alpha.sum(1, keepdim=True)).detach().double()[given["sequence_ids"]]
+    close(routed.extra["share"].detach()[given["sequence_ids"]], alpha)
+    expected = torch.einsum("te,ted->td", alpha, alike.each(given["x"]).double())
+    assert_bound(poly.mix(given["x"], routed, alike), expected, 3e-6)
     flat = make("mhr", num_heads=1).eval()
     with torch.no_grad():
         flat.table.zero_()

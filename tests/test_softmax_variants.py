@@ -198,6 +198,13 @@ def test_small_temperature_is_one_hot_and_still_learns():
     assert values[0] == 4.0
     assert values[10] == values[12] == 0.25
     assert all(a > b for a, b in itertools.pairwise(values[:11]))
+    cosine = [sv.temperature_schedule(step, 10, 4.0, 0.0, shape="cosine") for step in range(13)]
+    assert cosine[0] == 4.0
+    assert cosine[5] == pytest.approx(2.0)
+    assert cosine[10] == cosine[12] == 0.0
+    assert all(a > b for a, b in itertools.pairwise(cosine[:11]))
+    with pytest.raises(ValueError, match="temperature_schedule: end must be above 0, got 0"):
+        sv.temperature_schedule(1, 10, 4.0, 0)
 
 
 # ---- X6, X7, X12, X14: running a model ---------------------------------------------------------

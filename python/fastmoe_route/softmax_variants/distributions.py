@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    check_choice,
     check_dtype,
     check_int,
     check_shape,
@@ -310,27 +311,36 @@ def noisy_sparse_softmax(
     return softmax(z) if k is None else sparse_softmax(z, k)
 
 
-def temperature_schedule(step: int, num_steps: int, start: float, end: float) -> float:
-    """Exponential decay from `start` at step 0 to `end` at `num_steps`, constant from there.
+def temperature_schedule(
+    step: int, num_steps: int, start: float, end: float, *, shape: str = "exponential"
+) -> float:
+    """Decay from `start` at step 0 to `end` at `num_steps`, constant from there.
 
     Args:
         step: 0 or more.
         num_steps: at least 1.
         start: above 0.
-        end: above 0.
+        end: above 0; a cosine may end at 0.
+        shape: `exponential` (small temperatures for architecture search) or `cosine` (the step of
+            `polytope_weights`).
 
     Returns:
-        `start * (end / start)^(step / num_steps)`.
+        `start * (end / start)^s`, or `end + (start - end) * (1 + cos(pi s)) / 2`, with
+        `s = step / num_steps`.
 
-    >>> temperature_schedule(5, 10, 4.0, 1.0)
-    2.0
+    >>> temperature_schedule(5, 10, 4.0, 1.0), temperature_schedule(5, 10, 4.0, 0.0, shape="cosine")
+    (2.0, 2.0)
     """
+    is_cosine = check_choice("temperature_schedule", "shape", shape, ("exponential", "cosine")) == 1
     check_int("temperature_schedule", "step", step, 0)
     check_int("temperature_schedule", "num_steps", num_steps, 1)
     for name, value in (("start", start), ("end", end)):
-        if not value > 0:
+        if not (value > 0 or (is_cosine and name == "end" and value == 0)):
             fail(ValueError, "temperature_schedule", name, "be above 0", value)
-    return float(start * (end / start) ** min(step / num_steps, 1.0))
+    done = min(step / num_steps, 1.0)
+    if is_cosine:
+        return float(end + (start - end) * (1 + math.cos(math.pi * done)) / 2)
+    return float(start * (end / start) ** done)
 
 
 @register("polytope_step", row="L7", source="arXiv:2605.01928", verified="code")
@@ -338,7 +348,7 @@ def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
     """`softmax(-losses / epsilon)`: how a gradient-free step weighs the vertices it tried.
 
     The step moves to the weighted mean of the vertices of a polytope around the parameters;
-    `epsilon` falls along a cosine, towards the best vertex alone.
+    `epsilon` falls along a cosine (`temperature_schedule`), towards the best vertex alone.
 
     Args:
         losses: `[..., V]`, the loss at each vertex.
