@@ -7,7 +7,7 @@
 A router is timed on one call in evaluation, without experts. Where it hands on the result of one
 call of `gate`, it is timed again with its score known already, in turns with that call alone: what
 it takes longer is the recipe's own. Losses, softmax variants, adapters and audits are timed on one
-call that is made up here.
+call that is made up here. Set OMP_PROC_BIND=true, so that two threads never wait on one core.
 """
 
 from __future__ import annotations
