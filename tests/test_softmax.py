@@ -309,6 +309,21 @@ def test_out_is_written_and_nothing_around_it(
         assert (store[101 + x.numel() :] == 7).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_out_is_x_itself_or_apart_from_it(backend: str, method: str) -> None:
+    store = logits(1, 90).to(backend)[0]
+    x = store[20:60].view(2, 20)
+    wanted = fr.softmax(x, method=method)
+    for start in (0, 19, 21, 40, 49):
+        with pytest.raises(RuntimeError, match="softmax: out must be x itself or share no memory"):
+            fr.softmax(x, method=method, out=store[start : start + 40].view(2, 20))
+    assert_exact(store[20:60].view(2, 20), x)  # nothing was written
+    for out in (store[:20], store[60:80]):  # next to it
+        beside = fr.softmax(x[:, :10], method=method, out=out.view(2, 10))
+        assert_exact(beside, fr.softmax(x[:, :10].clone(), method=method))
+    assert_exact(fr.softmax(x, method=method, out=x), wanted)
+
+
 # ---- errors ------------------------------------------------------------------------------------
 
 
