@@ -400,7 +400,8 @@ class UoE(LinearRouter):
     with `C = T * top_k / E`; each expert keeps its `C` best tokens, weight `g'`. The sum over the
     batch makes a token's weight depend on the others: the defect is the authors' own, and with
     scopes the batch is the scope. Experts are meant to be slices of one dense block, whose sum
-    with all weights 1 is that block.
+    with all weights 1 is that block. The authors' second variant sends whole sequences to experts,
+    by a linear map of the flattened sequence; `milora` does so from its mean.
 
     Args:
         hidden_size: `H`.

@@ -141,16 +141,15 @@ class Router(nn.Module):
         self.z_coef = common.get("z_coef", 0.0)
         for argument in ("aux_coef", "z_coef"):
             check_float(self.name, argument, getattr(self, argument))
+            if argument in self.unused and getattr(self, argument) != 0:
+                rule = "be 0: the method has no scores for that loss"
+                fail(ValueError, self.name, argument, rule, getattr(self, argument))
         self.capacity_factor = common.get("capacity_factor")
         self.eval_capacity_factor = common.get("eval_capacity_factor")
         self.drop_policy = common.get("drop_policy", "position")
         self.min_capacity = common.get("min_capacity", 1)
         self.rounding = common.get("rounding", "ceil")
         self.serving = False
-        for argument in self.unused:
-            if common.get(argument, 0.0) != 0:
-                rule = "be 0: the method has no scores for that loss"
-                fail(ValueError, self.name, argument, rule, common.get(argument))
         self._check_capacity()
         self.register_load_state_dict_post_hook(_check_loaded)
 
