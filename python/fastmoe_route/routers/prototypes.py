@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -287,8 +288,9 @@ class KMeans(Centroids):
 
     Experts are the `top_k` largest `cos(x, mu_e)`, weight `1 / K` (the source states none). The
     first training call places the centroids on tokens far from each other; `update()` moves them,
-    see `Centroids`: `mu_e` to `(1 - rate) mu_e + rate * mean of its tokens`. After abstract and
-    third-party text.
+    see `Centroids`: `mu_e` to `(1 - rate) mu_e + rate * mean of its tokens`. With several ranks the
+    first `update()` gives all of them the centroids of the first that has any, and moves nothing.
+    After abstract and third-party text.
 
     Defaults: one expert, rate 0.05.
 
@@ -313,6 +315,7 @@ class KMeans(Centroids):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
         self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
+        self.has_agreed = False
 
     def route(self, x: Tensor, context: Context) -> Routed:
         tokens = wide(x)
@@ -337,6 +340,22 @@ class KMeans(Centroids):
         first = tokens[torch.stack(picked)].to(self.centroids.dtype)
         self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
         self.is_placed.fill_(True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """As that of `Centroids`, but for the first one with several ranks."""
+        if not self.has_agreed and dist.is_available() and dist.is_initialized():
+            rank, size = dist.get_rank(), dist.get_world_size()
+            owner = torch.where(self.is_placed, rank, size)
+            dist.all_reduce(owner, dist.ReduceOp.MIN)
+            self.centroids.mul_((owner == rank) | ((owner == size) & (rank == 0)))
+            dist.all_reduce(self.centroids)
+            self.is_placed.copy_(owner < size)
+            self.sums.zero_()
+            self.counts.zero_()
+            self.has_agreed = True
+            return
+        super().update()
 
 
 @register("adapt_dhm", row="L3", source="arXiv:2211.12105", verified="mem")
