@@ -501,6 +501,8 @@ def test_smear_merges_parameters() -> None:
     dropped = make("smear", dropout=0.5).train()(**given).extra["merge"]
     assert bool((dropped == 0).any())
     assert near(dropped.sum(1), 1.0)
+    last = make("smear", dropout=0.9999).train()(**given).extra["merge"]
+    assert near(last.amax(1), 1.0)  # one expert stays
 
 
 def layer_of_outputs(own: fr.routers.Experts, given: dict, p: Tensor) -> Tensor:

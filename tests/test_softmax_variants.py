@@ -207,6 +207,17 @@ def test_small_temperature_is_one_hot_and_still_learns():
         sv.temperature_schedule(1, 10, 4.0, 0)
 
 
+def test_entropy_temperature_reaches_its_share():
+    x = normal(5, 9) * torch.tensor([[0.01], [1.0], [30.0], [1e4], [3.0]])
+    for share in (0.99, 0.5, 0.05):
+        temperature = sv.entropy_temperature(x, share)
+        p = sv.noisy_sparse_softmax(x / temperature, 1.0)
+        close(-(p * p.log()).sum(1), torch.full((5,), share * math.log(9)), 1e-6)
+    assert sv.entropy_temperature(torch.zeros(1, 4), 0.5).isfinite().all()
+    with pytest.raises(ValueError, match=r"entropy_temperature: share must be in \(0, 1\), got 1"):
+        sv.entropy_temperature(x, 1)
+
+
 # ---- X6, X7, X12, X14: running a model ---------------------------------------------------------
 
 

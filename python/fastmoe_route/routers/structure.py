@@ -363,8 +363,8 @@ class Smear(LinearRouter):
 
     `p = softmax(W mean over the sequence of LayerNorm(x))`; the sequence runs through the expert
     with parameters `sum_e p_e W_e`. For linear experts that is the weighted sum of outputs, for
-    others not. Training drops experts with probability `dropout` and renormalises. The mean looks
-    at the whole sequence, so decoding cannot reproduce it.
+    others not. Training drops experts with probability `dropout`, never all of a sequence, and
+    renormalises. The mean looks at the whole sequence, so decoding cannot reproduce it.
 
     Args:
         hidden_size: `H`.
@@ -397,7 +397,8 @@ class Smear(LinearRouter):
             normed = self.norm(wide(x).to(self.norm.weight.dtype))
         p = softmax(self.score(segment_mean(normed, ids, number)))
         if self.training and self.dropout > 0:
-            p = p * (torch.rand_like(p) >= self.dropout)
+            draw = torch.rand_like(p)
+            p = p * ((draw >= self.dropout) | (draw == draw.amax(1, keepdim=True)))
             p = p / p.sum(1, keepdim=True).clamp(min=1e-20)
         experts = every_expert(x.shape[0], self.num_experts, x.device)
         routing = assemble(experts, p[ids], self.num_experts)

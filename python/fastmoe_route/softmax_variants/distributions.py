@@ -291,7 +291,8 @@ def noisy_sparse_softmax(
     """`softmax((x + noise) / temperature)` over the `k` largest noisy entries.
 
     Architecture search with a small, decaying temperature (arXiv:2306.06855, abstract only:
-    unverified). `temperature_schedule` decays it.
+    unverified). `temperature_schedule` decays it by the step, `entropy_temperature` by the entropy
+    that the weights should have.
 
     Args:
         x: `[..., N]` architecture weights.
@@ -341,6 +342,38 @@ def temperature_schedule(
     if is_cosine:
         return float(end + (start - end) * (1 + math.cos(math.pi * done)) / 2)
     return float(start * (end / start) ** done)
+
+
+def entropy_temperature(x: Tensor, share: float, iters: int = 60) -> Tensor:
+    """The temperature at which `softmax(x / temperature)` has a share of the largest entropy.
+
+    An entropy-based schedule lowers `share` from 1 to 0 as a search goes on: rows that differ in
+    scale then sharpen alike (arXiv:2306.06855; how the paper chooses it is unverified).
+
+    Args:
+        x: `[..., N]`, `N` at least 2.
+        share: of `log N`, in (0, 1).
+        iters: halvings of the temperature's logarithm, between `e^-20` and `e^20` times the range
+            of the row.
+
+    Returns:
+        `[..., 1]`, without gradient. A row whose entries are all equal has no such temperature and
+        gets a large one.
+    """
+    check_tensor("entropy_temperature", "x", x)
+    check_int("entropy_temperature", "N", x.shape[-1], 2)
+    if not 0 < share < 1:
+        fail(ValueError, "entropy_temperature", "share", "be in (0, 1)", share)
+    x = x.detach()
+    span = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)).clamp(min=1e-30)
+    low, high = torch.full_like(span, -20.0), torch.full_like(span, 20.0)
+    for _ in range(iters):
+        middle = (low + high) / 2
+        p = softmax(x / (span * middle.exp()))
+        entropy = -torch.xlogy(p, p).sum(-1, keepdim=True)
+        is_sharp = entropy < share * math.log(x.shape[-1])
+        low, high = torch.where(is_sharp, middle, low), torch.where(is_sharp, high, middle)
+    return span * ((low + high) / 2).exp()
 
 
 @register("polytope_step", row="L7", source="arXiv:2605.01928", verified="code")
