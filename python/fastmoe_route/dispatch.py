@@ -26,6 +26,10 @@ from fastmoe_route._autograd import register_autograd
 from fastmoe_route.results import DispatchPlan
 
 _ops = torch.ops.fastmoe_route
+_plan_dispatch = _ops.plan_dispatch.default
+_permute_forward = _ops.permute_forward.default
+_unpermute_forward = _ops.unpermute_forward.default
+_unpermute_gradients = _ops.unpermute_backward.default
 _MAX_EXPERTS = 65536
 _INT32_LIMIT = 2**31
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -155,7 +159,7 @@ def plan_dispatch(
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
     return DispatchPlan(
-        *_ops.plan_dispatch(
+        *_plan_dispatch(
             experts,
             num_experts,
             0 if capacity is None else capacity,
@@ -245,12 +249,8 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     [[2.0], [1.0]]
     """
     row_to_slot, slot_to_row = _maps("permute", plan)
-    check_tensor("permute", "x", x, 2)
-    if x.dtype not in FLOAT_DTYPES:
-        check_dtype("permute", "x", x, FLOAT_DTYPES)
-    if x.shape[0] != slot_to_row.shape[0]:
-        check_shape("permute", "x", x, (slot_to_row.shape[0], -1))
-    copy_rows = _ops.permute if needs_grad(x) else _ops.permute_forward
+    _check_rows("permute", "x", x, slot_to_row)
+    copy_rows = _differentiable_permute if needs_grad(x) else _permute_forward
     return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
 
 
@@ -258,11 +258,21 @@ def _maps(op: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
     """`row_to_slot` and `slot_to_row` of a plan."""
     if not isinstance(plan, DispatchPlan):
         fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
-    row_to_slot, slot_to_row = plan.row_to_slot, plan.slot_to_row
+    _, row_to_slot, slot_to_row, _, _ = plan
     if not isinstance(row_to_slot, Tensor) or not isinstance(slot_to_row, Tensor):
         check_tensor(op, "plan.row_to_slot", row_to_slot)
         check_tensor(op, "plan.slot_to_row", slot_to_row)
     return row_to_slot, slot_to_row
+
+
+def _check_rows(op: str, argument: str, value: Tensor, of_map: Tensor) -> None:
+    """Requires a float matrix with a row for each of a map's."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dim() != 2:
+        check_tensor(op, argument, value, 2)
+    if value.dtype not in FLOAT_DTYPES:
+        check_dtype(op, argument, value, FLOAT_DTYPES)
+    if value.size(0) != of_map.size(0):
+        check_shape(op, argument, value, (of_map.size(0), -1))
 
 
 @torch.library.register_fake("fastmoe_route::permute")
@@ -280,11 +290,13 @@ def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad is None:
         return None, None, None
-    sum_rows = _ops.unpermute if needs_grad(grad) else _ops.unpermute_forward
+    sum_rows = _differentiable_unpermute if needs_grad(grad) else _unpermute_forward
     return sum_rows(grad, None, *ctx.saved_tensors), None, None
 
 
-register_autograd("permute", _permute_backward, setup_context=_save_maps, once=False)
+_differentiable_permute = register_autograd(
+    "permute", _permute_backward, setup_context=_save_maps, once=False
+)
 
 
 # ---- unpermute ---------------------------------------------------------------------------------
@@ -316,17 +328,14 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
     [[52.0], [30.0]]
     """
     row_to_slot, slot_to_row = _maps("unpermute", plan)
-    check_tensor("unpermute", "rows", rows, 2)
-    if rows.dtype not in FLOAT_DTYPES:
-        check_dtype("unpermute", "rows", rows, FLOAT_DTYPES)
-    if rows.shape[0] != row_to_slot.shape[0]:
-        check_shape("unpermute", "rows", rows, (row_to_slot.shape[0], -1))
+    _check_rows("unpermute", "rows", rows, row_to_slot)
     if weights is not None:
         check_tensor("unpermute", "weights", weights, 2)
         if weights.shape != slot_to_row.shape:
             check_shape("unpermute", "weights", weights, slot_to_row.shape)
-        check_dtype("unpermute", "weights", weights, FLOAT_DTYPES)
-    sum_rows = _ops.unpermute if needs_grad(rows, weights) else _ops.unpermute_forward
+        if weights.dtype not in FLOAT_DTYPES:
+            check_dtype("unpermute", "weights", weights, FLOAT_DTYPES)
+    sum_rows = _differentiable_unpermute if needs_grad(rows, weights) else _unpermute_forward
     return sum_rows(rows, weights, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
 
 
@@ -369,10 +378,12 @@ def _unpermute_backward(
     if grad is None:
         return None, None, None, None
     needs_rows, needs_weights = ctx.needs_input_grad[:2]
-    grad_rows, grad_weights = _ops.unpermute_backward(
+    grad_rows, grad_weights = _unpermute_gradients(
         grad, *ctx.saved_tensors, needs_rows, needs_weights
     )
     return grad_rows if needs_rows else None, grad_weights if needs_weights else None, None, None
 
 
-register_autograd("unpermute", _unpermute_backward, setup_context=_save_rows)
+_differentiable_unpermute = register_autograd(
+    "unpermute", _unpermute_backward, setup_context=_save_rows
+)
