@@ -107,6 +107,17 @@ def test_large_results_are_streamed(backend: str, dtype: torch.dtype) -> None:
     assert_bound(grad_weights, squares, squares * 512 * 2.0**-23)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("hidden", [512, 509])
+def test_large_permute_by_token(backend: str, hidden: int) -> None:
+    """More slots a token than are written side by side, rows of whole lines and others."""
+    top_k = 11
+    num_tokens = STREAM_BYTES // (4 * hidden * top_k) + 9
+    plan = make_plan(num_tokens, top_k, 5, align=64)
+    x = normal(num_tokens, hidden)
+    assert_exact(fr.permute(x, plan), reference.permute(x, plan))
+
+
 def test_the_checks_have_power(backend: str) -> None:
     plan = make_plan(20, 3, 4)
     x, rows, weights = normal(20, 9), normal(60, 9, seed=1), normal(20, 3, seed=2)
@@ -229,16 +240,17 @@ class Movement:
         return [rows.detach(), y.detach(), *grads]
 
 
+@pytest.mark.parametrize("num_runs", [40, pytest.param(1000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_thousand_runs_on_one_to_eight_threads_are_equal(
-    backend: str, threads, dtype: torch.dtype
+def test_runs_on_one_to_eight_threads_are_equal(
+    backend: str, threads, dtype: torch.dtype, num_runs: int
 ) -> None:
     movement = Movement(dtype)
     threads(1)
     wanted = movement.results()
     for n in range(1, 9):
         threads(n)
-        for _ in range(125):
+        for _ in range(num_runs // 8):
             for got, expected in zip(movement.results(), wanted, strict=True):
                 assert torch.equal(got, expected)
 

@@ -248,31 +248,27 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     >>> permute(torch.tensor([[1.0], [2.0]]), plan).tolist()
     [[2.0], [1.0]]
     """
-    row_to_slot, slot_to_row = _maps("permute", plan)
-    _check_rows("permute", "x", x, slot_to_row)
+    row_to_slot, slot_to_row = _maps("permute", "x", x, plan)
     copy_rows = _differentiable_permute if needs_grad(x) else _permute_forward
     return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
 
 
-def _maps(op: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
-    """`row_to_slot` and `slot_to_row` of a plan."""
+def _maps(op: str, argument: str, value: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """`row_to_slot` and `slot_to_row` of a plan, for a matrix `value` that fits one of them."""
     if not isinstance(plan, DispatchPlan):
         fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
     _, row_to_slot, slot_to_row, _, _ = plan
     if not isinstance(row_to_slot, Tensor) or not isinstance(slot_to_row, Tensor):
         check_tensor(op, "plan.row_to_slot", row_to_slot)
         check_tensor(op, "plan.slot_to_row", slot_to_row)
-    return row_to_slot, slot_to_row
-
-
-def _check_rows(op: str, argument: str, value: Tensor, of_map: Tensor) -> None:
-    """Requires a float matrix with a row for each of a map's."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.dim() != 2:
         check_tensor(op, argument, value, 2)
     if value.dtype not in FLOAT_DTYPES:
         check_dtype(op, argument, value, FLOAT_DTYPES)
-    if value.size(0) != of_map.size(0):
-        check_shape(op, argument, value, (of_map.size(0), -1))
+    fitted = slot_to_row if argument == "x" else row_to_slot
+    if value.size(0) != fitted.size(0):
+        check_shape(op, argument, value, (fitted.size(0), -1))
+    return row_to_slot, slot_to_row
 
 
 @torch.library.register_fake("fastmoe_route::permute")
@@ -327,8 +323,7 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
     >>> unpermute(rows, plan, torch.tensor([[0.5, 2.0], [3.0, 7.0]])).tolist()
     [[52.0], [30.0]]
     """
-    row_to_slot, slot_to_row = _maps("unpermute", plan)
-    _check_rows("unpermute", "rows", rows, row_to_slot)
+    row_to_slot, slot_to_row = _maps("unpermute", "rows", rows, plan)
     if weights is not None:
         check_tensor("unpermute", "weights", weights, 2)
         if weights.shape != slot_to_row.shape:
