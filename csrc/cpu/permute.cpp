@@ -287,7 +287,7 @@ void permute_by_row(const PermuteArgs& a, int64_t row_bytes) {
   char* rows = static_cast<char*>(a.rows);
   const int64_t x_stride = a.x_stride * element_size(a.dtype);
   const uint32_t top_k = static_cast<uint32_t>(a.top_k);
-  parallel_for(a.num_rows, grain(row_bytes), [&](int64_t begin, int64_t end) {
+  parallel_for(a.num_rows, grain(2 * row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       char* to = rows + row * row_bytes;
       const int32_t slot = a.row_to_slot[row];
