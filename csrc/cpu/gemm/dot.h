@@ -24,6 +24,7 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 constexpr int64_t kDotPanel = 96;              // weights whose k block stays in L2 while all rows pass
 constexpr int64_t kDotSegment = 8;             // steps of k between two fetches of what is multiplied later
 constexpr int kDotAhead = 320;                 // bytes of a weight row on their way from L2 to L1
+constexpr int64_t kDotTouchRows = 8;           // weight rows whose pages are looked up at the same time
 constexpr int64_t kDotRowBlock = 192;          // rows, at most, whose k block stays in L2 beside them
 // Few rows: memory is asked for this far ahead in each stream. The processor follows a stream by itself, but stops at
 // the end of a 4 KB page and then waits for the next page's address: a line touched three pages ahead hides that.
@@ -102,7 +103,11 @@ struct DotOutput {
 };
 
 // Fetches rows of weights that are multiplied later into L2, line by line.
+//
+// The address of a page that was not used lately takes longer to find than other work can hide, but several are found
+// at the same time: the pages of kDotTouchRows rows are touched together, as many rows ahead of their lines.
 struct LineFetcher {
+  static constexpr int64_t kPage = 4096;
   const char* line;
   const char* row_end;
   int64_t row_bytes, stride;
@@ -111,7 +116,17 @@ struct LineFetcher {
   template <class T>
   LineFetcher(const T* first, int64_t count, int64_t w_stride, int64_t k)
       : line(reinterpret_cast<const char*>(first)), row_end(line + k * static_cast<int64_t>(sizeof(T))),
-        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {}
+        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {
+    touch_rows(0, 2 * kDotTouchRows);
+  }
+  // Rows [from, to) counted from the present one.
+  inline __attribute__((always_inline)) void touch_rows(int64_t from, int64_t to) {
+    for (int64_t i = from; i < to && i < rows; ++i) {
+      const char* end = row_end + i * stride;
+      for (const char* at = end - row_bytes; at < end; at += kPage) prefetch_later(at);
+      prefetch_later(end - 1);
+    }
+  }
   inline __attribute__((always_inline)) void fetch(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
       prefetch_later(line);
@@ -120,6 +135,7 @@ struct LineFetcher {
       line = row_end - row_bytes + stride;
       row_end += stride;
       --rows;
+      if (rows % kDotTouchRows == 0) touch_rows(kDotTouchRows, 2 * kDotTouchRows);
     }
   }
 };
