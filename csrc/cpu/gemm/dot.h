@@ -329,8 +329,8 @@ template <class Math>
 inline int64_t dot_panel_columns(const DotProblem<Math>& p, int64_t depth) {
   return depth > p.block ? kDotPanel / 2 : kDotPanel;
 }
-// Elements of k, from q on, that a panel holds: two blocks, because rows of 4 KB that lie 8 KB apart would share half of
-// the sets of L2.
+// Elements of k, from q on, that a panel holds: two blocks, because rows of 4 KB that lie 8 KB apart would share half
+// of the sets of L2.
 template <class Math>
 inline int64_t dot_panel_depth(const DotProblem<Math>& p, int64_t q) {
   return p.k - q < 2 * p.block ? p.k - q : 2 * p.block;
