@@ -27,7 +27,9 @@ class VQMoE(LinearRouter):
     `c = argmin_j |x - v_j|`, one code per expert; `y = g_1 E_c(x) + g_2 * sum of topk_softmax` with
     `g = softmax(W x)` learned. `discrete=True` is the fine-tuning form: the code's expert alone,
     weight 1. Loss `commit_coef * commitment(x, v_c)`; `extra["quantized"]` is the code with the
-    gradient of `x` (straight-through). How the authors mix the two is unverified.
+    gradient of `x` (straight-through). How the paper mixes the two is unverified; the released code
+    gives the code's expert a normalised input with a tenth of the code in it (`contrib_rate`) and
+    normalises its output, which are layers of the model here.
 
     Args:
         hidden_size: `H`.
