@@ -216,18 +216,24 @@ class GateBackward {
     }
     take_scores(row, factor);
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
+      const auto is_here = [&](int64_t j) { return row.experts[j] >= begin && row.experts[j] < begin + part; };
       Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
       for (int64_t j = 0; j < row.num_chosen; ++j)
-        if (row.experts[j] >= begin && row.experts[j] < begin + part) mean += row.taken_scores[j] * row.grad_taken[j];
-      const V shift = V::all(of_logsumexp != nullptr ? *of_logsumexp - mean : -mean);
+        if (is_here(j)) mean += row.taken_scores[j] * row.grad_taken[j];
+      const Float over_mean = of_logsumexp != nullptr ? *of_logsumexp - mean : -mean;
+      const V shift = V::all(over_mean);
       const V by = V::all(factor);
       for (int64_t i = begin; i < begin + part; i += V::kLanes) {
         const int lanes = lanes_at<V>(i, begin + part);
         const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes) + shift : shift;
         (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
       }
+      // Formed anew: a sum of two products would lose what cancels between the gradient and the mean.
+      for (int64_t j = 0; j < row.num_chosen; ++j) {
+        const Float other = of_scores != nullptr ? of_scores[row.experts[j]] : 0;
+        if (is_here(j)) grad_z[row.experts[j]] = row.taken_scores[j] * (other + row.grad_taken[j] + over_mean);
+      }
     }
-    for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += row.taken_scores[j] * row.grad_taken[j];
   }
 
   static Float dot(const Float* a, const Float* b, int64_t n) {
