@@ -89,6 +89,11 @@ def spec_row(z, case, t):
             is not None
         ]
         decide([s for s, _ in scored], size_of_terms)
+        sizes = [sum(c // size == g for c in allowed) for _, g in scored]
+        if case["group_score"] == "top2_sum" and parts > 1:
+            for (a, _), n in zip(scored, sizes, strict=True):
+                if n > 1 and [s for s, _ in scored].count(a) > 1:  # both are 1 but for rounding
+                    raise LeftToRoundingError
         open_groups = {g for _, g in sorted(scored)[: case["topk_groups"]]}
         allowed = [c for c in allowed if c // size in open_groups]
     limit = case["top_k"]

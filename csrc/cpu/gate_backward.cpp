@@ -196,25 +196,27 @@ class GateBackward {
     return grad_scores_;
   }
 
-  // scores_ times `factor` are the scores: sets taken_scores and their gradients.
-  void take_scores(const Row& row, Float factor) const {
-    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]] * factor;
+  // scores_ over `divisor` are the scores: sets taken_scores and their gradients.
+  void take_scores(const Row& row, Float divisor) const {
+    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]] / divisor;
     for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
     form_grad_taken(row);
   }
 
   void softmax_backward(const Row& row, const Float* of_scores, const Float* of_logsumexp, Float* grad_z) const {
     const int64_t part = num_columns_ / num_parts_;
-    Float factor = 1;
+    Float divisor = 1;
     if (num_parts_ == 1) {
-      factor = inverse_of(exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_));
+      const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
+      divisor = sum == 0 ? 1 : sum;
     } else {
       for (int64_t i = 0; i < num_columns_; i += part) {
         const Float sum = exponentials<V>(row.logits.z + i, part, max_of(row.logits.z + i, part), false, scores_ + i);
         scale_by<V>(scores_ + i, part, inverse_of(sum));
       }
     }
-    take_scores(row, factor);
+    take_scores(row, divisor);
+    const Float factor = 1 / divisor;
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       const auto is_here = [&](int64_t j) { return row.experts[j] >= begin && row.experts[j] < begin + part; };
       Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
