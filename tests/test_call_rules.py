@@ -118,6 +118,24 @@ def test_capacity_that_follows_the_tokens_compiles_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_number_of_tokens_that_only_the_data_tells_compiles() -> None:
+    def layer(x: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        x = x[kept]
+        routing = fr.gate(x, 2, normalize=True)
+        capacity = fr.expert_capacity(x.shape[0], 4, 2, 1.1)
+        plan = fr.plan_dispatch(routing.experts, 4, capacity=capacity)
+        y = fr.unpermute(fr.permute(x, plan), plan, routing.weights)
+        return y, fr.softmax(x, 0), fr.softmax(x.view(-1, 2, 2), 1), fr.softmax_topk(x, 2)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.arange(48.0).sin().reshape(12, 4)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for kept in (x[:, 0] > 0, x[:, 0] > 2):  # the second keeps none
+            for a, b in zip(compiled(x, kept), layer(x, kept), strict=True):
+                assert torch.equal(a, b)
+
+
 def test_exported_capacity_is_saved_and_loaded() -> None:
     class Dispatch(torch.nn.Module):
         def forward(self, experts: Tensor) -> Tensor:
