@@ -205,6 +205,16 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     "moe_mlp: interleaved must be a bool, got 'x'": (
         lambda: fr.moe_mlp(LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, interleaved="x")
     ),
+    "lora_grouped_mm: scaling must be a number, got 'a'": lambda: fr.lora_grouped_mm(
+        LOGITS, W_UP[..., :1], W_UP[:, :1], (EXPERTS, torch.ones(3, 2)), scaling="a"
+    ),
+    "renormalize_after_drop: weights must be a torch.Tensor, got Routing(int32 tensor of shape": (
+        lambda: fr.renormalize_after_drop(fr.gate(LOGITS, 2), PLAN)
+    ),
+    "plan_placement: experts must be int32 or int64, got float32": (
+        lambda: fr.distributed.plan_placement(LOGITS, 4, 2)
+    ),
+    "routers: name must be a str, got 3": lambda: fr.routers.build(3, 4, 2),
     "moe_mlp: plan.row_to_slot must be a torch.Tensor, got [0]": lambda: fr.moe_mlp(
         LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, plan=PLAN._replace(row_to_slot=[0])
     ),
