@@ -138,9 +138,12 @@ def find(name: str) -> Method:
     """The method of that name.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: there is none; the message lists names that are close.
     """
     methods()
+    if not isinstance(name, str):
+        fail(TypeError, "routers", "name", "be a str", repr(name))
     if name not in _methods:
         from difflib import get_close_matches
 
