@@ -4,8 +4,7 @@
 // Rows of the common case stay in registers (gate_fast.cuh); the others lie in the warp's own memory (gate_score.cuh),
 // lane l having columns l, l + 32, ...
 // Phases of a row, as on the CPU: load -> scores -> ordered integer keys -> groups -> selection and stop rules ->
-// weights -> statistics. Selection is exact (gate_select.cuh): K extractions of about 10 instructions each, which for
-// K up to some 16 is less than a radix select over the row.
+// weights -> statistics. Selection is exact (gate_select.cuh): K extractions, or from K = 16 on a radix selection.
 //
 // Determinism: every sum has a fixed order. score_sum is summed by warp over its rows, by block over its warps, then by
 // a second kernel over tiles; no float is ever added by an atomic. Only demand, an integer, is.
@@ -37,14 +36,17 @@ struct GateCall {
   bool noisy_scores;  // every column's score under noise is formed
   bool has_top_p;
   bool has_threshold;
+  bool counts_groups;  // a choice may close its group
+  bool is_ranked;      // all K are chosen and ordered at once
   int64_t rows_per_tile;
   int64_t num_tiles;
   float* tile_sums;  // [tiles, E], or null
 
-  // Words of a row: z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses the first
-  // kFastWords of them, and packs of four.
+  // Words of a row: ranking; z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses
+  // the first kFastWords of them, and packs of four.
   int64_t row_words() const {
-    const int64_t words = (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k;
+    const int64_t words = (is_ranked ? ranking_words(top_k) : 0) +
+                          (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k;
     const int64_t with_sums = (words < kFastWords ? kFastWords : words) + (a.score_sum != nullptr ? num_experts : 0);
     return ceil_div(with_sums, 4) * 4;
   }
@@ -61,6 +63,7 @@ class GateRow {
       memory += words;
       return given;
     };
+    ranking_ = give(c_.is_ranked ? ranking_words(c_.top_k) : 0);
     z_ = give(c_.num_columns);
     score_ = give(c_.num_columns);
     keys_ = reinterpret_cast<int*>(give(c_.num_columns));
@@ -79,7 +82,7 @@ class GateRow {
     if (has_nan_ && c_.a.shape.score == Score::kSoftmax) poison_scores();
     __syncwarp();
     if (c_.a.topk_groups < c_.num_groups) close_groups();
-    Selector selector(keys_, c_.num_columns);
+    Selector selector = c_.is_ranked ? ranked() : Selector(keys_, c_.num_columns);
     const bool is_empty = c_.a.logsumexp != nullptr && selector.is_empty();
     choose(t, selector);
     if (c_.a.scores != nullptr) {
@@ -225,6 +228,12 @@ class GateRow {
     return ordered_key(next == kDisallowed ? key_value(best) : key_value(best) + key_value(next));
   }
 
+  __device__ Selector ranked() {
+    int* const order = reinterpret_cast<int*>(ranking_ + ranking_words(c_.top_k) - c_.top_k);
+    const int n = rank_best(keys_, c_.num_columns, c_.top_k, reinterpret_cast<uint64_t*>(ranking_), order);
+    return Selector(keys_, order, n);
+  }
+
   __device__ int slots_of(int64_t t) const {
     if (c_.a.k_per_token.data == nullptr) return c_.top_k;
     const int wanted = element<int32_t>(c_.a.k_per_token, t, 0);
@@ -238,10 +247,9 @@ class GateRow {
     const float top_p = a.top_p_per_token.data ? element<float>(a.top_p_per_token, t, 0) : static_cast<float>(a.top_p);
     const float threshold =
         a.threshold_per_token.data ? element<float>(a.threshold_per_token, t, 0) : static_cast<float>(a.threshold);
-    const bool counts_groups = a.max_per_group < c_.top_k && a.shape.num_null == 0;
     const int limit = slots_of(t);
     int32_t* experts = a.experts + t * c_.top_k;
-    if (counts_groups) {
+    if (c_.counts_groups) {
       for (int g = lane_index(); g < c_.num_groups; g += kWarp) group_count_[g] = 0;
       __syncwarp();
     }
@@ -257,7 +265,7 @@ class GateRow {
       if (is_stopped && num_real >= a.min_k) break;
       cumulative += score;
       is_stopped |= c_.has_top_p && cumulative > top_p;
-      if (counts_groups) count_group(column / c_.group_size, selector);
+      if (c_.counts_groups) count_group(column / c_.group_size, selector);
       if (column >= c_.num_experts) continue;
       if (lane_index() == 0) {
         experts[num_real] = column;
@@ -305,7 +313,7 @@ class GateRow {
   }
 
   const GateCall& c_;
-  float *z_, *score_, *noisy_, *noisy_score_, *taken_, *sums_;
+  float *ranking_, *z_, *score_, *noisy_, *noisy_score_, *taken_, *sums_;
   int *keys_, *group_keys_, *group_count_;
   int* demand_;  // [E], the block's or the result
   float max_;    // largest logit that is a number
@@ -331,6 +339,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
     const int64_t end = past < call.a.shape.num_tokens ? past : call.a.shape.num_tokens;
     if (call.tile_sums != nullptr) {
       for (int e = lane_index(); e < call.num_experts; e += kWarp) own_sums[e] = 0.0f;
+      __syncwarp();  // not every way of a row has the columns lie by lanes alike
     }
     for (int64_t t = begin + warp; t < end; t += m.num_warps) {
       if constexpr (kPerLane > 0) {
@@ -385,6 +394,8 @@ GateCall call_of(const GateArgs& a) {
   call.top_k = static_cast<int>(shape.top_k);
   const bool is_grouped = shape.score == Score::kSoftmax && shape.softmax_over_group;
   call.logit_keys = shape.score != Score::kRelu && !is_grouped && a.bias.data == nullptr;
+  call.counts_groups = a.max_per_group < shape.top_k && shape.num_null == 0;
+  call.is_ranked = shape.top_k >= kRadixK && !call.counts_groups;
   call.has_top_p = a.top_p_per_token.data != nullptr || a.top_p < INFINITY;
   call.has_threshold = a.threshold_per_token.data != nullptr || a.threshold > -INFINITY;
   const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
@@ -402,7 +413,7 @@ int fast_per_lane(const GateCall& call) {
   const bool is_free = a.topk_groups == a.shape.num_groups && a.max_per_group >= a.shape.top_k;
   if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return 0;
   const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
-  if (call.num_columns > per_lane * kWarp || call.top_k * per_lane > kFastElements || call.top_k > kWarp) return 0;
+  if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return 0;
   const int64_t pack_bytes = per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16;
   const bool is_aligned = reinterpret_cast<uintptr_t>(a.logits.data) % pack_bytes == 0 &&
                           a.logits.stride_row * sizeof(T) % pack_bytes == 0 &&
