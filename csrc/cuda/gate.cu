@@ -38,8 +38,10 @@ struct GateCall {
   bool has_threshold;
   bool counts_groups;  // a choice may close its group
   bool is_ranked;      // all K are chosen and ordered at once
-  int64_t rows_per_tile;
-  int64_t num_tiles;
+  FastArgs fast;
+  unsigned num_tokens;
+  unsigned rows_per_tile;
+  unsigned num_tiles;
   float* tile_sums;  // [tiles, E], or null
 
   // Words of a row: ranking; z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses
@@ -323,44 +325,44 @@ class GateRow {
 // kPerLane > 0: rows take the way of gate_fast.cuh first, with so many logits a lane.
 template <class T, int kPerLane>
 __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateCall call) {
-  extern __shared__ __align__(16) float shared[];
   const RowMemory& m = call.memory;
-  float* const memory = m.in_shared ? shared : m.scratch + blockIdx.x * m.block_words;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  int* const demand = m.in_shared ? reinterpret_cast<int*>(memory + m.num_warps * m.warp_words) : call.a.demand;
-  for (int e = threadIdx.x; m.in_shared && e < call.num_experts; e += blockDim.x) demand[e] = 0;
+  const int warp = warp_index();
+  // Demand is counted by the block where its memory is shared, and added up once per block.
+  const int num_counts = m.in_shared ? call.num_experts : 0;
+  int* const demand = m.in_shared ? reinterpret_cast<int*>(block_memory(m)) : call.a.demand;
+  for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x)) demand[e] = 0;
   __syncthreads();
 
-  float* const own_memory = memory + warp * m.warp_words;
-  float* const own_sums = own_memory + m.warp_words - call.num_experts;
-  for (int64_t tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
-    const int64_t begin = tile * call.rows_per_tile;
-    const int64_t past = begin + call.rows_per_tile;
-    const int64_t end = past < call.a.shape.num_tokens ? past : call.a.shape.num_tokens;
+  const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
+  for (unsigned tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
+    const unsigned begin = tile * call.rows_per_tile;
+    const unsigned end = min(begin + call.rows_per_tile, call.num_tokens);
     if (call.tile_sums != nullptr) {
-      for (int e = lane_index(); e < call.num_experts; e += kWarp) own_sums[e] = 0.0f;
+      for (int e = lane_index(); e < call.num_experts; e += kWarp) sums_of(warp)[e] = 0.0f;
       __syncwarp();  // not every way of a row has the columns lie by lanes alike
     }
-    for (int64_t t = begin + warp; t < end; t += m.num_warps) {
+    for (unsigned t = begin + static_cast<unsigned>(warp); t < end; t += static_cast<unsigned>(m.num_warps)) {
       if constexpr (kPerLane > 0) {
-        FastRow<T, kPerLane> fast(call.a, reinterpret_cast<int*>(own_memory), demand);
-        if (fast.run(t, call.tile_sums != nullptr ? own_sums : nullptr)) continue;
+        FastRow<T, kPerLane> fast(call.fast, demand);
+        if (fast.choose(t, m)) {
+          if (call.tile_sums != nullptr) fast.add_statistics(t, sums_of(warp));
+          continue;
+        }
       }
-      GateRow<T>(call, own_memory, demand).run(t);  // made here: rows of the fast way do not pay for it
+      GateRow<T>(call, warp_memory(m, warp), demand).run(t);  // made here: rows of the fast way do not pay for it
     }
     if (call.tile_sums == nullptr) continue;
     __syncthreads();
-    const float* sums = memory + m.warp_words - call.num_experts;  // of warp 0
-    for (int e = threadIdx.x; e < call.num_experts; e += blockDim.x) {
+    for (int e = static_cast<int>(threadIdx.x); e < call.num_experts; e += static_cast<int>(blockDim.x)) {
       float sum = 0.0f;
-      for (int w = 0; w < m.num_warps; ++w) sum += sums[w * m.warp_words + e];
-      call.tile_sums[tile * call.num_experts + e] = sum;
+      for (int w = 0; w < m.num_warps; ++w) sum += sums_of(w)[e];
+      call.tile_sums[int64_t{tile} * call.num_experts + e] = sum;
     }
     __syncthreads();
   }
-  if (!m.in_shared) return;
+  if (num_counts == 0) return;
   __syncthreads();
-  for (int e = threadIdx.x; e < call.num_experts; e += blockDim.x)
+  for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x))
     if (demand[e] != 0) atomicAdd(call.a.demand + e, demand[e]);
 }
 
@@ -399,6 +401,16 @@ GateCall call_of(const GateArgs& a) {
   call.has_top_p = a.top_p_per_token.data != nullptr || a.top_p < INFINITY;
   call.has_threshold = a.threshold_per_token.data != nullptr || a.threshold > -INFINITY;
   const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
+  call.fast = {a.logits.data,
+               a.logits.stride_row,
+               static_cast<float*>(a.weights),
+               a.experts,
+               static_cast<float*>(a.logsumexp),
+               call.num_columns,
+               call.top_k,
+               shape.score,
+               shape.normalize,
+               static_cast<float>(shape.scale)};
   call.noisy_scores =
       a.noise.data != nullptr && (!call.logit_keys || call.has_top_p || call.has_threshold || sums_groups);
   return call;
@@ -442,12 +454,13 @@ CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
     if (a.score_sum == nullptr) return {};
     return status_of(cudaMemsetAsync(a.score_sum, 0, call.num_experts * sizeof(float), queue.stream));
   }
-  call.rows_per_tile = ceil_div(ceil_div(num_tokens, kMaxTiles), kGateWarps) * kGateWarps;
-  call.num_tiles = ceil_div(num_tokens, call.rows_per_tile);
+  call.num_tokens = static_cast<unsigned>(num_tokens);
+  call.rows_per_tile = static_cast<unsigned>(ceil_div(ceil_div(num_tokens, kMaxTiles), kGateWarps) * kGateWarps);
+  call.num_tiles = static_cast<unsigned>(ceil_div(num_tokens, call.rows_per_tile));
   if (a.score_sum != nullptr) {
-    call.tile_sums = static_cast<float*>(queue.scratch(call.num_tiles * call.num_experts * sizeof(float)));
+    call.tile_sums = static_cast<float*>(queue.scratch(int64_t{call.num_tiles} * call.num_experts * sizeof(float)));
   }
-  call.memory = plan_rows(call.row_words(), call.num_experts, call.num_tiles, queue);
+  call.memory = plan_rows(call.row_words(), ceil_div(call.num_experts, 4) * 4, call.num_tiles, queue);
   status = launch_gate<T>(call, queue);
   if (status.code != 0 || a.score_sum == nullptr) return status;
   sum_tiles_kernel<<<num_blocks(call.num_experts, kWarp), kSumThreads, 0, queue.stream>>>(

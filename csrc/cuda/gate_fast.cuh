@@ -59,6 +59,20 @@ class Exponentials {
   float max_, shift_;
 };
 
+// The part of a call that fast rows look at.
+struct FastArgs {
+  const void* logits;
+  int64_t stride_row;
+  float* weights;
+  int32_t* experts;
+  float* logsumexp;
+  int num_columns;
+  int top_k;
+  Score score;
+  bool normalize;
+  float scale;
+};
+
 // One row; every function is for all lanes.
 template <class T, int kPerLane>
 class FastRow {
@@ -66,12 +80,10 @@ class FastRow {
   static constexpr int kMostColumns = kWarp * kPerLane;
   static constexpr int kPack = kPerLane * sizeof(T) <= 16 ? kPerLane : 16 / sizeof(T);
 
-  // `memory` holds kFastWords, aligned to 16 bytes.
-  __device__ FastRow(const GateArgs& args, int* memory, int* demand)
-      : a_(args), entries_(reinterpret_cast<uint64_t*>(memory)), demand_(demand) {}
+  __device__ FastRow(const FastArgs& args, int* demand) : a_(args), demand_(demand) {}
 
-  // The whole row, or false and nothing written. `sums`, if not null, are the warp's sums of scores.
-  __device__ bool run(int64_t t, float* sums) {
+  // Experts, weights and demand of row t, or false and nothing written. Of the warp's memory it may use kFastWords.
+  __device__ bool choose(unsigned t, const RowMemory& memory) {
     load(t);
     float first = larger(z_[0], z_[1]), second = fminf(z_[0], z_[1]);
 #pragma unroll
@@ -81,53 +93,56 @@ class FastRow {
     }
     const int first_key = number_key(first), second_key = number_key(second);
     const int largest = __reduce_max_sync(kAllLanes, first_key);
-    const Exponents exponents(key_value(largest));
-    float e[kPerLane], sum = 0.0f;
+    exponentials_ = Exponents(key_value(largest));
+    sum_ = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      e[i] = exponents(z_[i]);
-      sum += e[i];
+      e_[i] = exponentials_(z_[i]);
+      sum_ += e_[i];
     }
-    sum = warp_sum(sum);
+    sum_ = warp_sum(sum_);
     // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1.
-    if (!(sum >= 0.5f && sum <= 2.0f * kMostColumns)) return false;
+    if (!(sum_ >= 0.5f && sum_ <= 2.0f * kMostColumns)) return false;
 
-    const int k = static_cast<int>(a_.shape.top_k);
-    const Scoring scoring{a_.shape.score, exponents, sum};
-    int last = largest;
-    if (k >= kRadixK || !pick(t, k, first, second, first_key, second_key, &last, scoring)) {
-      if (k >= kRadixK) last = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
-      last = last > kMinusInfinity ? last : kMinusInfinity + 1;
-      if (!select(t, k, last, largest, scoring)) return false;
+    const int k = a_.top_k;
+    int floor = largest;
+    if (k < kRadixK) {
+      if (pick(t, k, first, second, first_key, second_key, &floor)) return true;
+    } else {
+      floor = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
     }
-    if (sums != nullptr) add_statistics(t, e, scoring, sums);
-    return true;
+    floor = floor > kMinusInfinity ? floor : kMinusInfinity + 1;
+    return select(t, k, floor, largest, reinterpret_cast<uint64_t*>(warp_memory(memory, warp_index())));
+  }
+
+  // After a choice. `sums` are the warp's sums of scores.
+  __device__ void add_statistics(unsigned t, float* sums) {
+    if (lane_index() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
+    const bool is_softmax = a_.score == Score::kSoftmax;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int column = column_of(i);
+      if (column >= a_.num_columns) continue;
+      sums[column] += is_softmax ? e_[i] / sum_ : elementwise_score(a_.score, z_[i]);
+    }
   }
 
  private:
   using Exponents = Exponentials<(kPerLane <= 4)>;
   static constexpr int kMinusInfinity = static_cast<int>(0x807fffff);  // its key
 
-  struct Scoring {
-    Score score;
-    Exponents exponents;
-    float sum;
+  __device__ static unsigned bit(int i) { return 0x80000000u >> i; }
+  __device__ static int first_of(unsigned bits) { return __clz(static_cast<int>(bits)); }
 
-    __device__ float operator()(float z) const {
-      return score == Score::kSoftmax ? exponents(z) / sum : elementwise_score(score, z);
-    }
-  };
+  // Rises with i.
+  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + lane_index() * kPack; }
 
-  __device__ int column_of(int i) const { return (i / kPack * kWarp + lane_index()) * kPack + i % kPack; }
-
-  __device__ void load(int64_t t) {
-    const T* const row = static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row;
-    const int num_columns = static_cast<int>(a_.shape.num_experts);
+  __device__ void load(unsigned t) {
+    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + lane_index() * kPack);
 #pragma unroll
     for (int p = 0; p < kPerLane / kPack; ++p) {
-      const int column = column_of(p * kPack);
-      if (column < num_columns) {
-        const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + column);
+      if (column_of(p * kPack) < a_.num_columns) {
+        const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + p * kPack * kWarp);
 #pragma unroll
         for (int n = 0; n < kPack; ++n) z_[p * kPack + n] = widen(pack.values[n]);
       } else {
@@ -137,75 +152,78 @@ class FastRow {
     }
   }
 
-  // Bit i: logit i of this lane is at the floor or above it.
+  // bit(i): logit i of this lane is at the floor or above it.
   __device__ unsigned at_least(float floor) const {
     return at_least(floor, std::make_integer_sequence<int, kPerLane>{});
   }
   template <int... i>
   __device__ unsigned at_least(float floor, std::integer_sequence<int, i...>) const {
     unsigned bits = 0;
-    (set_if_at_least<1 << i>(bits, z_[i], floor), ...);
+    (set_if_at_least<(0x80000000u >> i)>(bits, z_[i], floor), ...);
     return bits;
   }
   // In two instructions, where the compiler takes three.
-  template <int kBit>
+  template <unsigned kBit>
   __device__ static void set_if_at_least(unsigned& bits, float z, float floor) {
     asm("{.reg .pred reaches; setp.ge.f32 reaches, %1, %2; @reaches or.b32 %0, %0, %3;}"
         : "+r"(bits)
         : "f"(z), "f"(floor), "n"(kBit));
   }
 
-  // K picks. False, and nothing written, where they are not the K best; *last is then at the K-th largest key or below.
-  __device__ bool pick(int64_t t, int k, float first, float second, int first_key, int second_key, int* last,
-                       const Scoring& scoring) {
-    int shown = first_key, next = second_key, best = *last;
-    unsigned ranks = 0;  // bit j: what pick j took was this lane's
+  // K picks. False, and nothing written, where they are not the K best; *floor, the largest key at first, is then at
+  // the K-th largest key or below.
+  __device__ bool pick(unsigned t, int k, float first, float second, int first_key, int second_key, int* floor) {
+    int shown = first_key, next = second_key, best = *floor;
+    unsigned ranks = 0;  // bit(j): what pick j took was this lane's
 #pragma unroll
     for (int j = 0; j < kRadixK; ++j) {
       if (j >= k) break;
       if (j > 0) best = __reduce_max_sync(kAllLanes, shown);
       const bool is_own = shown == best;
-      ranks |= is_own ? 1u << j : 0u;
+      ranks |= is_own ? bit(j) : 0u;
       shown = is_own ? next : shown;
       next = is_own ? kDisallowed : next;
     }
-    *last = best;
+    *floor = best;
     const unsigned own = at_least(key_value(best));
     if (best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
 
     const bool has_two = __popc(own) == 2;
     float score = 0.0f, second_score = 0.0f;
-    if (own != 0) score = scoring(first);
-    if (has_two) second_score = scoring(second);
+    if (own != 0) score = score_of(first);
+    if (has_two) second_score = score_of(second);
     const float divisor = divisor_of(score + second_score);
     if (own == 0) return true;
-    unsigned of_first = own;
+    int at = first_of(own);
     if (has_two) {
-      of_first = at_least(first);
-      of_first &= ~of_first + 1;  // the lower column of equal ones
-      write(t, k, 31 - __clz(ranks), column_of(31 - __clz(own ^ of_first)), second_score / divisor);
+      at = first_of(at_least(first));
+      write(t, k, first_of(ranks ^ bit(first_of(ranks))), column_of(first_of(own ^ bit(at))), second_score, divisor);
     }
-    write(t, k, 31 - __clz(ranks & (~ranks + 1)), column_of(31 - __clz(of_first)), score / divisor);
+    write(t, k, first_of(ranks), column_of(at), score, divisor);
     return true;
+  }
+
+  __device__ float score_of(float z) const {
+    return a_.score == Score::kSoftmax ? exponentials_(z) / sum_ : elementwise_score(a_.score, z);
   }
 
   // What the scores of the chosen are divided by, given this lane's part of their sum.
   __device__ float divisor_of(float score) const {
-    if (!a_.shape.normalize) return 1.0f;
+    if (!a_.normalize) return 1.0f;
     const float total = warp_sum(score);
     return total < kWeightFloor ? kWeightFloor : total;
   }
 
-  __device__ void write(int64_t t, int k, int rank, int column, float weight) {
-    const int64_t at = t * k + rank;
-    static_cast<float*>(a_.weights)[at] = weight * static_cast<float>(a_.shape.scale);
+  __device__ void write(unsigned t, int k, int rank, int column, float score, float divisor) {
+    const int at = static_cast<int>(t) * k + rank;  // below 2^31
+    a_.weights[at] = (a_.normalize ? score / divisor : score) * a_.scale;
     a_.experts[at] = column;
     atomicAdd(demand_ + column, 1);
   }
 
   // The K best, K up to kFastMostK, by bisection of [low, high], where the K-th largest key is. False, and nothing
   // written, if there are fewer numbers.
-  __device__ bool select(int64_t t, int k, int low, int high, const Scoring& scoring) {
+  __device__ bool select(unsigned t, int k, int low, int high, uint64_t* entries) {
     while (low < high) {
       const int middle = middle_key(low, high);
       const int count = __reduce_add_sync(kAllLanes, __popc(at_least(key_value(middle))));
@@ -217,7 +235,7 @@ class FastRow {
     const int found = __reduce_add_sync(kAllLanes, __popc(own));
     if (found < k) return false;
     if (found > k) own = lowest_of_ties(k, own, at_least(key_value(low + 1)));
-    place(k, own);
+    place(k, own, entries);
     __syncwarp();
 
     uint64_t entry[2] = {0, 0};
@@ -226,35 +244,36 @@ class FastRow {
     for (int h = 0; h < 2; ++h) {
       const int at = h * kWarp + lane_index();
       if (at >= k) continue;
-      entry[h] = entries_[at];
-      score[h] = scoring(key_value(entry_key(entry[h])));
+      entry[h] = entries[at];
+      score[h] = score_of(key_value(entry_key(entry[h])));
     }
     const float divisor = divisor_of(score[0] + score[1]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (h * kWarp >= k) break;
-      const int rank = count_better(entries_, k, entry[h]);
-      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
+      const int rank = count_better(entries, k, entry[h]);
+      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h], divisor);
     }
     __syncwarp();  // the next row writes what is read here
     return true;
   }
 
   // The k best of `at_floor`, of which those outside `above` are equal: all above, and the lowest columns of the rest.
-  __device__ unsigned lowest_of_ties(int k, unsigned at_floor, unsigned above) const {
+  __device__ static unsigned lowest_of_ties(int k, unsigned at_floor, unsigned above) {
     unsigned equal = at_floor ^ above, own = above;
     for (int left = k - __reduce_add_sync(kAllLanes, __popc(above)); left > 0; --left) {
-      const int column = equal != 0 ? column_of(__ffs(equal) - 1) : INT_MAX;
+      const int i = first_of(equal);
+      const int column = equal != 0 ? column_of(i) : INT_MAX;
       if (column == __reduce_min_sync(kAllLanes, column)) {
-        own |= equal & (~equal + 1);
-        equal &= equal - 1;
+        own |= bit(i);
+        equal ^= bit(i);
       }
     }
     return own;
   }
 
-  // Puts the k chosen side by side, in any order, and a last entry behind them that is worse than all.
-  __device__ void place(int k, unsigned own) {
+  // Puts the k chosen side by side, in any order, and an entry behind them that is worse than all.
+  __device__ void place(int k, unsigned own, uint64_t* entries) const {
     int at = __popc(own);
 #pragma unroll
     for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -264,27 +283,17 @@ class FastRow {
     at -= __popc(own);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if ((own >> i & 1u) == 0) continue;
-      entries_[at++] = entry_of(number_key(z_[i]), column_of(i));
+      if ((own & bit(i)) == 0) continue;
+      entries[at++] = entry_of(number_key(z_[i]), column_of(i));
     }
-    if (lane_index() == 0) entries_[k] = 0;
+    if (lane_index() == 0) entries[k] = 0;
   }
 
-  __device__ void add_statistics(int64_t t, const float (&e)[kPerLane], const Scoring& scoring, float* sums) {
-    if (lane_index() == 0) static_cast<float*>(a_.logsumexp)[t] = scoring.exponents.log_of(scoring.sum);
-    const bool is_softmax = a_.shape.score == Score::kSoftmax;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int column = column_of(i);
-      if (column >= a_.shape.num_experts) continue;
-      sums[column] += is_softmax ? e[i] / scoring.sum : elementwise_score(a_.shape.score, z_[i]);
-    }
-  }
-
-  const GateArgs& a_;
-  uint64_t* const entries_;
+  const FastArgs& a_;
   int* const demand_;
-  float z_[kPerLane];
+  Exponents exponentials_{0.0f};
+  float sum_;
+  float z_[kPerLane], e_[kPerLane];
 };
 
 }  // namespace cuda
