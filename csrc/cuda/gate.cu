@@ -330,6 +330,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   // Demand is counted by the block where its memory is shared, and added up once per block.
   const int num_counts = m.in_shared ? call.num_experts : 0;
   int* const demand = m.in_shared ? reinterpret_cast<int*>(block_memory(m)) : call.a.demand;
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x)) demand[e] = 0;
   __syncthreads();
 
@@ -362,6 +363,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   }
   if (num_counts == 0) return;
   __syncthreads();
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x))
     if (demand[e] != 0) atomicAdd(call.a.demand + e, demand[e]);
 }

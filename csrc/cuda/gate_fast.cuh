@@ -105,9 +105,16 @@ class FastRow {
     if (!(sum_ >= 0.5f && sum_ <= 2.0f * kMostColumns)) return false;
 
     const int k = a_.top_k;
-    int floor = largest;
+    int floor;
     if (k < kRadixK) {
-      if (pick(t, k, first, second, first_key, second_key, &floor)) return true;
+      Picks picks{first_key, second_key, largest};
+      if (k == 8) {  // the usual K, saving the count
+        picks.take(std::make_integer_sequence<int, 8>{});
+      } else {
+        picks.take_up_to(k, std::make_integer_sequence<int, kRadixK - 1>{});
+      }
+      if (write_picks(t, k, first, second, picks)) return true;
+      floor = picks.best;
     } else {
       floor = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
     }
@@ -170,36 +177,53 @@ class FastRow {
         : "f"(z), "f"(floor), "n"(kBit));
   }
 
-  // K picks. False, and nothing written, where they are not the K best; *floor, the largest key at first, is then at
-  // the K-th largest key or below.
-  __device__ bool pick(unsigned t, int k, float first, float second, int first_key, int second_key, int* floor) {
-    int shown = first_key, next = second_key, best = *floor;
+  // What a lane shows, what it shows next, and what the warp picks.
+  struct Picks {
+    int shown, next;
+    int best;            // of the last pick; the largest key at first
     unsigned ranks = 0;  // bit(j): what pick j took was this lane's
-#pragma unroll
-    for (int j = 0; j < kRadixK; ++j) {
-      if (j >= k) break;
-      if (j > 0) best = __reduce_max_sync(kAllLanes, shown);
-      const bool is_own = shown == best;
-      ranks |= is_own ? bit(j) : 0u;
-      shown = is_own ? next : shown;
-      next = is_own ? kDisallowed : next;
+
+    template <int... j>
+    __device__ void take(std::integer_sequence<int, j...>) {
+      (take_one<j>(), ...);
     }
-    *floor = best;
-    const unsigned own = at_least(key_value(best));
-    if (best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
+    template <int... j>
+    __device__ void take_up_to(int k, std::integer_sequence<int, j...>) {
+      (void)((take_one<j>(), j + 1 < k) && ...);
+    }
+    template <int j>
+    __device__ void take_one() {
+      if (j > 0) best = __reduce_max_sync(kAllLanes, shown);
+      // Predicated moves, where the compiler selects and combines.
+      asm("{.reg .pred is_own; setp.eq.s32 is_own, %0, %3; @is_own or.b32 %2, %2, %4;"
+          " @is_own mov.b32 %0, %1; @is_own mov.b32 %1, 0x80000000;}"
+          : "+r"(shown), "+r"(next), "+r"(ranks)
+          : "r"(best), "n"(0x80000000u >> j));
+    }
+  };
+
+  // False, and nothing written, where the picks are not the K best. The last one is at the K-th largest key or below.
+  __device__ bool write_picks(unsigned t, int k, float first, float second, const Picks& picks) {
+    const unsigned own = at_least(key_value(picks.best));
+    if (picks.best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
 
     const bool has_two = __popc(own) == 2;
     float score = 0.0f, second_score = 0.0f;
     if (own != 0) score = score_of(first);
     if (has_two) second_score = score_of(second);
-    const float divisor = divisor_of(score + second_score);
+    if (a_.normalize) {
+      const float divisor = total_of(score + second_score);
+      score /= divisor;
+      second_score /= divisor;
+    }
     if (own == 0) return true;
+    const int rank = first_of(picks.ranks);
     int at = first_of(own);
     if (has_two) {
       at = first_of(at_least(first));
-      write(t, k, first_of(ranks ^ bit(first_of(ranks))), column_of(first_of(own ^ bit(at))), second_score, divisor);
+      write(t, k, first_of(picks.ranks ^ bit(rank)), column_of(first_of(own ^ bit(at))), second_score);
     }
-    write(t, k, first_of(ranks), column_of(at), score, divisor);
+    write(t, k, rank, column_of(at), score);
     return true;
   }
 
@@ -207,16 +231,15 @@ class FastRow {
     return a_.score == Score::kSoftmax ? exponentials_(z) / sum_ : elementwise_score(a_.score, z);
   }
 
-  // What the scores of the chosen are divided by, given this lane's part of their sum.
-  __device__ float divisor_of(float score) const {
-    if (!a_.normalize) return 1.0f;
+  // What normalized scores are divided by, given this lane's part of their sum.
+  __device__ static float total_of(float score) {
     const float total = warp_sum(score);
     return total < kWeightFloor ? kWeightFloor : total;
   }
 
-  __device__ void write(unsigned t, int k, int rank, int column, float score, float divisor) {
+  __device__ void write(unsigned t, int k, int rank, int column, float score) {
     const int at = static_cast<int>(t) * k + rank;  // below 2^31
-    a_.weights[at] = (a_.normalize ? score / divisor : score) * a_.scale;
+    a_.weights[at] = score * a_.scale;
     a_.experts[at] = column;
     atomicAdd(demand_ + column, 1);
   }
@@ -247,12 +270,12 @@ class FastRow {
       entry[h] = entries[at];
       score[h] = score_of(key_value(entry_key(entry[h])));
     }
-    const float divisor = divisor_of(score[0] + score[1]);
+    const float divisor = a_.normalize ? total_of(score[0] + score[1]) : 1.0f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (h * kWarp >= k) break;
       const int rank = count_better(entries, k, entry[h]);
-      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h], divisor);
+      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
     }
     __syncwarp();  // the next row writes what is read here
     return true;

@@ -18,16 +18,20 @@ namespace cuda {
 constexpr int kDisallowed = INT_MIN;
 constexpr int kRadixK = 16;
 
-// The key of a number.
-__device__ inline int number_key(float x) {
-  const int bits = __float_as_int(x + 0.0f);
-  return bits ^ ((bits >> 31) & INT_MAX);
+// The bits of a float, those below the sign inverted if it is set; and back.
+__device__ inline int invert_negative(int bits) {
+  int result;
+  asm("lop3.b32 %0, %1, %2, 0x7fffffff, 0x78;" : "=r"(result) : "r"(bits), "r"(bits >> 31));  // a ^ (b & c)
+  return result;
 }
+
+// The key of a number.
+__device__ inline int number_key(float x) { return invert_negative(__float_as_int(x + 0.0f)); }
 
 __device__ inline int ordered_key(float x) { return isnan(x) ? kDisallowed + 1 : number_key(x); }
 
 // The float a key stands for; NaN and disallowed give NaN.
-__device__ inline float key_value(int key) { return __int_as_float(key ^ ((key >> 31) & INT_MAX)); }
+__device__ inline float key_value(int key) { return __int_as_float(invert_negative(key)); }
 
 // A key with its position: the larger entry is the better one, by key and then by lower position. 0 is worse than all.
 __device__ inline uint64_t entry_of(int key, int position) {
