@@ -335,7 +335,8 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   __syncthreads();
 
   const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
-  for (unsigned tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
+  unsigned tile = blockIdx.x;
+  do {
     const unsigned begin = tile * call.rows_per_tile;
     const unsigned end = min(begin + call.rows_per_tile, call.num_tokens);
     if (call.tile_sums != nullptr) {
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
       }
       GateRow<T>(call, warp_memory(m, warp), demand).run(t);  // made here: rows of the fast way do not pay for it
     }
-    if (call.tile_sums == nullptr) continue;
+    if (call.tile_sums == nullptr) continue;  // to the condition below
     __syncthreads();
     for (int e = static_cast<int>(threadIdx.x); e < call.num_experts; e += static_cast<int>(blockDim.x)) {
       float sum = 0.0f;
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
       call.tile_sums[int64_t{tile} * call.num_experts + e] = sum;
     }
     __syncthreads();
-  }
+  } while ((tile += gridDim.x) < call.num_tiles);
   if (num_counts == 0) return;
   __syncthreads();
 #pragma unroll 1

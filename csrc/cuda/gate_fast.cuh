@@ -101,8 +101,10 @@ class FastRow {
       sum_ += e_[i];
     }
     sum_ = warp_sum(sum_);
-    // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1.
-    if (!(sum_ >= 0.5f && sum_ <= 2.0f * kMostColumns)) return false;
+    // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1: in [1/2, 2 kMostColumns].
+    constexpr unsigned kLeast = 0x3f000000, kDoubling = 0x00800000;
+    constexpr unsigned kRange = (kPerLane == 2 ? 8 : kPerLane == 4 ? 9 : 10) * kDoubling - 1;
+    if (__float_as_uint(sum_) - kLeast > kRange) return false;
 
     const int k = a_.top_k;
     int floor;
@@ -146,9 +148,17 @@ class FastRow {
 
   __device__ void load(unsigned t) {
     const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + lane_index() * kPack);
+    if (a_.num_columns == kMostColumns) {
+      load<true>(row);
+    } else {
+      load<false>(row);
+    }
+  }
+  template <bool kIsFull>
+  __device__ void load(const T* row) {
 #pragma unroll
     for (int p = 0; p < kPerLane / kPack; ++p) {
-      if (column_of(p * kPack) < a_.num_columns) {
+      if (kIsFull || column_of(p * kPack) < a_.num_columns) {
         const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + p * kPack * kWarp);
 #pragma unroll
         for (int n = 0; n < kPack; ++n) z_[p * kPack + n] = widen(pack.values[n]);
@@ -205,14 +215,14 @@ class FastRow {
   // False, and nothing written, where the picks are not the K best. The last one is at the K-th largest key or below.
   __device__ bool write_picks(unsigned t, int k, float first, float second, const Picks& picks) {
     const unsigned own = at_least(key_value(picks.best));
-    if (picks.best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
+    // Of a pick of -inf these are all there are, and of one of "disallowed", a NaN, none.
+    if (__reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
 
     const bool has_two = __popc(own) == 2;
-    float score = 0.0f, second_score = 0.0f;
-    if (own != 0) score = score_of(first);
-    if (has_two) second_score = score_of(second);
+    float score = score_of(first), second_score = 0.0f;  // of the lanes that have one
+    if (__any_sync(kAllLanes, has_two)) second_score = score_of(second);
     if (a_.normalize) {
-      const float divisor = total_of(score + second_score);
+      const float divisor = total_of((own != 0 ? score : 0.0f) + (has_two ? second_score : 0.0f));
       score /= divisor;
       second_score /= divisor;
     }
