@@ -21,13 +21,7 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Blocks are of one dimension, so this is threadIdx.x % kWarp, in one instruction.
-__device__ inline int lane_index() {
-  int lane;
-  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
-  __builtin_assume(lane >= 0 && lane < kWarp);
-  return lane;
-}
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }  // in the block
 
 // ---- Storage types. Arithmetic is in float for all but double.
