@@ -127,7 +127,7 @@ class FastRow {
 
   // After a choice. `sums` are the warp's sums of scores.
   __device__ void add_statistics(unsigned t, float* sums) {
-    if (lane() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
+    if (own_lane() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
     const bool is_softmax = a_.score == Score::kSoftmax;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -141,20 +141,14 @@ class FastRow {
   using Exponents = Exponentials<(kPerLane <= 4)>;
   static constexpr int kMinusInfinity = static_cast<int>(0x807fffff);  // its key
 
-  // lane_index() in one instruction.
-  __device__ static int lane() {
-    int index;
-    asm("mov.u32 %0, %%laneid;" : "=r"(index));
-    return index;
-  }
   __device__ static unsigned bit(int i) { return 0x80000000u >> i; }
   __device__ static int first_of(unsigned bits) { return __clz(static_cast<int>(bits)); }
 
   // Rises with i.
-  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + lane() * kPack; }
+  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + own_lane() * kPack; }
 
   __device__ void load(unsigned t) {
-    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + lane() * kPack);
+    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + own_lane() * kPack);
     if (a_.num_columns == kMostColumns) {
       load<true>(row);
     } else {
@@ -227,9 +221,9 @@ class FastRow {
 
     const bool has_two = __popc(own) == 2;
     float score = score_of(first), second_score = 0.0f;  // of the lanes that have one
-    if (__any_sync(kAllLanes, has_two)) second_score = score_of(second);
+    if (__any_sync(kAllLanes, has_two)) second_score = has_two ? score_of(second) : 0.0f;
     if (a_.normalize) {
-      const float divisor = total_of((own != 0 ? score : 0.0f) + (has_two ? second_score : 0.0f));
+      const float divisor = total_of(own != 0 ? score + second_score : 0.0f);
       score /= divisor;
       second_score /= divisor;
     }
@@ -301,7 +295,7 @@ class FastRow {
     float score[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int at = h * kWarp + lane();
+      const int at = h * kWarp + own_lane();
       if (at >= k) continue;
       entry[h] = entries[at];
       score[h] = score_of(key_value(entry_key(entry[h])));
@@ -311,7 +305,7 @@ class FastRow {
     for (int h = 0; h < 2; ++h) {
       if (h * kWarp >= k) break;
       const int rank = count_better(entries, k, entry[h]);
-      if (h * kWarp + lane() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
+      if (h * kWarp + own_lane() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
     }
     __syncwarp();  // the next row writes what is read here
     return true;
@@ -337,7 +331,7 @@ class FastRow {
 #pragma unroll
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const int before = __shfl_up_sync(kAllLanes, at, distance);
-      at += lane() >= distance ? before : 0;
+      at += own_lane() >= distance ? before : 0;
     }
     at -= __popc(own);
 #pragma unroll
@@ -345,7 +339,7 @@ class FastRow {
       if ((own & bit(i)) == 0) continue;
       entries[at++] = entry_of(number_key(z_[i]), column_of(i));
     }
-    if (lane() == 0) entries[k] = 0;
+    if (own_lane() == 0) entries[k] = 0;
   }
 
   const FastArgs& a_;
