@@ -220,8 +220,10 @@ class GateBackward {
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       const auto is_here = [&](int64_t j) { return row.experts[j] >= begin && row.experts[j] < begin + part; };
       Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
+      Float of_chosen[2] = {0, 0};
       for (int64_t j = 0; j < row.num_chosen; ++j)
-        if (is_here(j)) mean += row.taken_scores[j] * row.grad_taken[j];
+        if (is_here(j)) of_chosen[j % 2] += row.taken_scores[j] * row.grad_taken[j];
+      mean += of_chosen[0] + of_chosen[1];
       const Float over_mean = of_logsumexp != nullptr ? *of_logsumexp - mean : -mean;
       const V shift = V::all(over_mean);
       const V by = V::all(factor);
