@@ -11,7 +11,14 @@ import fastmoe_route as fr
 import torch
 from fastmoe_route import reference
 from mutant_checks import Case, close, few_blocks, random
-from mutant_expert_cases import biased_product, experts, many_groups, permute, rows_of_no_expert
+from mutant_expert_cases import (
+    biased_product,
+    experts,
+    many_groups,
+    permute,
+    preactivations_of_padding,
+    rows_of_no_expert,
+)
 
 
 def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +34,7 @@ def plan(
     *,
     ids: torch.dtype = torch.int64,
     has_strays: bool = True,
+    has_none: bool = False,
     weights: torch.dtype = torch.float32,
     **options: object,
 ) -> None:
@@ -35,6 +43,10 @@ def plan(
                             generator=generator).to(ids)  # fmt: skip
     if has_strays:
         experts[3, 1], experts[-2, 0], experts[7, 0] = num_experts, -2, 2**31 - 1
+        experts[8:12, 0] = 4 * num_experts  # as 0 in the bits that a sort looks at
+        experts[5] = torch.tensor([0, 1])
+    if has_none:
+        experts[:] = -1
     clean = experts.clone()
     clean[(experts < 0) | (experts >= num_experts)] = -1
     if options.get("drop_policy") == "score":
@@ -46,23 +58,24 @@ def plan(
         clean[is_stray] = -1
     made = fr.plan_dispatch(experts, num_experts, **made_with)
     max_rows = options.pop("max_rows", None)
-    if max_rows is None:
-        expected = reference.plan_dispatch(clean, num_experts, **options)
-        assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
-        return
-    demand = clean[clean >= 0].bincount(minlength=num_experts)
-    is_past = (clean.flatten() >= 0).cumsum(0).view(clean.shape) > max_rows
-    expected = reference.plan_dispatch(clean.masked_fill(is_past, -1), num_experts, **options)
-    assert torch.equal(made.offsets, expected.offsets)
-    assert torch.equal(made.slot_to_row, expected.slot_to_row)
-    assert torch.equal(made.row_to_slot, expected.row_to_slot[:max_rows])
-    assert torch.equal(made.dropped, (demand - expected.kept).int())
+    expected = reference.plan_dispatch(clean, num_experts, **options)
+    if max_rows is not None:
+        demand = expected.kept + expected.dropped
+        is_used = expected.slot_to_row >= 0
+        is_used &= is_used.flatten().cumsum(0).view(clean.shape) <= max_rows
+        expected = reference.plan_dispatch(clean.masked_fill(~is_used, -1), num_experts)
+        expected = expected._replace(
+            row_to_slot=expected.row_to_slot[:max_rows], dropped=demand - expected.kept
+        )
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
 def softmax(width: int, method: str, blocks: int, dtype: torch.dtype = torch.float32) -> None:
     x = random(9, width).to(dtype)
     x[4] *= 400  # exponentials of most are zero
+    x[5, -1] = x[5].max() + 800
     x[6, -2:] = -torch.inf
+    x[7, -1] = x[7].max() - 720
     x.requires_grad_()
     wanted = torch.softmax(x.double(), -1)
     (expected,) = torch.autograd.grad(wanted.square().sum(), x)
@@ -74,13 +87,19 @@ def softmax(width: int, method: str, blocks: int, dtype: torch.dtype = torch.flo
 
 
 def softmax_topk(
-    width: int, k: int, ties: bool, dtype: torch.dtype = torch.float64, num_rows: int = 3
+    width: int,
+    k: int,
+    ties: bool,
+    dtype: torch.dtype = torch.float64,
+    num_rows: int = 3,
+    blocks: int = 2,
 ) -> None:
     x = random(num_rows, width).to(dtype)
+    x[0] *= 100 if num_rows > 1 else 1
     if ties:
         x = (2 * x).round()
     x.requires_grad_()
-    with few_blocks(2):
+    with few_blocks(blocks):
         values, columns = fr.softmax_topk(x, k)
         p, wanted = reference.softmax_topk(x.detach(), k)
         assert torch.equal(columns, wanted)
@@ -167,6 +186,9 @@ def reroute(
     generator = torch.Generator().manual_seed(num_tokens)
     experts = torch.randint(-1, 7, (num_tokens, num_candidates), generator=generator).to(ids)
     experts[2, 0], experts[-1, -1] = 7, -2
+    experts[6:12, 1] = 32  # as 0 in the bits that a sort looks at
+    if ids == torch.int64:
+        experts[4, :3] = torch.tensor([2**32 + 3, 1, 3])
     clean = experts.clone()
     clean[(experts < 0) | (experts >= 7)] = -1
     asked = torch.rand(experts.shape, generator=generator).to(weights)
@@ -220,6 +242,7 @@ CASES: dict[str, Case] = {
     "plan, 600 experts": partial(plan, 700, 600, align=4),
     "plan, 300 experts": partial(plan, 700, 300),
     "plan, many rows": partial(plan, 2400, 8, align=2),
+    "plan, nobody": partial(plan, 1100, 8, has_none=True),
     "plan, by score, int32": partial(
         plan, 300, 8, capacity=20, drop_policy="score", ids=torch.int32
     ),
@@ -233,7 +256,11 @@ CASES: dict[str, Case] = {
     "plan, max_rows suffices": partial(plan, 700, 8, max_rows=1350),
     "plan, max_rows cuts the last": partial(plan, 700, 8, max_rows=1399, has_strays=False),
     "plan, max_rows cuts at a step": partial(plan, 700, 8, max_rows=544, has_strays=False),
-    "plan, max_rows, scopes": partial(plan, 700, 8, max_rows=500, num_scopes=3),
+    **{
+        f"plan, max_rows {rows}, {name}": partial(plan, 700, 8, max_rows=rows, **options)
+        for rows in (500, 501, 502, 503)
+        for name, options in (("capacity", {"capacity": 90}), ("scopes", {"num_scopes": 3}))
+    },
     "plan, many experts, max_rows": partial(plan, 400, 2500, max_rows=500),
     "permute 8": partial(permute, 8, 2),
     "permute 33": partial(permute, 33, FAR),
@@ -256,10 +283,10 @@ CASES: dict[str, Case] = {
     "softmax_topk 9000": partial(softmax_topk, 9000, 5, False),
     "softmax_topk 9000, ties": partial(softmax_topk, 9000, 64, True),
     "softmax_topk 100": partial(softmax_topk, 100, 64, False),
-    "softmax_topk 301": partial(softmax_topk, 301, 4, False, torch.float32),
+    "softmax_topk 301": partial(softmax_topk, 301, 4, False),
     "softmax_topk 3001, one row": partial(softmax_topk, 3001, 4, False, torch.float32, 1),
-    "softmax_topk 8200": partial(softmax_topk, 8200, 40, False),
-    "softmax_topk, merged twice": partial(softmax_topk, 266_250, 64, False, torch.float64, 1),
+    "softmax_topk 8200": partial(softmax_topk, 8200, 40, False, blocks=FAR),
+    "softmax_topk, merged twice": partial(softmax_topk, 262_154, 64, False, num_rows=1, blocks=FAR),
     "softmax_topk, stray columns": softmax_topk_stray_columns,
     "gate 8": partial(gate, 40, 8, 2, 2, stats=True, normalize=True),
     "gate 64": partial(gate, 40, 64, 6, 2, stats=True, normalize=True),
@@ -290,13 +317,13 @@ CASES: dict[str, Case] = {
     "gate 20, groups": partial(gate, 20, 20, 4, 1, score="sigmoid", bias=True, **GROUPED),
     "gate 20, everything": partial(gate, 20, 20, 4, 1, noise=True, mask=True, bias=True),
     "gate, masked groups": partial(gate, 20, 40, 4, 1, mask=True, **GROUPED),
-    "gate, bias and NaN": partial(gate, 20, 40, 4, 1, bias=True, has_nan=True),
+    "gate, bias and NaN": partial(gate, 20, 40, 20, 1, bias=True, has_nan=True),
     "gate, sigmoid and NaN": partial(
         gate, 20, 40, 4, 1, score="sigmoid", has_nan=True, keep_scores=True
     ),
     "gate, threshold, normalized": partial(gate, 20, 40, 6, 1, threshold=0.03, normalize=True),
-    "gate 64, share of a group": partial(
-        gate, 40, 64, 6, 1, num_groups=4, max_per_group=2, stats=True
+    "gate 400, share of a group": partial(
+        gate, 40, 400, 6, 1, num_groups=4, max_per_group=2, stats=True
     ),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
@@ -332,6 +359,20 @@ CASES: dict[str, Case] = {
     "experts, float32, 33 wide, interleaved, biased": partial(
         experts, torch.float32, True, FAR, 33, interleaved=True
     ),
+    "experts, float32, 33 wide, unbiased": partial(experts, torch.float32, False, FAR, 33),
+    "experts, float32, 5 wide": partial(experts, torch.float32, False, FAR, 5),
+    "experts, float32, weights on input": partial(
+        experts, torch.float32, False, FAR, 24, weights_on="input"
+    ),
+    "experts, interleaved, unbiased": partial(
+        experts, torch.bfloat16, False, FAR, interleaved=True
+    ),
+    "experts, ungated, no holes": partial(
+        experts, torch.bfloat16, False, FAR, activation="silu", has_holes=False
+    ),
+    "experts, 33 wide, ungated, no holes": partial(
+        experts, torch.bfloat16, False, FAR, 33, activation="silu", has_holes=False
+    ),
     "experts, interleaved": partial(experts, torch.bfloat16, True, FAR, interleaved=True),
     "experts, ungated": partial(experts, torch.bfloat16, False, FAR, activation="gelu"),
     "experts, ungated, biased": partial(experts, torch.bfloat16, True, FAR, activation="relu"),
@@ -339,10 +380,11 @@ CASES: dict[str, Case] = {
         experts, torch.float16, True, 2, 33, activation="relu", weights_on="input"
     ),
     "experts, weights on input": partial(experts, torch.bfloat16, True, FAR, weights_on="input"),
-    "experts, aligned": partial(experts, torch.bfloat16, True, FAR, align=4),
+    "experts, aligned": partial(experts, torch.bfloat16, True, FAR, align=128),
     "experts, 33 wide, aligned": partial(experts, torch.bfloat16, True, 2, 33, align=4),
     "experts, float32, 33 wide, aligned": partial(experts, torch.float32, True, 1, 33, align=4),
     "experts, rows of no expert": rows_of_no_expert,
+    "experts, preactivations of padding": preactivations_of_padding,
     "product, biased": biased_product,
     "many groups": partial(many_groups, 1),
 }

@@ -48,10 +48,12 @@ def experts(
     activation: str = "swiglu",
     align: int = 1,
     trains: bool = True,
+    has_holes: bool = True,
     **options: object,
 ) -> None:
     """The last token and the last expert take part, so that no row behind theirs is a tensor's."""
-    ids = torch.randint(-1, 3, (num_tokens, 2), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1 if has_holes else 0, 3, (num_tokens, 2), generator=generator)
     ids[-1] = torch.tensor([2, 0])
     weights = torch.rand(num_tokens, 2, generator=torch.Generator().manual_seed(2))
     up = width * (2 if "glu" in activation else 1)
@@ -116,6 +118,22 @@ def rows_of_no_expert() -> None:
         close(y, expected)
         for mine, theirs in zip(grads, wanted, strict=True):
             close(mine / theirs.abs().max(), theirs / theirs.abs().max())
+
+
+def preactivations_of_padding() -> None:
+    """Rows without a slot are zeros in what the forward pass keeps."""
+    ids = torch.randint(0, 3, (40, 2), generator=torch.Generator().manual_seed(3)).int()
+    made = fr.plan_dispatch(ids, 3, align=16)
+    weights = torch.rand(40, 2, generator=torch.Generator().manual_seed(2))
+    for width in (17, 24):
+        given = random(40, width), random(3, width, 2 * width), random(3, width, width)
+        x, w_up, w_down = (t.bfloat16() for t in given)
+        bias_up = random(3, 2 * width, seed=3).bfloat16()
+        _, pre = torch.ops.fastmoe_route.moe_mlp(
+            x, weights.requires_grad_(), w_up, w_down, bias_up, None, *made[:3], 0, False, False
+        )
+        assert bool((pre[made.row_to_slot < 0] == 0).all())
+        assert bool((pre[made.row_to_slot >= 0] != 0).any(-1).all())
 
 
 def biased_product() -> None:
