@@ -18,13 +18,14 @@ from mutant_expert_cases import (
     permute,
     preactivations_of_padding,
     rows_of_no_expert,
+    rows_of_stray_slots,
 )
 
 
 def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scopes of tokens, of which the last and one more are out of range, and which tokens are."""
+    """Scopes of tokens, and which of them are out of range."""
     scopes = (torch.arange(num_tokens) % num_scopes).int()
-    scopes[5], scopes[-1] = num_scopes, -1
+    scopes[5], scopes[6], scopes[-1] = num_scopes, -1, 2**31 - 1
     return scopes, (scopes < 0) | (scopes >= num_scopes)
 
 
@@ -258,7 +259,7 @@ CASES: dict[str, Case] = {
     "plan, max_rows cuts at a step": partial(plan, 700, 8, max_rows=544, has_strays=False),
     **{
         f"plan, max_rows {rows}, {name}": partial(plan, 700, 8, max_rows=rows, **options)
-        for rows in (500, 501, 502, 503)
+        for rows in range(500, 507)
         for name, options in (("capacity", {"capacity": 90}), ("scopes", {"num_scopes": 3}))
     },
     "plan, many experts, max_rows": partial(plan, 400, 2500, max_rows=500),
@@ -317,7 +318,7 @@ CASES: dict[str, Case] = {
     "gate 20, groups": partial(gate, 20, 20, 4, 1, score="sigmoid", bias=True, **GROUPED),
     "gate 20, everything": partial(gate, 20, 20, 4, 1, noise=True, mask=True, bias=True),
     "gate, masked groups": partial(gate, 20, 40, 4, 1, mask=True, **GROUPED),
-    "gate, bias and NaN": partial(gate, 20, 40, 20, 1, bias=True, has_nan=True),
+    "gate, bias and NaN": partial(gate, 20, 40, 30, 1, bias=True, has_nan=True),
     "gate, sigmoid and NaN": partial(
         gate, 20, 40, 4, 1, score="sigmoid", has_nan=True, keep_scores=True
     ),
@@ -384,6 +385,7 @@ CASES: dict[str, Case] = {
     "experts, 33 wide, aligned": partial(experts, torch.bfloat16, True, 2, 33, align=4),
     "experts, float32, 33 wide, aligned": partial(experts, torch.float32, True, 1, 33, align=4),
     "experts, rows of no expert": rows_of_no_expert,
+    "experts, rows of stray slots": rows_of_stray_slots,
     "experts, preactivations of padding": preactivations_of_padding,
     "product, biased": biased_product,
     "many groups": partial(many_groups, 1),

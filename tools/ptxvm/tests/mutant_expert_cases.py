@@ -120,6 +120,28 @@ def rows_of_no_expert() -> None:
             close(mine / theirs.abs().max(), theirs / theirs.abs().max())
 
 
+def rows_of_stray_slots() -> None:
+    """Rows that name slots that do not exist are padding, in every part of a tile."""
+    ids = torch.randint(0, 2, (120, 2), generator=torch.Generator().manual_seed(3)).int()
+    made = fr.plan_dispatch(ids, 2)
+    weights = torch.rand(120, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    spoiled, clean = made.row_to_slot.clone(), ids.clone()
+    for row, stray in zip(range(3, 110, 15), (240, -2, 2**31 - 1, -(2**31)) * 2, strict=True):
+        clean.view(-1)[spoiled[row]] = -1
+        spoiled[row] = stray
+    plan = made._replace(row_to_slot=spoiled)
+    x, w_up, w_down = random(120, 24), random(2, 24, 48, seed=1) / 4, random(2, 24, 24, seed=2) / 4
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [(t / 2).to(dtype).requires_grad_() for t in (x, w_up, w_down)]
+        expected = reference.moe_mlp(leaves[0], (clean, weights), *leaves[1:])
+        wanted = torch.autograd.grad(expected.float().square().sum(), [*leaves, weights])
+        y = fr.moe_mlp(leaves[0], (ids, weights), *leaves[1:], plan=plan)
+        grads = torch.autograd.grad(y.float().square().sum(), [*leaves, weights])
+        close(y, expected)
+        for mine, theirs in zip(grads, wanted, strict=True):
+            close(mine / theirs.abs().max(), theirs / theirs.abs().max())
+
+
 def preactivations_of_padding() -> None:
     """Rows without a slot are zeros in what the forward pass keeps."""
     ids = torch.randint(0, 3, (40, 2), generator=torch.Generator().manual_seed(3)).int()
