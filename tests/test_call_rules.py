@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 EXPERTS = torch.tensor([[0, 2], [1, 0], [2, 1]], dtype=torch.int32)
 PLAN = fr.plan_dispatch(EXPERTS, 3)
@@ -58,6 +59,25 @@ def test_second_derivative_is_right_or_an_error(name: str) -> None:
     ends = [penalty(FLOAT_OPS[name], scale.detach() + sign * step) for sign in (1, -1)]
     slope = (ends[0] - ends[1]) / (2 * step)
     assert abs(scale.grad - slope) <= 1e-2 * abs(slope)
+
+
+@pytest.mark.parametrize("name", [name for name in FLOAT_OPS if name not in TWICE])
+def test_second_derivative_is_an_error_beside_another_way_to_x(name: str) -> None:
+    """Asked for the gradient by x alone, the engine visits only what leads there."""
+    x = torch.arange(12.0).reshape(3, 4).sin().requires_grad_()
+    loss = FLOAT_OPS[name](x).square().sum() + (x**3).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}: gradients must be differentiated once"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
+def test_a_checkpointed_gradient_may_have_a_graph(name: str) -> None:
+    grads = []
+    for call in (FLOAT_OPS[name], lambda x: checkpoint(FLOAT_OPS[name], x, use_reentrant=False)):
+        x = torch.arange(12.0).reshape(3, 4).sin().requires_grad_()
+        grads += torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("name", FLOAT_OPS)

@@ -343,6 +343,24 @@ def test_integer_results_and_unused_outputs_need_no_gradient():
     assert_bound(logits.grad, logits.detach().double().softmax(1), 1e-6)
 
 
+def test_what_only_chooses_asks_for_no_gradient():
+    """A bias is often a parameter; the weights of a frozen router then stay out of the graph."""
+    options = {
+        "bias": torch.zeros(6, requires_grad=True),
+        "noise": torch.zeros(5, 6, requires_grad=True),
+        "top_p": torch.ones(5, requires_grad=True),
+        "threshold": torch.zeros(5, requires_grad=True),
+    }
+    for name, value in options.items():
+        for stats in (False, True):
+            routing = fr.gate(torch.randn(5, 6), 2, **{name: value}, stats=stats)
+            assert not routing.weights.requires_grad, name
+            logits = torch.randn(5, 6, requires_grad=True)
+            fr.gate(logits, 2, **{name: value}, stats=stats).weights.sum().backward()
+            assert logits.grad is not None, name
+            assert value.grad is None, name
+
+
 # ---- registration ------------------------------------------------------------------------------
 
 

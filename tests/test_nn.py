@@ -370,6 +370,10 @@ def test_per_expert_layouts_round_trip(layout, activation):
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),
         ({"shared_gate": True}, "shared_gate must be False without shared experts"),
         ({"capacity_factor": -1.0}, "capacity_factor must be positive"),
+        ({"capacity_factor": "1"}, "capacity_factor must be a number or None, got '1'"),
+        ({"router_options": {"aux_coef": "1"}}, "aux_coef must be a number, got '1'"),
+        ({"router_options": {"jitters": 3}}, "jitters must be an argument of the method, got 3"),
+        ({"init_std": -1.0}, r"init_std must be finite and at least 0, got -1\.0"),
         (
             {"router": routers.Switch(H, E, K), "capacity_factor": 1.0},
             "router_options must be None",

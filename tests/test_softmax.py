@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import fastmoe_route as fr
 import pytest
@@ -98,7 +99,8 @@ def test_gradient_against_float64(backend: str, size: int, dtype: torch.dtype) -
     y = fr.softmax(x)
     (got,) = torch.autograd.grad(y, x, g)
     wide_y, wide_g = y.detach().double(), g.double()
-    wanted = wide_y * (wide_g - (wide_g * wide_y).sum(-1, keepdim=True))
+    mean = (wide_g * wide_y).sum(-1, keepdim=True) / wide_y.sum(-1, keepdim=True)
+    wanted = wide_y * (wide_g - mean)
     u = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     scale = wide_y * (wide_g.abs() + (size + 4) * (wide_g * wide_y).abs().sum(-1, keepdim=True))
     info = torch.finfo(dtype)
@@ -220,6 +222,24 @@ def test_threads_and_batch_do_not_show(
             assert_exact(other, grads[0])
 
 
+@pytest.mark.parametrize("columns", [64, 100, 300])
+def test_gradient_of_rows_that_one_column_dominates(backend: str, columns: int) -> None:
+    """Where y is close to 1 its g - sum(g * y) is less than the rounding of sum(y) brings."""
+    x = (1.5 * logits(500, columns)).to(torch.bfloat16)
+    g = logits(500, columns, dtype=torch.bfloat16, seed=1)
+    wide = x.double().requires_grad_()
+    expected = torch.autograd.grad(wide.softmax(-1), wide, g.double())[0]
+
+    def error(softmax: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = x.to(backend).requires_grad_()
+        (grad,) = torch.autograd.grad(softmax(leaf), leaf, g.to(backend))
+        difference = grad.cpu().double() - expected
+        return (difference.norm(dim=1) / expected.norm(dim=1)).mean()
+
+    assert error(fr.softmax) < 3e-3
+    assert error(lambda t: t.softmax(-1)) > 2e-2  # or the rows test nothing
+
+
 def test_streamed_output_has_the_same_bits(backend: str) -> None:
     """Outputs beyond 32 MB are written past the caches."""
     for method, columns in (("three_pass", 30001), ("online", 140001), ("two_pass", 140001)):
@@ -287,6 +307,21 @@ def test_out_is_written_and_nothing_around_it(
         assert_exact(out, fr.softmax(x, dim).contiguous())
         assert (store[:101] == 7).all()
         assert (store[101 + x.numel() :] == 7).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_out_is_x_itself_or_apart_from_it(backend: str, method: str) -> None:
+    store = logits(1, 90).to(backend)[0]
+    x = store[20:60].view(2, 20)
+    wanted = fr.softmax(x, method=method)
+    for start in (0, 19, 21, 40, 49):
+        with pytest.raises(RuntimeError, match="softmax: out must be x itself or share no memory"):
+            fr.softmax(x, method=method, out=store[start : start + 40].view(2, 20))
+    assert_exact(store[20:60].view(2, 20), x)  # nothing was written
+    for out in (store[:20], store[60:80]):  # next to it
+        beside = fr.softmax(x[:, :10], method=method, out=out.view(2, 10))
+        assert_exact(beside, fr.softmax(x[:, :10].clone(), method=method))
+    assert_exact(fr.softmax(x, method=method, out=x), wanted)
 
 
 # ---- errors ------------------------------------------------------------------------------------

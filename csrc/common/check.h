@@ -43,6 +43,27 @@ struct ShapeText {
 };
 inline ShapeText shape_of(const Tensor& tensor) { return {tensor}; }
 
+// The dtype of a tensor as a part of a message, by the name that Python has for it.
+struct DTypeText {
+  ScalarType type;
+  friend std::ostream& operator<<(std::ostream& text, DTypeText dtype) {
+    switch (dtype.type) {
+      case ScalarType::Byte: return text << "uint8";
+      case ScalarType::Char: return text << "int8";
+      case ScalarType::Short: return text << "int16";
+      case ScalarType::Int: return text << "int32";
+      case ScalarType::Long: return text << "int64";
+      case ScalarType::Half: return text << "float16";
+      case ScalarType::Float: return text << "float32";
+      case ScalarType::Double: return text << "float64";
+      case ScalarType::Bool: return text << "bool";
+      case ScalarType::BFloat16: return text << "bfloat16";
+      default: return text << "dtype " << torch::headeronly::toString(dtype.type);
+    }
+  }
+};
+inline DTypeText dtype_of(const Tensor& tensor) { return {tensor.scalar_type()}; }
+
 // float32, bfloat16, float16 or float64; anything else is an error that names `argument`.
 inline DType float_dtype(const char* op, const char* argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -50,9 +71,7 @@ inline DType float_dtype(const char* op, const char* argument, const Tensor& ten
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Double: return DType::kFloat64;
-    default:
-      fail(op, ": ", argument, " must be float32, bfloat16, float16 or float64, got dtype code ",
-           static_cast<int>(tensor.scalar_type()));
+    default: fail(op, ": ", argument, " must be float32, bfloat16, float16 or float64, got ", dtype_of(tensor));
   }
 }
 
@@ -76,8 +95,7 @@ inline void check_size(const char* op, const char* argument, const Tensor& tenso
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted,
                         const char* wanted_name) {
-  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got dtype code ",
-        static_cast<int>(tensor.scalar_type()));
+  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got ", dtype_of(tensor));
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -1,4 +1,4 @@
-// softmax: three ways to exp(x - max) / sum along a row, and the backward pass y * (g - sum(g * y)).
+// softmax: three ways to exp(x - max) / sum along a row, and the backward pass y * (g - sum(g * y) / sum(y)).
 //
 // three_pass  max, sum, write. A row whose exponentials fit kKeepColumns keeps them, so that exp is taken once;
 //             a longer row reads x three times and takes exp twice.
@@ -201,14 +201,12 @@ void register_rows(const T* x, int64_t x_stride, T* y, int64_t n, int64_t rows) 
   }
 }
 
-template <class T>
-using RegisterRows = void (*)(const T*, int64_t, T*, int64_t, int64_t);
-
-template <int N, class T>
-RegisterRows<T> pick_register_rows(int64_t vecs) {
+// One(N) for the N <= kRegisterVecs that holds n elements.
+template <int N = kRegisterVecs, class F>
+auto with_vecs(int64_t n, const F& one) {
   if constexpr (N > 1)
-    if (vecs < N) return pick_register_rows<N - 1, T>(vecs);
-  return register_rows<N, T>;
+    if (n <= (N - 1) * kLanes) return with_vecs<N - 1>(n, one);
+  return one(std::integral_constant<int, N>{});
 }
 
 // ---- float64: three passes of scalars for every method.
@@ -241,7 +239,7 @@ void softmax_rows(const SoftmaxArgs& args, T) {
   const SoftmaxMethod method = resolve(args);
   const bool stream = args.num_rows * n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   if (method == SoftmaxMethod::kThreePass && n <= kRegisterVecs * kLanes) {
-    const auto rows = pick_register_rows<kRegisterVecs, T>((n + kLanes - 1) / kLanes);
+    const auto rows = with_vecs(n, [](auto vecs) { return register_rows<vecs.value, T>; });
     return split_rows(args.num_rows, n, [&](int64_t first, int64_t last, int) {
       rows(x + first * args.x_stride, args.x_stride, y + first * n, n, last - first);
     });
@@ -280,29 +278,37 @@ void softmax_rows(const SoftmaxArgs& args, double) {
   });
 }
 
-// ---- Backward: grad_x = y * (g - sum(g * y)).
+// ---- Backward: grad_x = y * (g - mean), mean = sum(g * y) / sum(y). The sum of the rounded y differs from 1, and where
+// ---- one y is close to 1 that difference would be all that is left of its g - sum(g * y).
 
-struct Dot {
-  double sum = 0.0;
-  void add(const Dot& other) { sum += other.sum; }
+struct Moments {
+  double weighted = 0.0, total = 0.0;
+  void add(const Moments& other) {
+    weighted += other.weighted;
+    total += other.total;
+  }
 };
 
 template <class T>
-void backward_row(const T* g, const T* y, T* grad_x, int64_t n, Dot* partials) {
-  const Dot dot = over_tiles<Dot>(n, partials, [&](int64_t begin, int64_t count) {
-    Dot tile;
+void backward_row(const T* g, const T* y, T* grad_x, int64_t n, Moments* partials) {
+  const Moments row = over_tiles<Moments>(n, partials, [&](int64_t begin, int64_t count) {
+    Moments tile;
     each_block(count, [&](int64_t at, int64_t size) {
-      Vec s[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+      Vec weighted[4], total[4];
+      for (int j = 0; j < 4; ++j) weighted[j] = total[j] = Vec::zero();
       const T* gs = g + begin + at;
       const T* ys = y + begin + at;
       each_vec(size, [&](int j, int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
-        s[j] = fma(get(gs + i, lanes, 0.0f), get(ys + i, lanes, 0.0f), s[j]);
+        const Vec p = get(ys + i, lanes, 0.0f);
+        weighted[j] = fma(get(gs + i, lanes, 0.0f), p, weighted[j]);
+        total[j] = total[j] + p;
       });
-      tile.sum += reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+      tile.weighted += reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
+      tile.total += reduce_add((total[0] + total[1]) + (total[2] + total[3]));
     });
     return tile;
   });
-  const Vec mean = Vec::all(static_cast<float>(dot.sum));
+  const Vec mean = Vec::all(static_cast<float>(row.weighted / row.total));
   each_tile(n, partials != nullptr, [&](int64_t begin, int64_t count) {
     write(grad_x + begin, count, false, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
       return get(y + begin + i, lanes, 0.0f) * (get(g + begin + i, lanes, 0.0f) - mean);
@@ -310,10 +316,33 @@ void backward_row(const T* g, const T* y, T* grad_x, int64_t n, Dot* partials) {
   });
 }
 
-void backward_row(const double* g, const double* y, double* grad_x, int64_t n, Dot*) {
-  double dot = 0.0;
-  for (int64_t i = 0; i < n; ++i) dot += g[i] * y[i];
-  for (int64_t i = 0; i < n; ++i) grad_x[i] = y[i] * (g[i] - dot);
+// Rows of N vectors, the last with `tail` elements.
+template <int N, class T>
+void register_backward_rows(const T* g, const T* y, T* grad_x, int64_t n, int64_t rows) {
+  constexpr int kLast = N - 1;
+  const int tail = static_cast<int>(n - kLast * kLanes);
+  for (int64_t row = 0; row < rows; ++row, g += n, y += n, grad_x += n) {
+    Vec p[N], weighted[2] = {Vec::zero(), Vec::zero()}, total[2] = {Vec::zero(), Vec::zero()};
+    const auto grad = [&](int i) FASTMOE_ROUTE_INLINE {
+      return i < kLast || tail == kLanes ? Vec::load(g + i * kLanes) : Vec::load(g + i * kLanes, tail, 0.0f);
+    };
+    for (int i = 0; i < N; ++i) {
+      p[i] = i < kLast || tail == kLanes ? Vec::load(y + i * kLanes) : Vec::load(y + i * kLanes, tail, 0.0f);
+      weighted[i % 2] = fma(grad(i), p[i], weighted[i % 2]);
+      total[i % 2] = total[i % 2] + p[i];
+    }
+    const Vec mean = Vec::all(reduce_add(weighted[0] + weighted[1]) / reduce_add(total[0] + total[1]));
+    for (int i = 0; i < kLast; ++i) (p[i] * (grad(i) - mean)).store(grad_x + i * kLanes);
+    const Vec rest = p[kLast] * (grad(kLast) - mean);
+    tail == kLanes ? rest.store(grad_x + kLast * kLanes) : rest.store(grad_x + kLast * kLanes, tail);
+  }
+}
+
+void backward_row(const double* g, const double* y, double* grad_x, int64_t n, Moments*) {
+  Moments row;
+  for (int64_t i = 0; i < n; ++i) row.add({g[i] * y[i], y[i]});
+  const double mean = row.weighted / row.total;
+  for (int64_t i = 0; i < n; ++i) grad_x[i] = y[i] * (g[i] - mean);
 }
 
 }  // namespace
@@ -326,17 +355,25 @@ void softmax_backward(const SoftmaxBackwardArgs& args) {
   const int64_t n = args.num_cols;
   dispatch_float(args.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto one_row = [&](int64_t row, Dot* partials) {
-      backward_row(static_cast<const T*>(args.grad_y) + row * n, static_cast<const T*>(args.y) + row * n,
-                   static_cast<T*>(args.grad_x) + row * n, n, partials);
-    };
+    const T* g = static_cast<const T*>(args.grad_y);
+    const T* y = static_cast<const T*>(args.y);
+    T* grad_x = static_cast<T*>(args.grad_x);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (n <= kRegisterVecs * kLanes) {
+        const auto rows = with_vecs(n, [](auto vecs) { return register_backward_rows<vecs.value, T>; });
+        return split_rows(args.num_rows, n, [&](int64_t first, int64_t last, int) {
+          rows(g + first * n, y + first * n, grad_x + first * n, n, last - first);
+        });
+      }
+    }
     if (splits_rows(args.num_rows, n)) {
-      Dot* partials = static_cast<Dot*>(scratch(Scratch::kReduction, (n / kTile + 1) * sizeof(Dot)));
-      for (int64_t row = 0; row < args.num_rows; ++row) one_row(row, partials);
+      Moments* partials = static_cast<Moments*>(scratch(Scratch::kReduction, (n / kTile + 1) * sizeof(Moments)));
+      for (int64_t row = 0; row < args.num_rows; ++row)
+        backward_row(g + row * n, y + row * n, grad_x + row * n, n, partials);
       return;
     }
     split_rows(args.num_rows, n, [&](int64_t first, int64_t last, int) {
-      for (int64_t row = first; row < last; ++row) one_row(row, nullptr);
+      for (int64_t row = first; row < last; ++row) backward_row(g + row * n, y + row * n, grad_x + row * n, n, nullptr);
     });
   });
 }

@@ -1,4 +1,5 @@
-// softmax on CUDA: exp(x - max) / sum along a row, and the backward pass y * (g - sum(g * y)).
+// softmax on CUDA: exp(x - max) / sum along a row, and the backward pass y * (g - sum(g * y) / sum(y)): the sum of
+// the rounded y differs from 1, and where one y is close to 1 that would be all that is left of its g - sum(g * y).
 //
 // Who owns what. A row of at most kMostColumns belongs to a warp, which keeps it in registers: one read, whatever
 // the method. A longer row belongs to a block:
@@ -185,21 +186,22 @@ __global__ void __launch_bounds__(kWarpThreads, 1) softmax_backward_warp_kernel(
     const T* grad_y = static_cast<const T*>(a.grad_y) + row * a.num_cols;
     const T* y = static_cast<const T*>(a.y) + row * a.num_cols;
     T grad[kPerLane], value[kPerLane];
-    Float dot = 0;
+    Float weighted = 0, total = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int c = i * kWarp + lane_index();
       if (c >= num_cols) continue;
       grad[i] = grad_y[c];
       value[i] = y[c];
-      dot = fma(widen(grad[i]), widen(value[i]), dot);
+      weighted = fma(widen(grad[i]), widen(value[i]), weighted);
+      total += widen(value[i]);
     }
-    dot = warp_sum(dot);
+    const Float mean = warp_sum(weighted) / warp_sum(total);
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.num_cols;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int c = i * kWarp + lane_index();
-      if (c < num_cols) grad_x[c] = narrow<T>(widen(value[i]) * (widen(grad[i]) - dot));
+      if (c < num_cols) grad_x[c] = narrow<T>(widen(value[i]) * (widen(grad[i]) - mean));
     }
   }
 }
@@ -207,17 +209,19 @@ __global__ void __launch_bounds__(kWarpThreads, 1) softmax_backward_warp_kernel(
 template <class T, bool kIsWide>
 __global__ void __launch_bounds__(kBlockThreads) softmax_backward_block_kernel(SoftmaxBackwardArgs a) {
   using Float = accumulate_t<T>;
-  __shared__ Float partial[kBlockThreads / kWarp];
+  __shared__ Float partial[2][kBlockThreads / kWarp];
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
     const T* grad_y = static_cast<const T*>(a.grad_y) + row * a.num_cols;
     const T* y = static_cast<const T*>(a.y) + row * a.num_cols;
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.num_cols;
-    Float own_dot = 0;
-    each_column<T, kIsWide>(y, a.num_cols,
-                            [&](int64_t c, Float value) { own_dot = fma(widen(grad_y[c]), value, own_dot); });
-    const Float dot = block_sum(own_dot, partial);
+    Float weighted = 0, total = 0;
+    each_column<T, kIsWide>(y, a.num_cols, [&](int64_t c, Float value) {
+      weighted = fma(widen(grad_y[c]), value, weighted);
+      total += value;
+    });
+    const Float mean = block_sum(weighted, partial[0]) / block_sum(total, partial[1]);
     map_columns<T, kIsWide>(y, grad_x, a.num_cols,
-                            [&](int64_t c, Float value) { return value * (widen(grad_y[c]) - dot); });
+                            [&](int64_t c, Float value) { return value * (widen(grad_y[c]) - mean); });
     __syncthreads();  // before the next row writes `partial`
   }
 }

@@ -8,8 +8,8 @@ namespace fastmoe_route {
 namespace {
 
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& like, const char* like_name) {
-  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name,
-        ", got dtype code ", static_cast<int>(tensor.scalar_type()));
+  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name, ", got ",
+        dtype_of(tensor));
 }
 
 // A kernel of the CPU believes its offsets, so they are read before anything is written.

@@ -101,8 +101,8 @@ MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved
   check_size(op, "offsets", in.offsets, 0, shape.num_experts + 1);
   check_size(op, "slot_to_row", in.slot_to_row, 0, shape.num_tokens);
   const auto same_dtype = [&](const char* argument, const Tensor& tensor) {
-    check(tensor.scalar_type() == in.x.scalar_type(), op, ": ", argument, " must have the dtype of x, got dtype code ",
-          static_cast<int>(tensor.scalar_type()));
+    check(tensor.scalar_type() == in.x.scalar_type(), op, ": ", argument, " must have the dtype of x, got ",
+          dtype_of(tensor));
   };
   same_dtype("w_up", in.w_up);
   same_dtype("w_down", in.w_down);
@@ -210,13 +210,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_dim(op, "grad_y", grad_y, 2);
   check_size(op, "grad_y", grad_y, 0, shape.num_tokens);
   check_size(op, "grad_y", grad_y, 1, shape.hidden);
-  check(grad_y.scalar_type() == x.scalar_type(), op, ": grad_y must have the dtype of x, got dtype code ",
-        static_cast<int>(grad_y.scalar_type()));
+  check(grad_y.scalar_type() == x.scalar_type(), op, ": grad_y must have the dtype of x, got ", dtype_of(grad_y));
   check_dim(op, "preactivation", preactivation, 2);
   check_size(op, "preactivation", preactivation, 0, shape.num_rows);
   check_size(op, "preactivation", preactivation, 1, w_up.size(2));
-  check(preactivation.scalar_type() == x.scalar_type(), op, ": preactivation must have the dtype of x, got dtype code ",
-        static_cast<int>(preactivation.scalar_type()));
+  check(preactivation.scalar_type() == x.scalar_type(), op, ": preactivation must have the dtype of x, got ",
+        dtype_of(preactivation));
   check_devices(op, x, grad_y, preactivation);
 
   const auto dtype = x.scalar_type();

@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
     check_dim(kOp, "rows", *rows, 2);
     check_size(kOp, "rows", *rows, 0, maps.num_rows);
     check_size(kOp, "rows", *rows, 1, grad_y.size(1));
-    check(rows->scalar_type() == grad_y.scalar_type(), kOp, ": rows must have the dtype of grad_y, got dtype code ",
-          static_cast<int>(rows->scalar_type()));
+    check(rows->scalar_type() == grad_y.scalar_type(), kOp, ": rows must have the dtype of grad_y, got ",
+          dtype_of(*rows));
     source = with_dense_columns(*rows);
     args.rows = source->const_data_ptr();
     args.rows_stride = source->stride(0);

@@ -20,8 +20,7 @@ int64_t capped_product(int64_t a, int64_t b) {
 void check_arguments(const Tensor& experts, const OptionalTensor& weights, const OptionalTensor& scope_ids,
                      const PlanArgs& args, int64_t max_rows) {
   const bool is_integer = experts.scalar_type() == ScalarType::Int || experts.scalar_type() == ScalarType::Long;
-  check(is_integer, "plan_dispatch: experts must be int32 or int64, got dtype code ",
-        static_cast<int>(experts.scalar_type()));
+  check(is_integer, "plan_dispatch: experts must be int32 or int64, got ", dtype_of(experts));
   check(args.num_experts >= 1 && args.num_experts <= kMaxExperts, "plan_dispatch: num_experts must be in [1, ",
         kMaxExperts, "], got ", args.num_experts);
   check(capped_product(args.num_tokens, args.top_k) < kInt32Limit,

@@ -21,8 +21,7 @@ void check_vector(const char* argument, const OptionalTensor& vector, int64_t si
 
 void check_arguments(const Tensor& experts, const RerouteArgs& args) {
   const bool is_integer = experts.scalar_type() == ScalarType::Int || experts.scalar_type() == ScalarType::Long;
-  check(is_integer, "reroute: experts must be int32 or int64, got dtype code ",
-        static_cast<int>(experts.scalar_type()));
+  check(is_integer, "reroute: experts must be int32 or int64, got ", dtype_of(experts));
   check(args.num_experts >= 1 && args.num_experts <= kMaxExperts, "reroute: num_experts must be in [1, ", kMaxExperts,
         "], got ", args.num_experts);
   check(args.num_candidates == 0 || args.num_tokens <= (kInt32Limit - 1) / args.num_candidates,

@@ -33,18 +33,30 @@ Tensor softmax(const Tensor& x, int64_t method) {
   return y;
 }
 
+// A row is read while it is written, so `out` is x itself or apart from every element of it.
+void check_apart(const Tensor& x, const Tensor& out) {
+  const int64_t itemsize = element_size(float_dtype("softmax", "x", x));
+  const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const auto to = reinterpret_cast<uintptr_t>(out.const_data_ptr());
+  const int64_t last = (x.size(0) - 1) * x.stride(0) + x.size(1) - 1;
+  const bool is_apart = to + out.numel() * itemsize <= from || from + (last + 1) * itemsize <= to;
+  check(is_apart || (from == to && x.is_contiguous()), "softmax: out must be x itself or share no memory with it, ",
+        "got ", static_cast<int64_t>(to - from), " bytes between them");
+}
+
 // out [R, C], contiguous
 void softmax_out(const Tensor& x, int64_t method, Tensor out) {
   const DType dtype = check_input(x, method);
   check_dim("softmax", "out", out, 2);
   check_size("softmax", "out", out, 0, x.size(0));
   check_size("softmax", "out", out, 1, x.size(1));
-  check(out.scalar_type() == x.scalar_type(), "softmax: out must have the dtype of x, got dtype code ",
-        static_cast<int>(out.scalar_type()));
+  check(out.scalar_type() == x.scalar_type(), "softmax: out must have the dtype of x, got ", dtype_of(out));
   check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
   check_devices("softmax", x, out);
   if (x.numel() == 0) return;
-  run(x, dtype, method, out.mutable_data_ptr());
+  const Tensor rows = with_contiguous_columns(x);
+  check_apart(rows, out);
+  run(rows, dtype, method, out.mutable_data_ptr());
 }
 
 // grad_y [R, C], y [R, C] -> grad_x [R, C]
@@ -54,8 +66,8 @@ Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
   check_size("softmax_backward", "grad_y", grad_y, 0, y.size(0));
   check_size("softmax_backward", "grad_y", grad_y, 1, y.size(1));
   const DType dtype = float_dtype("softmax_backward", "y", y);
-  check(grad_y.scalar_type() == y.scalar_type(), "softmax_backward: grad_y must have the dtype of y, got dtype code ",
-        static_cast<int>(grad_y.scalar_type()));
+  check(grad_y.scalar_type() == y.scalar_type(), "softmax_backward: grad_y must have the dtype of y, got ",
+        dtype_of(grad_y));
   check_devices("softmax_backward", y, grad_y);
   Tensor grad_x = empty(y, {y.size(0), y.size(1)}, y.scalar_type());
   if (y.numel() == 0) return grad_x;

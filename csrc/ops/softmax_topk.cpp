@@ -72,8 +72,7 @@ Tensor softmax_topk_backward(const Tensor& grad_values, const Tensor& x, const T
   check_saved("statistics", statistics, x, 2);
   check_saved("indices", indices, x, k);
   check(grad_values.scalar_type() == x.scalar_type(),
-        "softmax_topk_backward: grad_values must have the dtype of x, got dtype code ",
-        static_cast<int>(grad_values.scalar_type()));
+        "softmax_topk_backward: grad_values must have the dtype of x, got ", dtype_of(grad_values));
   check_dtype("softmax_topk_backward", "statistics", statistics, ScalarType::Double, "float64");
   check_dtype("softmax_topk_backward", "indices", indices, ScalarType::Long, "int64");
   check_devices("softmax_topk_backward", x, grad_values, statistics, indices);

@@ -53,8 +53,10 @@ def register_autograd(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if once and torch.is_grad_enabled():  # create_graph=True
+                kept = _Kept(ctx)
                 with torch.no_grad():
-                    return _constants(name, gradient(ctx, *grads))
+                    gradients = gradient(kept, *grads)
+                return _constants(name, gradients, (*kept.saved_tensors, *grads))
             return gradient(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
@@ -69,16 +71,33 @@ def register_autograd(
     return differentiable
 
 
-def _constants(name: str, gradients: Any) -> tuple[Tensor | None, ...]:
-    """Gradients that raise an error when they are differentiated again."""
+class _Kept:
+    """A context whose saved tensors may be read twice, which checkpointing does not allow."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _constants(
+    name: str, gradients: Any, sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that raise an error when they are differentiated again.
+
+    The error stands in the graph between them and their `sources`: a derivative by anything that
+    the sources come from meets it, even where the graph reaches that on another way as well.
+    """
     if isinstance(gradients, Tensor):
         gradients = (gradients,)
     rule = "be differentiated once, got a request for a second derivative"
     message = f"{name}: gradients must {rule}".encode()
-    constants = []
-    for gradient in gradients:
-        if gradient is not None:
-            constant = gradient.detach().requires_grad_()
-            gradient = torch._C._functions.DelayedError(message, 1)(constant)
-        constants.append(gradient)
-    return tuple(constants)
+    constants = [
+        gradient.detach().requires_grad_() for gradient in gradients if gradient is not None
+    ]
+    behind = [source for source in sources if source is not None and source.requires_grad]
+    guard = torch._C._functions.DelayedError(message, len(constants) + len(behind))
+    guarded = iter(guard(*constants, *behind))
+    return tuple(None if gradient is None else next(guarded) for gradient in gradients)

@@ -214,7 +214,8 @@ def _per_column(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) ->
         value = value.double()
     check_dtype("gate", name, value, (dtype,))
     check_device("gate", name, value, logits)
-    return value
+    # The weights must not ask for a gradient on its account.
+    return value.detach() if value.requires_grad else value
 
 
 def _stop_rule(
@@ -227,7 +228,7 @@ def _stop_rule(
         check_dtype("gate", name, value, (torch.float32,))
         check_shape("gate", name, value, (logits.shape[0],))
         check_device("gate", name, value, logits)
-        return None, value
+        return None, value.detach() if value.requires_grad else value
     check_float("gate", name, value, kind="a float or a float32 [T] tensor")
     return float(value), None
 

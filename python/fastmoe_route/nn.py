@@ -29,7 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe_route import routers
-from fastmoe_route._arguments import check_choice, check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import (
+    check_choice,
+    check_float,
+    check_int,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from fastmoe_route._layouts import Weights, read_weights, write_weights
 from fastmoe_route.methods import Method
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
@@ -78,6 +85,10 @@ class Experts(nn.Module):
         check_int("Experts", "intermediate_size", intermediate_size, 1)
         check_int("Experts", "num_experts", num_experts, 1)
         check_choice("Experts", "activation", activation, ACTIVATIONS)
+        if init_std is not None:
+            check_float("Experts", "init_std", init_std, kind="a number or None")
+            if not 0 <= init_std < float("inf"):
+                fail(ValueError, "Experts", "init_std", "be finite and at least 0", init_std)
         self.activation = activation
         self.init_std = init_std
         up = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)

@@ -26,6 +26,8 @@ _MAX_K = 64
 _ops = torch.ops.fastmoe_route
 _softmax = _ops.softmax.default
 _softmax_forward = _ops.softmax_forward.default
+_softmax_out = _ops.softmax_out.default
+_softmax_backward_op = _ops.softmax_backward.default
 
 
 def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | None = None) -> Tensor:
@@ -94,8 +96,11 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
     if x.numel() == 0:
         return out
     if dim in (-1, x.dim() - 1) or x.dim() == 0:
-        columns = x.shape[-1] if x.dim() else 1
-        _ops.softmax_out(x.reshape(-1, columns), method_idx, out.view(-1, columns))
+        rows = out
+        if x.dim() != 2:
+            columns = x.shape[-1] if x.dim() else 1
+            x, rows = x.reshape(-1, columns), out.view(-1, columns)
+        _softmax_out(x, method_idx, rows)
         return out
     return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
 
@@ -130,7 +135,7 @@ def _softmax_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, N
     if grad_y is None:
         return None, None
     (y,) = ctx.saved_tensors
-    return _ops.softmax_backward(grad_y, y), None
+    return _softmax_backward_op(grad_y, y), None
 
 
 register_autograd("softmax", _softmax_backward, setup_context=_softmax_setup_context)

@@ -15,6 +15,7 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_float,
     check_int,
     check_shape,
     check_tensor,
@@ -125,7 +126,9 @@ class Router(nn.Module):
         super().__init__()
         unknown = common.keys() - Common.__annotations__.keys()
         if unknown:
-            raise TypeError(f"{self.name}: {min(unknown)} must be an argument of the method")
+            name = min(unknown)
+            value = dict(common)[name]
+            fail(TypeError, self.name, name, "be an argument of the method", repr(value))
         check_int(self.name, "hidden_size", hidden_size, 1)
         check_int(self.name, "num_experts", num_experts, 1)
         check_int(self.name, "top_k", top_k, 1, num_experts)
@@ -134,6 +137,8 @@ class Router(nn.Module):
         self.top_k = top_k
         self.aux_coef = common.get("aux_coef", 0.0)
         self.z_coef = common.get("z_coef", 0.0)
+        for argument in ("aux_coef", "z_coef"):
+            check_float(self.name, argument, getattr(self, argument))
         self.capacity_factor = common.get("capacity_factor")
         self.eval_capacity_factor = common.get("eval_capacity_factor")
         self.drop_policy = common.get("drop_policy", "position")
@@ -301,8 +306,10 @@ class Router(nn.Module):
     def _check_capacity(self) -> None:
         for argument in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, argument)
-            if factor is not None and not 0 < factor < float("inf"):
-                fail(ValueError, self.name, argument, "be positive or None", factor)
+            if factor is not None:
+                check_float(self.name, argument, factor, "be positive or None", "a number or None")
+                if not 0 < factor < float("inf"):
+                    fail(ValueError, self.name, argument, "be positive or None", factor)
         check_choice(self.name, "drop_policy", self.drop_policy, ("position", "score"))
         check_choice(self.name, "rounding", self.rounding, ROUNDINGS)
         check_int(self.name, "min_capacity", self.min_capacity, 1)
