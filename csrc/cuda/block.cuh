@@ -21,7 +21,8 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }  // in the block
 
 // ---- Storage types. Arithmetic is in float for all but double.
 
@@ -90,10 +91,25 @@ __device__ inline void store_as(void* to, DType dtype, int64_t i, Float value) {
 
 // ---- Reductions. A butterfly adds the same pairs in every lane, so all lanes get the same bits.
 
+// The value of the lane whose index differs in `mask`. In a float's register, where the intrinsic goes by integers.
+template <int mask>
+__device__ inline float shuffle_xor(float value) {
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(other) : "f"(value), "n"(mask));
+  return other;
+}
+template <int mask>
+__device__ inline double shuffle_xor(double value) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+
 template <class Float>
 __device__ inline Float warp_sum(Float value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+  value += shuffle_xor<16>(value);
+  value += shuffle_xor<8>(value);
+  value += shuffle_xor<4>(value);
+  value += shuffle_xor<2>(value);
+  value += shuffle_xor<1>(value);
   return value;
 }
 

@@ -4,8 +4,7 @@
 // Rows of the common case stay in registers (gate_fast.cuh); the others lie in the warp's own memory (gate_score.cuh),
 // lane l having columns l, l + 32, ...
 // Phases of a row, as on the CPU: load -> scores -> ordered integer keys -> groups -> selection and stop rules ->
-// weights -> statistics. Selection is exact (gate_select.cuh): K extractions of about 10 instructions each, which for
-// K up to some 16 is less than a radix select over the row.
+// weights -> statistics. Selection is exact (gate_select.cuh): K extractions, or from K = 16 on a radix selection.
 //
 // Determinism: every sum has a fixed order. score_sum is summed by warp over its rows, by block over its warps, then by
 // a second kernel over tiles; no float is ever added by an atomic. Only demand, an integer, is.
@@ -37,14 +36,19 @@ struct GateCall {
   bool noisy_scores;  // every column's score under noise is formed
   bool has_top_p;
   bool has_threshold;
-  int64_t rows_per_tile;
-  int64_t num_tiles;
+  bool counts_groups;  // a choice may close its group
+  bool is_ranked;      // all K are chosen and ordered at once
+  FastArgs fast;
+  unsigned num_tokens;
+  unsigned rows_per_tile;
+  unsigned num_tiles;
   float* tile_sums;  // [tiles, E], or null
 
-  // Words of a row: z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses the first
-  // kFastWords of them, and packs of four.
+  // Words of a row: ranking; z, score, keys; noisy, noisy_score; group keys, group flags; taken; sums. A fast row uses
+  // the first kFastWords of them, and packs of four.
   int64_t row_words() const {
-    const int64_t words = (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k;
+    const int64_t words = (is_ranked ? ranking_words(top_k) : 0) +
+                          (a.noise.data != nullptr ? 5 : 3) * int64_t{num_columns} + 2 * num_groups + top_k;
     const int64_t with_sums = (words < kFastWords ? kFastWords : words) + (a.score_sum != nullptr ? num_experts : 0);
     return ceil_div(with_sums, 4) * 4;
   }
@@ -61,6 +65,7 @@ class GateRow {
       memory += words;
       return given;
     };
+    ranking_ = give(c_.is_ranked ? ranking_words(c_.top_k) : 0);
     z_ = give(c_.num_columns);
     score_ = give(c_.num_columns);
     keys_ = reinterpret_cast<int*>(give(c_.num_columns));
@@ -79,7 +84,7 @@ class GateRow {
     if (has_nan_ && c_.a.shape.score == Score::kSoftmax) poison_scores();
     __syncwarp();
     if (c_.a.topk_groups < c_.num_groups) close_groups();
-    Selector selector(keys_, c_.num_columns);
+    Selector selector = c_.is_ranked ? ranked() : Selector(keys_, c_.num_columns);
     const bool is_empty = c_.a.logsumexp != nullptr && selector.is_empty();
     choose(t, selector);
     if (c_.a.scores != nullptr) {
@@ -225,6 +230,12 @@ class GateRow {
     return ordered_key(next == kDisallowed ? key_value(best) : key_value(best) + key_value(next));
   }
 
+  __device__ Selector ranked() {
+    int* const order = reinterpret_cast<int*>(ranking_ + ranking_words(c_.top_k) - c_.top_k);
+    const int n = rank_best(keys_, c_.num_columns, c_.top_k, reinterpret_cast<uint64_t*>(ranking_), order);
+    return Selector(keys_, order, n);
+  }
+
   __device__ int slots_of(int64_t t) const {
     if (c_.a.k_per_token.data == nullptr) return c_.top_k;
     const int wanted = element<int32_t>(c_.a.k_per_token, t, 0);
@@ -238,10 +249,9 @@ class GateRow {
     const float top_p = a.top_p_per_token.data ? element<float>(a.top_p_per_token, t, 0) : static_cast<float>(a.top_p);
     const float threshold =
         a.threshold_per_token.data ? element<float>(a.threshold_per_token, t, 0) : static_cast<float>(a.threshold);
-    const bool counts_groups = a.max_per_group < c_.top_k && a.shape.num_null == 0;
     const int limit = slots_of(t);
     int32_t* experts = a.experts + t * c_.top_k;
-    if (counts_groups) {
+    if (c_.counts_groups) {
       for (int g = lane_index(); g < c_.num_groups; g += kWarp) group_count_[g] = 0;
       __syncwarp();
     }
@@ -257,7 +267,7 @@ class GateRow {
       if (is_stopped && num_real >= a.min_k) break;
       cumulative += score;
       is_stopped |= c_.has_top_p && cumulative > top_p;
-      if (counts_groups) count_group(column / c_.group_size, selector);
+      if (c_.counts_groups) count_group(column / c_.group_size, selector);
       if (column >= c_.num_experts) continue;
       if (lane_index() == 0) {
         experts[num_real] = column;
@@ -305,7 +315,7 @@ class GateRow {
   }
 
   const GateCall& c_;
-  float *z_, *score_, *noisy_, *noisy_score_, *taken_, *sums_;
+  float *ranking_, *z_, *score_, *noisy_, *noisy_score_, *taken_, *sums_;
   int *keys_, *group_keys_, *group_count_;
   int* demand_;  // [E], the block's or the result
   float max_;    // largest logit that is a number
@@ -315,43 +325,46 @@ class GateRow {
 // kPerLane > 0: rows take the way of gate_fast.cuh first, with so many logits a lane.
 template <class T, int kPerLane>
 __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateCall call) {
-  extern __shared__ __align__(16) float shared[];
   const RowMemory& m = call.memory;
-  float* const memory = m.in_shared ? shared : m.scratch + blockIdx.x * m.block_words;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  int* const demand = m.in_shared ? reinterpret_cast<int*>(memory + m.num_warps * m.warp_words) : call.a.demand;
-  for (int e = threadIdx.x; m.in_shared && e < call.num_experts; e += blockDim.x) demand[e] = 0;
+  const int warp = warp_index();
+  // Demand is counted by the block where its memory is shared, and added up once per block.
+  const int num_counts = m.in_shared ? call.num_experts : 0;
+  int* const demand = m.in_shared ? reinterpret_cast<int*>(block_memory(m)) : call.a.demand;
+#pragma unroll 1
+  for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x)) demand[e] = 0;
   __syncthreads();
 
-  float* const own_memory = memory + warp * m.warp_words;
-  float* const own_sums = own_memory + m.warp_words - call.num_experts;
-  for (int64_t tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
-    const int64_t begin = tile * call.rows_per_tile;
-    const int64_t past = begin + call.rows_per_tile;
-    const int64_t end = past < call.a.shape.num_tokens ? past : call.a.shape.num_tokens;
+  const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
+  for (unsigned tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
+    const unsigned begin = tile * call.rows_per_tile;
+    const unsigned end = min(begin + call.rows_per_tile, call.num_tokens);
     if (call.tile_sums != nullptr) {
-      for (int e = lane_index(); e < call.num_experts; e += kWarp) own_sums[e] = 0.0f;
+      for (int e = lane_index(); e < call.num_experts; e += kWarp) sums_of(warp)[e] = 0.0f;
+      __syncwarp();  // not every way of a row has the columns lie by lanes alike
     }
-    for (int64_t t = begin + warp; t < end; t += m.num_warps) {
+    for (unsigned t = begin + static_cast<unsigned>(warp); t < end; t += static_cast<unsigned>(m.num_warps)) {
       if constexpr (kPerLane > 0) {
-        FastRow<T, kPerLane> fast(call.a, reinterpret_cast<int*>(own_memory), demand);
-        if (fast.run(t, call.tile_sums != nullptr ? own_sums : nullptr)) continue;
+        FastRow<T, kPerLane> fast(call.fast, demand);
+        if (fast.choose(t, m)) {
+          if (call.tile_sums != nullptr) fast.add_statistics(t, sums_of(warp));
+          continue;
+        }
       }
-      GateRow<T>(call, own_memory, demand).run(t);  // made here: rows of the fast way do not pay for it
+      GateRow<T>(call, warp_memory(m, warp), demand).run(t);  // made here: rows of the fast way do not pay for it
     }
     if (call.tile_sums == nullptr) continue;
     __syncthreads();
-    const float* sums = memory + m.warp_words - call.num_experts;  // of warp 0
-    for (int e = threadIdx.x; e < call.num_experts; e += blockDim.x) {
+    for (int e = static_cast<int>(threadIdx.x); e < call.num_experts; e += static_cast<int>(blockDim.x)) {
       float sum = 0.0f;
-      for (int w = 0; w < m.num_warps; ++w) sum += sums[w * m.warp_words + e];
-      call.tile_sums[tile * call.num_experts + e] = sum;
+      for (int w = 0; w < m.num_warps; ++w) sum += sums_of(w)[e];
+      call.tile_sums[int64_t{tile} * call.num_experts + e] = sum;
     }
     __syncthreads();
   }
-  if (!m.in_shared) return;
+  if (num_counts == 0) return;
   __syncthreads();
-  for (int e = threadIdx.x; e < call.num_experts; e += blockDim.x)
+#pragma unroll 1
+  for (int e = static_cast<int>(threadIdx.x); e < num_counts; e += static_cast<int>(blockDim.x))
     if (demand[e] != 0) atomicAdd(call.a.demand + e, demand[e]);
 }
 
@@ -385,9 +398,21 @@ GateCall call_of(const GateArgs& a) {
   call.top_k = static_cast<int>(shape.top_k);
   const bool is_grouped = shape.score == Score::kSoftmax && shape.softmax_over_group;
   call.logit_keys = shape.score != Score::kRelu && !is_grouped && a.bias.data == nullptr;
+  call.counts_groups = a.max_per_group < shape.top_k && shape.num_null == 0;
+  call.is_ranked = shape.top_k >= kRadixK && !call.counts_groups;
   call.has_top_p = a.top_p_per_token.data != nullptr || a.top_p < INFINITY;
   call.has_threshold = a.threshold_per_token.data != nullptr || a.threshold > -INFINITY;
   const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
+  call.fast = {a.logits.data,
+               a.logits.stride_row,
+               static_cast<float*>(a.weights),
+               a.experts,
+               static_cast<float*>(a.logsumexp),
+               call.num_columns,
+               call.top_k,
+               shape.score,
+               shape.normalize,
+               static_cast<float>(shape.scale)};
   call.noisy_scores =
       a.noise.data != nullptr && (!call.logit_keys || call.has_top_p || call.has_threshold || sums_groups);
   return call;
@@ -402,7 +427,7 @@ int fast_per_lane(const GateCall& call) {
   const bool is_free = a.topk_groups == a.shape.num_groups && a.max_per_group >= a.shape.top_k;
   if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return 0;
   const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
-  if (call.num_columns > per_lane * kWarp || call.top_k * per_lane > kFastElements || call.top_k > kWarp) return 0;
+  if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return 0;
   const int64_t pack_bytes = per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16;
   const bool is_aligned = reinterpret_cast<uintptr_t>(a.logits.data) % pack_bytes == 0 &&
                           a.logits.stride_row * sizeof(T) % pack_bytes == 0 &&
@@ -431,12 +456,13 @@ CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
     if (a.score_sum == nullptr) return {};
     return status_of(cudaMemsetAsync(a.score_sum, 0, call.num_experts * sizeof(float), queue.stream));
   }
-  call.rows_per_tile = ceil_div(ceil_div(num_tokens, kMaxTiles), kGateWarps) * kGateWarps;
-  call.num_tiles = ceil_div(num_tokens, call.rows_per_tile);
+  call.num_tokens = static_cast<unsigned>(num_tokens);
+  call.rows_per_tile = static_cast<unsigned>(ceil_div(ceil_div(num_tokens, kMaxTiles), kGateWarps) * kGateWarps);
+  call.num_tiles = static_cast<unsigned>(ceil_div(num_tokens, call.rows_per_tile));
   if (a.score_sum != nullptr) {
-    call.tile_sums = static_cast<float*>(queue.scratch(call.num_tiles * call.num_experts * sizeof(float)));
+    call.tile_sums = static_cast<float*>(queue.scratch(int64_t{call.num_tiles} * call.num_experts * sizeof(float)));
   }
-  call.memory = plan_rows(call.row_words(), call.num_experts, call.num_tiles, queue);
+  call.memory = plan_rows(call.row_words(), ceil_div(call.num_experts, 4) * 4, call.num_tiles, queue);
   status = launch_gate<T>(call, queue);
   if (status.code != 0 || a.score_sum == nullptr) return status;
   sum_tiles_kernel<<<num_blocks(call.num_experts, kWarp), kSumThreads, 0, queue.stream>>>(

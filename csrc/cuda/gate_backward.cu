@@ -151,11 +151,7 @@ class BackwardRow {
 
 template <class T>
 __global__ void __launch_bounds__(kGateThreads, 1) gate_backward_kernel(const __grid_constant__ BackwardCall call) {
-  extern __shared__ float shared[];
-  const RowMemory& m = call.memory;
-  float* const memory = m.in_shared ? shared : m.scratch + blockIdx.x * m.block_words;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  BackwardRow<T> row(call, memory + warp * m.warp_words);
+  BackwardRow<T> row(call, warp_memory(call.memory, warp_index()));
   for (int64_t t = grid_warp(); t < call.a.shape.num_tokens; t += grid_warps()) row.run(t);
 }
 

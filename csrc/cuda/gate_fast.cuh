@@ -1,13 +1,15 @@
 // The common case of a row of the gate, in registers: top-k of at most 256 logits, without groups, masks, noise, bias
-// or stop rules. What it does not take (a NaN, an infinity, many ties) goes the general way of gate.cu, with the same
-// choice; which way a row goes depends on the row alone.
+// or stop rules. What it does not take (a NaN, an infinity, fewer numbers than K) goes the general way of gate.cu, with
+// the same choice; which way a row goes depends on the row alone.
 //
-// A lane has kPerLane logits, in packs of up to 16 bytes. Let the floor be the K-th largest of the lanes' best keys:
-// the K best columns are at the floor or above it, and so all lie in lanes whose best is (as a rule K of them). These
-// put their keys side by side in shared memory, where every lane takes two; those at the floor or above, a few more
-// than K, then get a lane each, and K extractions (one redux for the key, one for the lowest column that has it) rank
-// them: a third of the instructions of K extractions over the whole row, which search a winner's lane anew every time.
+// A lane has kPerLane logits, in packs of up to 16 bytes. For K < kRadixK it shows its best and keeps its second best:
+// K picks, one redux each, move on whoever shows what was picked. They are right if exactly K logits reach the last
+// value picked: a tie between lanes moves two on, a lane with three of the K best shows nothing in time, and either
+// leaves more than K there. Such rows, and larger K, bisect for the K-th largest key (FastRow::select), which takes
+// ties by column; the chosen ones then lie side by side in shared memory and are ranked by counting.
 #pragma once
+
+#include <utility>
 
 #include "cuda/gate_score.cuh"
 #include "cuda/gate_select.cuh"
@@ -15,20 +17,61 @@
 namespace fastmoe_route {
 namespace cuda {
 
-constexpr int kFastElements = 64;                              // two a lane
-constexpr int kFastWords = kFastElements + kWarp + 2 * kWarp;  // keys, their lanes, then candidates
+constexpr int kFastMostK = 2 * kWarp;             // chosen columns of a fast row, two a lane
+constexpr int kFastWords = 2 * (kFastMostK + 2);  // their entries, and one of padding
 
-// e^y for y <= 0; a NaN stays one. In short rows the product with log2(e) is taken in two parts; in long ones the bound
-// on a weight leaves room for the error of one, |y| u.
+// The exponentials of a row, up to a common factor of about 1.
+//
+// In short rows e^(z - max), the product with log2(e) in two parts. In long ones the bound on a weight leaves room for
+// one rounding of it, and 2^(z log2(e) - shift) is one fma; the shift is rounded, so that all have the factor 2^r.
 template <bool kIsShort>
-__device__ inline float fast_exponential(float y) {
-  if (!kIsShort) return __expf(y);
-  constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.69314718055994531f, kSmallest = -200.0f;
-  y = y < kSmallest ? kSmallest : y;  // an infinity would spoil the second part
-  const float high = y * kLog2E;
-  const float e = __expf(y);
-  return fmaf(e, fmaf(y, kLog2E, -high) * kLn2, e);
-}
+class Exponentials {
+ public:
+  __device__ explicit Exponentials(float max) : max_(max), shift_(max * kLog2E) {}
+
+  // 0 for -inf; a NaN for a NaN, and for every infinity if the largest is one.
+  __device__ float operator()(float z) const {
+    if (!kIsShort) return exp2_approximate(fmaf(z, kLog2E, -shift_));
+    constexpr float kLn2 = 0.69314718055994531f, kSmallest = -200.0f;
+    float y = z - max_;
+    y = y < kSmallest ? kSmallest : y;  // an infinity would spoil the second part
+    const float high = y * kLog2E;
+    const float e = __expf(y);
+    return fmaf(e, fmaf(y, kLog2E, -high) * kLn2, e);
+  }
+
+  // log(sum of e^z), given the sum of these.
+  __device__ float log_of(float sum) const {
+    constexpr float kLn2 = 0.69314718055994531f;
+    const float log = logf(sum);
+    return max_ + (kIsShort ? log : fmaf(fmaf(max_, kLog2E, -shift_), -kLn2, log));
+  }
+
+ private:
+  static constexpr float kLog2E = 1.4426950408889634f;
+
+  __device__ static float exp2_approximate(float y) {
+    float e;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(y));
+    return e;
+  }
+
+  float max_, shift_;
+};
+
+// The part of a call that fast rows look at.
+struct FastArgs {
+  const void* logits;
+  int64_t stride_row;
+  float* weights;
+  int32_t* experts;
+  float* logsumexp;
+  int num_columns;
+  int top_k;
+  Score score;
+  bool normalize;
+  float scale;
+};
 
 // One row; every function is for all lanes.
 template <class T, int kPerLane>
@@ -37,55 +80,76 @@ class FastRow {
   static constexpr int kMostColumns = kWarp * kPerLane;
   static constexpr int kPack = kPerLane * sizeof(T) <= 16 ? kPerLane : 16 / sizeof(T);
 
-  // `memory` holds kFastWords, aligned to 16 bytes.
-  __device__ FastRow(const GateArgs& args, int* memory, int* demand) : a_(args), memory_(memory), demand_(demand) {}
+  __device__ FastRow(const FastArgs& args, int* demand) : a_(args), demand_(demand) {}
 
-  // The whole row, or false and nothing written. `sums`, if not null, are the warp's sums of scores.
-  __device__ bool run(int64_t t, float* sums) {
+  // Experts, weights and demand of row t, or false and nothing written. Of the warp's memory it may use kFastWords.
+  __device__ bool choose(unsigned t, const RowMemory& memory) {
     load(t);
-    int key[kPerLane], best = kDisallowed;
+    float first = larger(z_[0], z_[1]), second = fminf(z_[0], z_[1]);
+#pragma unroll
+    for (int i = 2; i < kPerLane; ++i) {
+      second = larger(second, fminf(first, z_[i]));
+      first = larger(first, z_[i]);
+    }
+    const int first_key = number_key(first), second_key = number_key(second);
+    const int largest = __reduce_max_sync(kAllLanes, first_key);
+    exponentials_ = Exponents(key_value(largest));
+    sum_ = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int bits = __float_as_int(z_[i] + 0.0f);
-      key[i] = bits ^ ((bits >> 31) & INT_MAX);
-      best = max(best, key[i]);
+      e_[i] = exponentials_(z_[i]);
+      sum_ += e_[i];
     }
-    const int k = static_cast<int>(a_.shape.top_k);
-    int floor = __reduce_max_sync(kAllLanes, best);
-    const float max = key_value(floor);
-    float e[kPerLane], sum = 0.0f;
+    sum_ = warp_sum(sum_);
+    // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1.
+    if (!(sum_ >= 0.5f && sum_ <= 2.0f * kMostColumns)) return false;
+
+    const int k = a_.top_k;
+    int floor;
+    if (k < kRadixK) {
+      Picks picks{first_key, second_key, largest};
+      if (k == 8) {  // the usual K, saving the count
+        picks.take(std::make_integer_sequence<int, 8>{});
+      } else {
+        picks.take_up_to(k, std::make_integer_sequence<int, kRadixK - 1>{});
+      }
+      if (write_picks(t, k, first, second, picks)) return true;
+      floor = picks.best;
+    } else {
+      floor = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
+    }
+    floor = floor > kMinusInfinity ? floor : kMinusInfinity + 1;
+    return select(t, k, floor, largest, reinterpret_cast<uint64_t*>(warp_memory(memory, warp_index())));
+  }
+
+  // After a choice. `sums` are the warp's sums of scores.
+  __device__ void add_statistics(unsigned t, float* sums) {
+    if (lane_index() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
+    const bool is_softmax = a_.score == Score::kSoftmax;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      e[i] = fast_exponential<kPerLane <= 4>(z_[i] - max);
-      sum += e[i];
+      const int column = column_of(i);
+      if (column >= a_.num_columns) continue;
+      sums[column] += is_softmax ? e_[i] / sum_ : elementwise_score(a_.score, z_[i]);
     }
-    sum = warp_sum(sum);
-    if (isnan(sum)) return false;  // of a NaN, of a +inf, of only -inf
-    for (int j = 1, rest = best; j < k; ++j) {
-      rest = rest == floor ? kDisallowed : rest;
-      floor = __reduce_max_sync(kAllLanes, rest);
-    }
-    int candidate, column;
-    if (floor <= kMinusInfinity || !gather(key, best >= floor, floor, &candidate, &column)) return false;
-    finish(t, k, candidate, column, max, sum);
-    if (sums != nullptr) add_statistics(t, e, max, sum, sums);
-    __syncwarp();
-    return true;
   }
 
  private:
+  using Exponents = Exponentials<(kPerLane <= 4)>;
   static constexpr int kMinusInfinity = static_cast<int>(0x807fffff);  // its key
 
-  __device__ int column_of(int lane, int i) const { return (i / kPack * kWarp + lane) * kPack + i % kPack; }
+  __device__ static unsigned bit(int i) { return 0x80000000u >> i; }
+  __device__ static int first_of(unsigned bits) { return __clz(static_cast<int>(bits)); }
 
-  __device__ void load(int64_t t) {
-    const T* const row = static_cast<const T*>(a_.logits.data) + t * a_.logits.stride_row;
-    const int num_columns = static_cast<int>(a_.shape.num_experts);
+  // Rises with i.
+  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + lane_index() * kPack; }
+
+  __device__ void load(unsigned t) {
+    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + lane_index() * kPack);
 #pragma unroll
     for (int p = 0; p < kPerLane / kPack; ++p) {
-      const int column = column_of(lane_index(), p * kPack);
-      if (column < num_columns) {
-        const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + column);
+      if (column_of(p * kPack) < a_.num_columns) {
+        const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + p * kPack * kWarp);
 #pragma unroll
         for (int n = 0; n < kPack; ++n) z_[p * kPack + n] = widen(pack.values[n]);
       } else {
@@ -95,103 +159,164 @@ class FastRow {
     }
   }
 
-  // Gives every key at the floor or above it a lane; other lanes get "disallowed". False if there are too many.
-  __device__ bool gather(const int (&key)[kPerLane], bool is_holder, int floor, int* candidate, int* column) {
-    const unsigned before = (1u << lane_index()) - 1u;
-    const unsigned holders = __ballot_sync(kAllLanes, is_holder);
-    const int num_elements = __popc(holders) * kPerLane;
-    if (num_elements > kFastElements) return false;
-    int* const lanes = memory_ + kFastElements;
-    int2* const candidates = reinterpret_cast<int2*>(lanes + kWarp);
-    if (is_holder) {
-      const int place = __popc(holders & before);
-      Pack<int, kPerLane> keys;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) keys.values[i] = key[i];
-      store_keys(memory_ + place * kPerLane, keys);
-      lanes[place] = lane_index();
+  // bit(i): logit i of this lane is at the floor or above it.
+  __device__ unsigned at_least(float floor) const {
+    return at_least(floor, std::make_integer_sequence<int, kPerLane>{});
+  }
+  template <int... i>
+  __device__ unsigned at_least(float floor, std::integer_sequence<int, i...>) const {
+    unsigned bits = 0;
+    (set_if_at_least<(0x80000000u >> i)>(bits, z_[i], floor), ...);
+    return bits;
+  }
+  // In two instructions, where the compiler takes three.
+  template <unsigned kBit>
+  __device__ static void set_if_at_least(unsigned& bits, float z, float floor) {
+    asm("{.reg .pred reaches; setp.ge.f32 reaches, %1, %2; @reaches or.b32 %0, %0, %3;}"
+        : "+r"(bits)
+        : "f"(z), "f"(floor), "n"(kBit));
+  }
+
+  // What a lane shows, what it shows next, and what the warp picks.
+  struct Picks {
+    int shown, next;
+    int best;            // of the last pick; the largest key at first
+    unsigned ranks = 0;  // bit(j): what pick j took was this lane's
+
+    template <int... j>
+    __device__ void take(std::integer_sequence<int, j...>) {
+      (take_one<j>(), ...);
     }
-    __syncwarp();
-    const int first = 2 * lane_index();
-    int2 own = make_int2(kDisallowed, kDisallowed);
-    int own_column = 0;
-    if (first < num_elements) {
-      own = *reinterpret_cast<const int2*>(memory_ + first);
-      own_column = column_of(lanes[first / kPerLane], first % kPerLane);
+    template <int... j>
+    __device__ void take_up_to(int k, std::integer_sequence<int, j...>) {
+      (void)((take_one<j>(), j + 1 < k) && ...);
     }
-    const bool takes_x = own.x >= floor, takes_y = own.y >= floor;
-    const unsigned with_x = __ballot_sync(kAllLanes, takes_x), with_y = __ballot_sync(kAllLanes, takes_y);
-    const int num_candidates = __popc(with_x) + __popc(with_y);
-    if (num_candidates > kWarp) {
-      __syncwarp();  // whoever takes the row next writes this memory
-      return false;
+    template <int j>
+    __device__ void take_one() {
+      if (j > 0) best = __reduce_max_sync(kAllLanes, shown);
+      // Predicated moves, where the compiler selects and combines.
+      asm("{.reg .pred is_own; setp.eq.s32 is_own, %0, %3; @is_own or.b32 %2, %2, %4;"
+          " @is_own mov.b32 %0, %1; @is_own mov.b32 %1, 0x80000000;}"
+          : "+r"(shown), "+r"(next), "+r"(ranks)
+          : "r"(best), "n"(0x80000000u >> j));
     }
-    if (takes_x) candidates[__popc(with_x & before)] = make_int2(own.x, own_column);
-    if (takes_y) candidates[__popc(with_x) + __popc(with_y & before)] = make_int2(own.y, own_column + 1);
-    __syncwarp();
-    int2 taken = make_int2(kDisallowed, INT_MAX);
-    if (lane_index() < num_candidates) taken = candidates[lane_index()];
-    *candidate = taken.x;
-    *column = taken.y;
+  };
+
+  // False, and nothing written, where the picks are not the K best. The last one is at the K-th largest key or below.
+  __device__ bool write_picks(unsigned t, int k, float first, float second, const Picks& picks) {
+    const unsigned own = at_least(key_value(picks.best));
+    if (picks.best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
+
+    const bool has_two = __popc(own) == 2;
+    float score = 0.0f, second_score = 0.0f;
+    if (own != 0) score = score_of(first);
+    if (has_two) second_score = score_of(second);
+    if (a_.normalize) {
+      const float divisor = total_of(score + second_score);
+      score /= divisor;
+      second_score /= divisor;
+    }
+    if (own == 0) return true;
+    const int rank = first_of(picks.ranks);
+    int at = first_of(own);
+    if (has_two) {
+      at = first_of(at_least(first));
+      write(t, k, first_of(picks.ranks ^ bit(rank)), column_of(first_of(own ^ bit(at))), second_score);
+    }
+    write(t, k, rank, column_of(at), score);
     return true;
   }
 
-  __device__ static void store_keys(int* to, const Pack<int, kPerLane>& keys) {
-    if constexpr (kPerLane % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; i += 4) {
-        *reinterpret_cast<int4*>(to + i) =
-            make_int4(keys.values[i], keys.values[i + 1], keys.values[i + 2], keys.values[i + 3]);
-      }
-    } else {
-      *reinterpret_cast<int2*>(to) = make_int2(keys.values[0], keys.values[1]);
-    }
+  __device__ float score_of(float z) const {
+    return a_.score == Score::kSoftmax ? exponentials_(z) / sum_ : elementwise_score(a_.score, z);
   }
 
-  // Ranks the candidates and writes the K best: experts, weights, demand.
-  __device__ void finish(int64_t t, int k, int candidate, int column, float max, float sum) {
-    int rank = -1;
-    for (int j = 0, left = candidate; j < k; ++j) {
-      const int best = __reduce_max_sync(kAllLanes, left);
-      const int lowest = __reduce_min_sync(kAllLanes, left == best ? column : INT_MAX);
-      if (column == lowest) {
-        rank = j;
-        left = kDisallowed;
-      }
-    }
-    const float z = key_value(candidate);
-    float score = 0.0f;
-    if (rank >= 0) {
-      score = a_.shape.score == Score::kSoftmax ? fast_exponential<kPerLane <= 4>(z - max) / sum
-                                                : elementwise_score(a_.shape.score, z);
-    }
-    float divisor = 1.0f;
-    if (a_.shape.normalize) {
-      const float total = warp_sum(score);
-      divisor = total < kWeightFloor ? kWeightFloor : total;
-    }
-    if (rank < 0) return;
-    const int64_t at = t * k + rank;
-    static_cast<float*>(a_.weights)[at] = score / divisor * static_cast<float>(a_.shape.scale);
+  // What normalized scores are divided by, given this lane's part of their sum.
+  __device__ static float total_of(float score) {
+    const float total = warp_sum(score);
+    return total < kWeightFloor ? kWeightFloor : total;
+  }
+
+  __device__ void write(unsigned t, int k, int rank, int column, float score) {
+    const int at = static_cast<int>(t) * k + rank;  // below 2^31
+    a_.weights[at] = score * a_.scale;
     a_.experts[at] = column;
     atomicAdd(demand_ + column, 1);
   }
 
-  __device__ void add_statistics(int64_t t, const float (&e)[kPerLane], float max, float sum, float* sums) {
-    if (lane_index() == 0) static_cast<float*>(a_.logsumexp)[t] = max + logf(sum);
-    const bool is_softmax = a_.shape.score == Score::kSoftmax;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int column = column_of(lane_index(), i);
-      if (column >= a_.shape.num_experts) continue;
-      sums[column] += is_softmax ? e[i] / sum : elementwise_score(a_.shape.score, z_[i]);
+  // The K best, K up to kFastMostK, by bisection of [low, high], where the K-th largest key is. False, and nothing
+  // written, if there are fewer numbers.
+  __device__ bool select(unsigned t, int k, int low, int high, uint64_t* entries) {
+    while (low < high) {
+      const int middle = middle_key(low, high);
+      const int count = __reduce_add_sync(kAllLanes, __popc(at_least(key_value(middle))));
+      if (count >= k) low = middle;
+      if (count < k) high = middle - 1;
+      if (count == k) break;
     }
+    unsigned own = at_least(key_value(low));
+    const int found = __reduce_add_sync(kAllLanes, __popc(own));
+    if (found < k) return false;
+    if (found > k) own = lowest_of_ties(k, own, at_least(key_value(low + 1)));
+    place(k, own, entries);
+    __syncwarp();
+
+    uint64_t entry[2] = {0, 0};
+    float score[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int at = h * kWarp + lane_index();
+      if (at >= k) continue;
+      entry[h] = entries[at];
+      score[h] = score_of(key_value(entry_key(entry[h])));
+    }
+    const float divisor = a_.normalize ? total_of(score[0] + score[1]) : 1.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (h * kWarp >= k) break;
+      const int rank = count_better(entries, k, entry[h]);
+      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
+    }
+    __syncwarp();  // the next row writes what is read here
+    return true;
   }
 
-  const GateArgs& a_;
-  int* const memory_;
+  // The k best of `at_floor`, of which those outside `above` are equal: all above, and the lowest columns of the rest.
+  __device__ static unsigned lowest_of_ties(int k, unsigned at_floor, unsigned above) {
+    unsigned equal = at_floor ^ above, own = above;
+    for (int left = k - __reduce_add_sync(kAllLanes, __popc(above)); left > 0; --left) {
+      const int i = first_of(equal);
+      const int column = equal != 0 ? column_of(i) : INT_MAX;
+      if (column == __reduce_min_sync(kAllLanes, column)) {
+        own |= bit(i);
+        equal ^= bit(i);
+      }
+    }
+    return own;
+  }
+
+  // Puts the k chosen side by side, in any order, and an entry behind them that is worse than all.
+  __device__ void place(int k, unsigned own, uint64_t* entries) const {
+    int at = __popc(own);
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, at, distance);
+      at += lane_index() >= distance ? before : 0;
+    }
+    at -= __popc(own);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if ((own & bit(i)) == 0) continue;
+      entries[at++] = entry_of(number_key(z_[i]), column_of(i));
+    }
+    if (lane_index() == 0) entries[k] = 0;
+  }
+
+  const FastArgs& a_;
   int* const demand_;
-  float z_[kPerLane];
+  Exponents exponentials_{0.0f};
+  float sum_;
+  float z_[kPerLane], e_[kPerLane];
 };
 
 }  // namespace cuda

@@ -63,8 +63,9 @@ __device__ inline T element(const Strided<S>& matrix, int64_t t, int64_t c) {
 // scratch memory on the device, which few blocks then share by walking over the rows.
 
 struct RowMemory {
-  int64_t warp_words;
-  int64_t block_words;  // of all warps, and what the block shares
+  int shared_words;  // what the block shares, first
+  int warp_words;
+  int64_t block_words;  // of all
   int num_warps;
   bool in_shared;
   unsigned num_blocks;
@@ -77,12 +78,22 @@ constexpr int64_t kSharedWords = 12 * 1024;      // without being asked for
 constexpr int64_t kMostSharedWords = 24 * 1024;  // what every architecture from sm_80 on gives a block that asks
 constexpr int64_t kScratchBlocks = 256;
 
+__device__ inline float* block_memory(const RowMemory& m) {
+  extern __shared__ __align__(16) float shared[];
+  return m.in_shared ? shared : m.scratch + blockIdx.x * m.block_words;
+}
+
+__device__ inline float* warp_memory(const RowMemory& m, int warp) {
+  return block_memory(m) + (m.shared_words + warp * m.warp_words);
+}
+
 // The widest block whose rows fit. Depends on the shape only, so the order of sums does as well.
 inline RowMemory plan_rows(int64_t warp_words, int64_t shared_words, int64_t wanted_blocks, const CudaQueue& queue) {
   RowMemory memory{};
-  memory.warp_words = warp_words;
+  memory.shared_words = static_cast<int>(shared_words);
+  memory.warp_words = static_cast<int>(warp_words);
   memory.num_warps = kGateWarps;
-  const auto words = [&] { return memory.num_warps * warp_words + shared_words; };
+  const auto words = [&] { return shared_words + memory.num_warps * warp_words; };
   while (memory.num_warps > 1 && words() > kSharedWords) memory.num_warps /= 2;
   memory.block_words = words();
   memory.in_shared = memory.block_words <= kMostSharedWords;
