@@ -196,7 +196,7 @@ def run_rows(
 
     An interrupt ends the run early; what was measured until then is kept.
     """
-    seconds = options.seconds or (0.3 if options.quick else 1.5)
+    seconds = options.seconds or (0.25 if options.quick else 1.5)
     min_rounds = 3 if options.quick else 5
     results: list[Result] = []
     weights: Weights | str | None = None
