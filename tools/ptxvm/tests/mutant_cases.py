@@ -326,6 +326,13 @@ CASES: dict[str, Case] = {
     "gate 400, share of a group": partial(
         gate, 40, 400, 6, 1, num_groups=4, max_per_group=2, stats=True
     ),
+    "gate 64, K = 17": partial(gate, 20, 64, 17, 1, normalize=True, stats=True),
+    "gate 256, K = 41": partial(gate, 12, 256, 41, 1, score="sigmoid", normalize=True),
+    "gate 100, equal, K = 20": partial(gate, 9, 100, 20, 1, all_equal=True),
+    "gate 40, few finite, K = 17": partial(gate, 9, 40, 17, 1, few_finite=True, has_empty=True),
+    "gate 300, K = 70": partial(gate, 12, 300, 70, 1, stats=True),
+    "gate 300, equal, K = 35": partial(gate, 9, 300, 35, 1, all_equal=True),
+    "gate 70, masked, K = 33": partial(gate, 12, 70, 33, 1, mask=True, has_nan=True, stats=True),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
     "gate 8000": partial(gate, 5, 8000, 4, 1, score="sigmoid", stats=True, **GROUPED),
