@@ -111,17 +111,23 @@ def test_trip_to_a_gpu_keeps_strides_and_writes_back() -> None:
     assert torch.equal(base, wanted)
 
 
-@pytest.mark.parametrize(("num_experts", "most"), [(64, 500), (128, 565), (256, 635)])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "most"),
+    [(64, 8, 290), (128, 8, 345), (256, 8, 350), (256, 32, 950), (4096, 64, 30_000)],
+)
 def test_a_row_of_the_gate_takes_few_instructions(
-    on_device: None, request: pytest.FixtureRequest, num_experts: int, most: int
+    counted: None, num_experts: int, top_k: int, most: int, normalize: bool
 ) -> None:
-    """Warp instructions of PTX a row, what a launch sets up included, as the engine counts them."""
-    if request.config.getoption("--backend") != "vm":
-        pytest.skip("the engine counts them")
-    logits = torch.randn(512, num_experts, generator=torch.Generator().manual_seed(0))
+    """Warp instructions of PTX a row, what a launch sets up included, as the engine counts them.
+
+    K picks took 6600 of 256 logits and K = 32, and 99 000 of 4096 and K = 64.
+    """
+    num_tokens = 512 if num_experts <= 256 else 16
+    logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(0))
     before = vm_backend.engine().instructions()
-    fr.gate(logits, 8)
-    assert (vm_backend.engine().instructions() - before) / 512 <= most
+    fr.gate(logits, top_k, normalize=normalize)
+    assert (vm_backend.engine().instructions() - before) / num_tokens <= most
 
 
 @pytest.mark.parametrize("stray", [-2, 3, 2**31 - 1, -(2**31), 2**32 + 1])

@@ -89,7 +89,7 @@ class GateRow {
     choose(t, selector);
     if (c_.a.scores != nullptr) {
       float* scores = static_cast<float*>(c_.a.scores) + t * c_.num_experts;
-      for (int e = lane_index(); e < c_.num_experts; e += kWarp) scores[e] = score_[e];
+      for (int e = own_lane(); e < c_.num_experts; e += kWarp) scores[e] = score_[e];
     }
     if (c_.a.logsumexp != nullptr) write_statistics(t, is_empty, sum);
     __syncwarp();  // the next row writes what lanes have read of each other here
@@ -99,7 +99,7 @@ class GateRow {
   __device__ void load(int64_t t) {
     float max = -INFINITY;
     bool is_nan = false;
-    for (int i = lane_index(); i < c_.num_columns; i += kWarp) {
+    for (int i = own_lane(); i < c_.num_columns; i += kWarp) {
       const float z = widen(element<T>(c_.a.logits, t, i));
       z_[i] = z;
       max = larger(max, z);
@@ -112,14 +112,14 @@ class GateRow {
 
   __device__ float max_of(const float* z, int begin, int end) const {
     float max = -INFINITY;
-    for (int i = begin + lane_index(); i < end; i += kWarp) max = larger(max, z[i]);
+    for (int i = begin + own_lane(); i < end; i += kWarp) max = larger(max, z[i]);
     return warp_max(max);
   }
 
   // out = exp(z - max) over columns [begin, end) unless null; returns the sum.
   __device__ float exponentials(const float* z, int begin, int end, float max, float* out) const {
     float sum = 0.0f;
-    for (int i = begin + lane_index(); i < end; i += kWarp) {
+    for (int i = begin + own_lane(); i < end; i += kWarp) {
       const float e = exponential(z[i], max);
       if (out != nullptr) out[i] = e;
       sum += e;
@@ -129,7 +129,7 @@ class GateRow {
 
   __device__ void divide(float* values, int begin, int end, float by) const {
     const float divisor = by == 0.0f ? 1.0f : by;
-    for (int i = begin + lane_index(); i < end; i += kWarp) values[i] /= divisor;
+    for (int i = begin + own_lane(); i < end; i += kWarp) values[i] /= divisor;
   }
 
   __device__ bool is_grouped_softmax() const { return c_.a.shape.softmax_over_group && c_.num_groups > 1; }
@@ -139,7 +139,7 @@ class GateRow {
   __device__ float form_scores(const float* z, float max, float* out) const {
     float sum = 0.0f;
     if (c_.a.shape.score != Score::kSoftmax) {
-      for (int i = lane_index(); i < c_.num_columns; i += kWarp) out[i] = elementwise_score(c_.a.shape.score, z[i]);
+      for (int i = own_lane(); i < c_.num_columns; i += kWarp) out[i] = elementwise_score(c_.a.shape.score, z[i]);
     } else if (!is_grouped_softmax()) {
       sum = exponentials(z, 0, c_.num_columns, max, out);
       divide(out, 0, c_.num_columns, sum);
@@ -158,7 +158,7 @@ class GateRow {
   __device__ void form_keys(int64_t t) {
     if (c_.a.noise.data != nullptr) {
       float max = -INFINITY;
-      for (int i = lane_index(); i < c_.num_columns; i += kWarp) {
+      for (int i = own_lane(); i < c_.num_columns; i += kWarp) {
         noisy_[i] = z_[i] + element<float>(c_.a.noise, t, i);
         max = larger(max, noisy_[i]);
       }
@@ -167,7 +167,7 @@ class GateRow {
       if (c_.noisy_scores) form_scores(noisy_, max, noisy_score_);
     }
     const float* source = c_.logit_keys ? noisy_ : key_scores();
-    for (int i = lane_index(); i < c_.num_columns; i += kWarp) {
+    for (int i = own_lane(); i < c_.num_columns; i += kWarp) {
       const float bias = c_.a.bias.data != nullptr ? element<float>(c_.a.bias, t, i) : 0.0f;
       const bool is_allowed = z_[i] != -INFINITY && (c_.a.mask.data == nullptr || element<bool>(c_.a.mask, t, i));
       const int key = isnan(noisy_[i]) ? kDisallowed + 1 : ordered_key(source[i] + bias);
@@ -184,9 +184,9 @@ class GateRow {
     const int part = is_grouped_softmax() ? c_.group_size : c_.num_columns;
     for (int begin = 0; begin < c_.num_columns; begin += part) {
       bool is_nan = false;
-      for (int i = begin + lane_index(); i < begin + part; i += kWarp) is_nan |= isnan(z_[i]);
+      for (int i = begin + own_lane(); i < begin + part; i += kWarp) is_nan |= isnan(z_[i]);
       if (!__any_sync(kAllLanes, is_nan)) continue;
-      for (int i = begin + lane_index(); i < begin + part; i += kWarp) score_[i] = NAN;
+      for (int i = begin + own_lane(); i < begin + part; i += kWarp) score_[i] = NAN;
     }
   }
 
@@ -194,7 +194,7 @@ class GateRow {
   __device__ void close_groups() {
     for (int g = 0; g < c_.num_groups; ++g) {
       const int key = group_key(g * c_.group_size);
-      if (lane_index() == 0) {
+      if (own_lane() == 0) {
         group_keys_[g] = key;
         group_count_[g] = 0;
       }
@@ -205,10 +205,10 @@ class GateRow {
       int key;
       const int g = groups.take(&key);
       if (g < 0) break;
-      if (lane_index() == 0) group_count_[g] = 1;
+      if (own_lane() == 0) group_count_[g] = 1;
     }
     __syncwarp();
-    for (int i = lane_index(); i < c_.num_experts; i += kWarp)
+    for (int i = own_lane(); i < c_.num_experts; i += kWarp)
       if (group_count_[i / c_.group_size] == 0) keys_[i] = kDisallowed;
     __syncwarp();  // whoever counts what a group has given clears the counts
   }
@@ -217,7 +217,7 @@ class GateRow {
   __device__ int group_key(int begin) const {
     const bool is_sum = c_.a.group_score == GroupScore::kTop2Sum;
     int first = kDisallowed, second = kDisallowed;
-    for (int i = begin + lane_index(); i < begin + c_.group_size; i += kWarp) {
+    for (int i = begin + own_lane(); i < begin + c_.group_size; i += kWarp) {
       int key = keys_[i];
       if (is_sum && c_.logit_keys && key != kDisallowed) key = ordered_key(key_scores()[i]);
       second = max(second, min(first, key));
@@ -226,7 +226,7 @@ class GateRow {
     const int best = __reduce_max_sync(kAllLanes, first);
     if (!is_sum || best == kDisallowed) return best;
     const int owner = __ffs(__ballot_sync(kAllLanes, first == best)) - 1;
-    const int next = __reduce_max_sync(kAllLanes, lane_index() == owner ? second : first);
+    const int next = __reduce_max_sync(kAllLanes, own_lane() == owner ? second : first);
     return ordered_key(next == kDisallowed ? key_value(best) : key_value(best) + key_value(next));
   }
 
@@ -252,7 +252,7 @@ class GateRow {
     const int limit = slots_of(t);
     int32_t* experts = a.experts + t * c_.top_k;
     if (c_.counts_groups) {
-      for (int g = lane_index(); g < c_.num_groups; g += kWarp) group_count_[g] = 0;
+      for (int g = own_lane(); g < c_.num_groups; g += kWarp) group_count_[g] = 0;
       __syncwarp();
     }
     bool is_stopped = false;
@@ -269,7 +269,7 @@ class GateRow {
       is_stopped |= c_.has_top_p && cumulative > top_p;
       if (c_.counts_groups) count_group(column / c_.group_size, selector);
       if (column >= c_.num_experts) continue;
-      if (lane_index() == 0) {
+      if (own_lane() == 0) {
         experts[num_real] = column;
         taken_[num_real] = score;
         atomicAdd(demand_ + column, 1);
@@ -284,7 +284,7 @@ class GateRow {
   // Closes a group that has given its share.
   __device__ void count_group(int g, Selector& selector) {
     int count = 0;
-    if (lane_index() == 0) count = ++group_count_[g];
+    if (own_lane() == 0) count = ++group_count_[g];
     count = __shfl_sync(kAllLanes, count, 0);
     if (count == c_.a.max_per_group) selector.disallow(g * c_.group_size, (g + 1) * c_.group_size);
   }
@@ -294,7 +294,7 @@ class GateRow {
     int32_t* experts = c_.a.experts + t * c_.top_k;
     const float divisor = !c_.a.shape.normalize ? 1.0f : total < kWeightFloor ? kWeightFloor : total;
     const float scale = has_nan_ ? NAN : static_cast<float>(c_.a.shape.scale);
-    for (int j = lane_index(); j < c_.top_k; j += kWarp) {
+    for (int j = own_lane(); j < c_.top_k; j += kWarp) {
       weights[j] = j < num_real ? taken_[j] / divisor * scale : 0.0f;
       if (j >= num_real) experts[j] = -1;
     }
@@ -304,14 +304,14 @@ class GateRow {
   __device__ void write_statistics(int64_t t, bool is_empty, float sum) {
     float* logsumexp = static_cast<float*>(c_.a.logsumexp) + t;
     if (is_empty) {
-      if (lane_index() == 0) *logsumexp = -INFINITY;
+      if (own_lane() == 0) *logsumexp = -INFINITY;
       return;
     }
     if (c_.a.shape.score != Score::kSoftmax || is_grouped_softmax()) {
       sum = exponentials(z_, 0, c_.num_columns, max_, nullptr);
     }
-    if (lane_index() == 0) *logsumexp = has_nan_ ? NAN : isinf(max_) ? max_ : max_ + logf(sum);
-    for (int e = lane_index(); e < c_.num_experts; e += kWarp) sums_[e] += score_[e];
+    if (own_lane() == 0) *logsumexp = has_nan_ ? NAN : isinf(max_) ? max_ : max_ + logf(sum);
+    for (int e = own_lane(); e < c_.num_experts; e += kWarp) sums_[e] += score_[e];
   }
 
   const GateCall& c_;
@@ -335,11 +335,12 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   __syncthreads();
 
   const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
-  for (unsigned tile = blockIdx.x; tile < call.num_tiles; tile += gridDim.x) {
+  unsigned tile = blockIdx.x;
+  do {
     const unsigned begin = tile * call.rows_per_tile;
     const unsigned end = min(begin + call.rows_per_tile, call.num_tokens);
     if (call.tile_sums != nullptr) {
-      for (int e = lane_index(); e < call.num_experts; e += kWarp) sums_of(warp)[e] = 0.0f;
+      for (int e = own_lane(); e < call.num_experts; e += kWarp) sums_of(warp)[e] = 0.0f;
       __syncwarp();  // not every way of a row has the columns lie by lanes alike
     }
     for (unsigned t = begin + static_cast<unsigned>(warp); t < end; t += static_cast<unsigned>(m.num_warps)) {
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
       }
       GateRow<T>(call, warp_memory(m, warp), demand).run(t);  // made here: rows of the fast way do not pay for it
     }
-    if (call.tile_sums == nullptr) continue;
+    if (call.tile_sums == nullptr) continue;  // to the condition below
     __syncthreads();
     for (int e = static_cast<int>(threadIdx.x); e < call.num_experts; e += static_cast<int>(blockDim.x)) {
       float sum = 0.0f;
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
       call.tile_sums[int64_t{tile} * call.num_experts + e] = sum;
     }
     __syncthreads();
-  }
+  } while ((tile += gridDim.x) < call.num_tiles);
   if (num_counts == 0) return;
   __syncthreads();
 #pragma unroll 1

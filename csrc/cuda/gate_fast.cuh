@@ -92,7 +92,7 @@ class FastRow {
       first = larger(first, z_[i]);
     }
     const int first_key = number_key(first), second_key = number_key(second);
-    const int largest = __reduce_max_sync(kAllLanes, first_key);
+    int largest = __reduce_max_sync(kAllLanes, first_key);
     exponentials_ = Exponents(key_value(largest));
     sum_ = 0.0f;
 #pragma unroll
@@ -101,8 +101,10 @@ class FastRow {
       sum_ += e_[i];
     }
     sum_ = warp_sum(sum_);
-    // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1.
-    if (!(sum_ >= 0.5f && sum_ <= 2.0f * kMostColumns)) return false;
+    // Not of a NaN, of a +inf, of only -inf, nor where the common factor is far from 1: in [1/2, 2 kMostColumns].
+    constexpr unsigned kLeast = 0x3f000000, kDoubling = 0x00800000;
+    constexpr unsigned kRange = (kPerLane == 2 ? 8 : kPerLane == 4 ? 9 : 10) * kDoubling - 1;
+    if (__float_as_uint(sum_) - kLeast > kRange) return false;
 
     const int k = a_.top_k;
     int floor;
@@ -119,12 +121,13 @@ class FastRow {
       floor = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
     }
     floor = floor > kMinusInfinity ? floor : kMinusInfinity + 1;
+    if (k < kRadixK) raise(k, &floor, &largest);
     return select(t, k, floor, largest, reinterpret_cast<uint64_t*>(warp_memory(memory, warp_index())));
   }
 
   // After a choice. `sums` are the warp's sums of scores.
   __device__ void add_statistics(unsigned t, float* sums) {
-    if (lane_index() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
+    if (own_lane() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
     const bool is_softmax = a_.score == Score::kSoftmax;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -142,13 +145,21 @@ class FastRow {
   __device__ static int first_of(unsigned bits) { return __clz(static_cast<int>(bits)); }
 
   // Rises with i.
-  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + lane_index() * kPack; }
+  __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + own_lane() * kPack; }
 
   __device__ void load(unsigned t) {
-    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + lane_index() * kPack);
+    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + own_lane() * kPack);
+    if (a_.num_columns == kMostColumns) {
+      load<true>(row);
+    } else {
+      load<false>(row);
+    }
+  }
+  template <bool kIsFull>
+  __device__ void load(const T* row) {
 #pragma unroll
     for (int p = 0; p < kPerLane / kPack; ++p) {
-      if (column_of(p * kPack) < a_.num_columns) {
+      if (kIsFull || column_of(p * kPack) < a_.num_columns) {
         const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(row + p * kPack * kWarp);
 #pragma unroll
         for (int n = 0; n < kPack; ++n) z_[p * kPack + n] = widen(pack.values[n]);
@@ -205,14 +216,14 @@ class FastRow {
   // False, and nothing written, where the picks are not the K best. The last one is at the K-th largest key or below.
   __device__ bool write_picks(unsigned t, int k, float first, float second, const Picks& picks) {
     const unsigned own = at_least(key_value(picks.best));
-    if (picks.best <= kMinusInfinity || __reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
+    // Of a pick of -inf these are all there are, and of one of "disallowed", a NaN, none.
+    if (__reduce_add_sync(kAllLanes, __popc(own)) != k) return false;
 
     const bool has_two = __popc(own) == 2;
-    float score = 0.0f, second_score = 0.0f;
-    if (own != 0) score = score_of(first);
-    if (has_two) second_score = score_of(second);
+    float score = score_of(first), second_score = 0.0f;  // of the lanes that have one
+    if (__any_sync(kAllLanes, has_two)) second_score = has_two ? score_of(second) : 0.0f;
     if (a_.normalize) {
-      const float divisor = total_of(score + second_score);
+      const float divisor = total_of(own != 0 ? score + second_score : 0.0f);
       score /= divisor;
       second_score /= divisor;
     }
@@ -244,12 +255,31 @@ class FastRow {
     atomicAdd(demand_ + column, 1);
   }
 
+  // Narrows [low, high], where the K-th largest key is: picks fail mostly by the one logit or two that reach their last
+  // one too many, which is found sooner from below than by bisection.
+  __device__ void raise(int k, int* low, int* high) const {
+    for (int step = 0; step < 2; ++step) {
+      const float floor = key_value(*low);
+      float least = INFINITY;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) least = z_[i] >= floor ? fminf(least, z_[i]) : least;
+      const int lowest = __reduce_min_sync(kAllLanes, number_key(least));
+      const int count = count_from(lowest + 1);
+      *low = count >= k ? lowest + 1 : lowest;
+      if (count <= k) *high = *low;
+      if (count <= k) return;
+    }
+  }
+
+  // How many logits have that key or a larger one.
+  __device__ int count_from(int key) const { return __reduce_add_sync(kAllLanes, __popc(at_least(key_value(key)))); }
+
   // The K best, K up to kFastMostK, by bisection of [low, high], where the K-th largest key is. False, and nothing
   // written, if there are fewer numbers.
   __device__ bool select(unsigned t, int k, int low, int high, uint64_t* entries) {
     while (low < high) {
       const int middle = middle_key(low, high);
-      const int count = __reduce_add_sync(kAllLanes, __popc(at_least(key_value(middle))));
+      const int count = count_from(middle);
       if (count >= k) low = middle;
       if (count < k) high = middle - 1;
       if (count == k) break;
@@ -265,7 +295,7 @@ class FastRow {
     float score[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int at = h * kWarp + lane_index();
+      const int at = h * kWarp + own_lane();
       if (at >= k) continue;
       entry[h] = entries[at];
       score[h] = score_of(key_value(entry_key(entry[h])));
@@ -275,7 +305,7 @@ class FastRow {
     for (int h = 0; h < 2; ++h) {
       if (h * kWarp >= k) break;
       const int rank = count_better(entries, k, entry[h]);
-      if (h * kWarp + lane_index() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
+      if (h * kWarp + own_lane() < k) write(t, k, rank, entry_position(entry[h]), score[h] / divisor);
     }
     __syncwarp();  // the next row writes what is read here
     return true;
@@ -301,7 +331,7 @@ class FastRow {
 #pragma unroll
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const int before = __shfl_up_sync(kAllLanes, at, distance);
-      at += lane_index() >= distance ? before : 0;
+      at += own_lane() >= distance ? before : 0;
     }
     at -= __popc(own);
 #pragma unroll
@@ -309,7 +339,7 @@ class FastRow {
       if ((own & bit(i)) == 0) continue;
       entries[at++] = entry_of(number_key(z_[i]), column_of(i));
     }
-    if (lane_index() == 0) entries[k] = 0;
+    if (own_lane() == 0) entries[k] = 0;
   }
 
   const FastArgs& a_;
