@@ -131,14 +131,14 @@ def softmax_topk_stray_columns() -> None:
 def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: object) -> None:
     num_columns = num_experts + options.get("num_null", 0)
     logits = random(num_tokens, num_columns)
-    if options.pop("has_nan", False):
-        logits[3::7, num_experts - 1] = torch.nan
     if options.pop("has_empty", False):
         logits[2] = -torch.inf
     if options.pop("all_equal", False):
         logits[:], logits[:, 0] = 1.0, 2.0
     if options.pop("many_best", False):
         logits[:], logits[:, 0:80:4] = -1.0, 1.0
+    if options.pop("has_nan", False):
+        logits[3::7, num_experts - 1] = torch.nan
     if options.pop("few_finite", False):
         logits[1::3, 1:] = -torch.inf
     for name, seed in (("bias", 5), ("noise", 6)):
@@ -314,6 +314,7 @@ CASES: dict[str, Case] = {
     ),
     "gate, share of a group": partial(gate, 20, 40, 6, 1, num_groups=4, max_per_group=2),
     "gate 128, many best": partial(gate, 9, 128, 2, 1, many_best=True),
+    "gate 128, many best and NaN": partial(gate, 40, 128, 2, 1, many_best=True, has_nan=True),
     "gate 64, few finite": partial(gate, 9, 64, 4, 1, few_finite=True, stats=True),
     "gate 20, groups": partial(gate, 20, 20, 4, 1, score="sigmoid", bias=True, **GROUPED),
     "gate 20, everything": partial(gate, 20, 20, 4, 1, noise=True, mask=True, bias=True),
