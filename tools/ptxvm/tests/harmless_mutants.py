@@ -25,8 +25,6 @@ class Harmless(NamedTuple):
 
 ONE_LANE = "all lanes hold the same value; that one of them stores it saves stores"
 FIRST_TURN = "the loop has a first turn in every call: its entry is never passed by"
-NOT_REACHED = "the compiler's branch for a case that the call cannot have"
-SAVES_WORK = "what is passed by would change nothing"
 
 HARMLESS = (
     Harmless(
@@ -69,6 +67,84 @@ HARMLESS = (
             "static_cast<double*>(a.weights)[slot] = is_taken ?",
             "static_cast<float*>(a.weights)[slot] = is_taken ?",
             "if (taken != 0) atomicAdd",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate.cu",
+        ONE_LANE,
+        (
+            "if (own_lane() == 0) { group_keys_[g] = key;",
+            "if (own_lane() == 0) group_count_[g] = 1;",
+            "if (own_lane() == 0) *logsumexp =",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate.cu",
+        FIRST_TURN,
+        (
+            "for (int begin = 0; begin < c_.num_columns; begin += part) {",
+            "for (int j = 0; j < c_.a.topk_groups; ++j) {",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate.cu",
+        "scores under noise have a place whenever they are formed",
+        ("if (out != nullptr) out[i] = e;",),
+    ),
+    Harmless(
+        "guard",
+        "gate.cu",
+        "clears memory of the warp that nobody reads in this call; a loop without a turn; adds a zero",
+        (
+            "if (c_.counts_groups) { for (int g = own_lane()",
+            "if (call.tile_sums != nullptr) { for (int e",
+            "if (num_counts == 0) return;",
+            "if (demand[e] != 0) atomicAdd",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate_backward.cu",
+        FIRST_TURN,
+        ("for (int begin = 0; begin < c_.num_columns; begin += part) softmax_backward",),
+    ),
+    Harmless(
+        "guard",
+        "gate_fast.cuh",
+        ONE_LANE,
+        (
+            "if (own_lane() == 0) a_.logsumexp[t] =",
+            "if (own_lane() == 0) entries[k] = 0;",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate_fast.cuh",
+        "ranks entries that no lane has and none writes",
+        ("for (int h = 0; h < 2; ++h) { if (h * kWarp >= k) break;",),
+    ),
+    Harmless(
+        "guard", "gate_select.cuh", ONE_LANE, ("if (own_lane() == 0) entries[num_taken] = 0;",)
+    ),
+    Harmless(
+        "guard",
+        "gate_select.cuh",
+        FIRST_TURN,
+        (
+            "for (int begin = 0; begin < n; begin += kWarp) {",
+            "for (int j = 0; j < k; j += 2) {",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "gate_select.cuh",
+        "a second look finds the same best; of exactly k keys at the floor all that equal it are taken",
+        (
+            "if (best_at_ >= begin && best_at_ < end) find_best();",
+            "if (low == high) num_equal = k - count_from(low + 1);",
         ),
     ),
     Harmless(
@@ -148,6 +224,12 @@ HARMLESS = (
             "const int32_t expert = work.expert_of(row + column); a.choice[at]",
             "for (int64_t other = 0; may_ask && other < column; ++other) may_ask",
         ),
+    ),
+    Harmless(
+        "guard",
+        "reroute.cu",
+        "the compiler's four turns at once of a loop that has one: a launch has a thread a slot",
+        ("const int64_t token = by_score ? i / num_columns",),
     ),
     Harmless(
         "guard",

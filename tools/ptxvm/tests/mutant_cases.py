@@ -25,7 +25,8 @@ from mutant_expert_cases import (
 def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scopes of tokens, and which of them are out of range."""
     scopes = (torch.arange(num_tokens) % num_scopes).int()
-    scopes[5], scopes[6], scopes[-1] = num_scopes, -1, 2**31 - 1
+    scopes[4::16] = -1
+    scopes[5], scopes[-1] = num_scopes, 2**31 - 1
     return scopes, (scopes < 0) | (scopes >= num_scopes)
 
 
@@ -270,6 +271,7 @@ CASES: dict[str, Case] = {
     "permute 8, gradient of the rows": partial(permute, 8, 2, of="rows"),
     "permute 8, gradient of the weights": partial(permute, 8, 2, of="weights"),
     "softmax 200": partial(softmax, 200, "three_pass", 1),
+    "softmax 200, every block": partial(softmax, 200, "online", FAR),
     "softmax 1500": partial(softmax, 1500, "three_pass", 2),
     "softmax 1499": partial(softmax, 1499, "online", 2),
     "softmax 1500, online": partial(softmax, 1500, "online", 2),
@@ -334,6 +336,10 @@ CASES: dict[str, Case] = {
     "gate 300, K = 70": partial(gate, 12, 300, 70, 1, stats=True),
     "gate 300, equal, K = 35": partial(gate, 9, 300, 35, 1, all_equal=True),
     "gate 70, masked, K = 33": partial(gate, 12, 70, 33, 1, mask=True, has_nan=True, stats=True),
+    "gate 520, softmax over wide groups": partial(
+        gate, 9, 520, 4, 1, softmax_over="group", stats=True, **GROUPED
+    ),
+    "gate 20, sigmoid, statistics": partial(gate, 20, 20, 4, 1, score="sigmoid", stats=True),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
     "gate 8000": partial(gate, 5, 8000, 4, 1, score="sigmoid", stats=True, **GROUPED),
