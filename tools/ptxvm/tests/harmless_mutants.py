@@ -97,7 +97,7 @@ HARMLESS = (
     Harmless(
         "guard",
         "gate.cu",
-        "clears memory of the warp that nobody reads in this call; a loop without a turn; adds a zero",
+        "clears memory that nobody reads in this call; a loop without a turn; adds a zero",
         (
             "if (c_.counts_groups) { for (int g = own_lane()",
             "if (call.tile_sums != nullptr) { for (int e",
@@ -141,7 +141,7 @@ HARMLESS = (
     Harmless(
         "guard",
         "gate_select.cuh",
-        "a second look finds the same best; of exactly k keys at the floor all that equal it are taken",
+        "a second look finds the same best; of exactly k keys at the floor all are taken",
         (
             "if (best_at_ >= begin && best_at_ < end) find_best();",
             "if (low == high) num_equal = k - count_from(low + 1);",
