@@ -77,6 +77,37 @@ def refused(text: str, kind: type[Exception] = ValueError) -> Iterator[None]:
 
 
 @check
+def routers_learn_from_the_tokens_of_all_ranks() -> None:
+    """The state after an update is that of one router which saw them all; counts all times 4."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for name in ("loss_free", "deepseek_v3", "kmeans", "adapt_dhm"):
+        torch.manual_seed(5 + rank * (name == "kmeans"))
+        own = fr.routers.build(name, H, E, 1).train()
+        if name == "kmeans":
+            own(tokens_of(rank, 9) if rank else tokens_of(rank, 0))  # rank 0 has placed nothing
+            own.update()
+        else:
+            for buffer in own.buffers():
+                dist.broadcast(buffer, 0)
+            own.score.weight.data.copy_(tokens_of(9, E)) if hasattr(own, "score") else None
+        whole = copy.deepcopy(own)
+        own(tokens_of(rank))
+        whole(torch.cat([tokens_of(other) for other in range(size)]))
+        own.update()
+        whole.update()
+        before = own.state_dict()
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, before[key]) or float((value - before[key]).norm()) < 1e-5, (
+                key
+            )
+        for key in ("bias", "centroids"):
+            if key in before:
+                everywhere = before[key].clone()
+                dist.broadcast(everywhere, 0)
+                assert torch.equal(everywhere, before[key]), (name, key)
+
+
+@check
 def forward_and_backward_equal_one_machine() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     for options in shared_options():

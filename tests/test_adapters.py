@@ -109,6 +109,14 @@ def test_queryable_lora():
         many.atoms.copy_(many.atoms * torch.tensor([1.0, 2.0, 3.0])[:, None, None])
     prior = torch.tensor([0.0, 0.0, 1e9])
     assert_bound(many(x, summary, prior)[0], 1.5 * y.detach().double(), 1e-4)
+    # alpha sums to 1: equal atoms are one atom, whatever the attention
+    with torch.no_grad():
+        many.atoms.copy_(normal(4, 4, seed=7).expand(3, 4, 4))
+    u = x @ many.lora_a
+    expected = u.double() @ many.atoms[0].double() @ many.lora_b.double()
+    for given in (None, torch.tensor([0.3, -2.0, 1.0]), normal(5, 3, seed=8)):
+        assert_bound(many(x, summary, given)[0].detach(), expected.detach(), 1e-4)
+    assert_bound(many(x, summary)[1].detach(), ((summary + u) / 2).detach().double(), 1e-6)
 
 
 def test_same_projects_and_freezes():
@@ -120,6 +128,11 @@ def test_same_projects_and_freezes():
     close(kept.T @ projected, torch.zeros(kept.shape[1], 4), 1e-12)
     assert_bound(adapters.project_update(projected, kept), projected, 1e-12)
     assert_bound(adapters.project_update(update, kept * 3), projected, 1e-12)
+    # columns that depend on each other, or are 0, span no direction more
+    dependent = torch.cat([kept, kept @ normal(kept.shape[1], 3, seed=4, dtype=F64)], 1)
+    dependent = torch.cat([dependent, torch.zeros(12, 2, dtype=F64)], 1)
+    assert_bound(adapters.project_update(update, dependent), projected, 1e-12)
+    assert torch.equal(adapters.project_update(update, torch.zeros(12, 2, dtype=F64)), update)
     assert adapters.kept_directions(inputs_of_old, 1.0).shape == (12, 12)
     c = torch.diag(torch.tensor([0.0, 3.0], dtype=F64))
     step = adapters.precondition_update(torch.ones(2, 1, dtype=F64), c, damping=1.0)
@@ -130,8 +143,6 @@ def test_same_projects_and_freezes():
     assert weight.grad[:, 0, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
     handle.remove()
 
-
-LORA = adapters.LoraExperts(torch.ones(1, 5, 2), torch.ones(1, 2, 4))
 
 # ---- errors ------------------------------------------------------------------------------------
 

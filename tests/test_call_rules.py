@@ -118,6 +118,24 @@ def test_capacity_that_follows_the_tokens_compiles_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_number_of_tokens_that_only_the_data_tells_compiles() -> None:
+    def layer(x: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
+        x = x[kept]
+        routing = fr.gate(x, 2, normalize=True)
+        capacity = fr.expert_capacity(x.shape[0], 4, 2, 1.1)
+        plan = fr.plan_dispatch(routing.experts, 4, capacity=capacity)
+        y = fr.unpermute(fr.permute(x, plan), plan, routing.weights)
+        return y, fr.softmax(x, 0), fr.softmax(x.view(-1, 2, 2), 1), fr.softmax_topk(x, 2)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.arange(48.0).sin().reshape(12, 4)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for kept in (x[:, 0] > 0, x[:, 0] > 2):  # the second keeps none
+            for a, b in zip(compiled(x, kept), layer(x, kept), strict=True):
+                assert torch.equal(a, b)
+
+
 def test_exported_capacity_is_saved_and_loaded() -> None:
     class Dispatch(torch.nn.Module):
         def forward(self, experts: Tensor) -> Tensor:
@@ -187,6 +205,16 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     "moe_mlp: interleaved must be a bool, got 'x'": (
         lambda: fr.moe_mlp(LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, interleaved="x")
     ),
+    "lora_grouped_mm: scaling must be a number, got 'a'": lambda: fr.lora_grouped_mm(
+        LOGITS, W_UP[..., :1], W_UP[:, :1], (EXPERTS, torch.ones(3, 2)), scaling="a"
+    ),
+    "renormalize_after_drop: weights must be a torch.Tensor, got Routing(int32 tensor of shape": (
+        lambda: fr.renormalize_after_drop(fr.gate(LOGITS, 2), PLAN)
+    ),
+    "plan_placement: experts must be int32 or int64, got float32": (
+        lambda: fr.distributed.plan_placement(LOGITS, 4, 2)
+    ),
+    "routers: name must be a str, got 3": lambda: fr.routers.build(3, 4, 2),
     "moe_mlp: plan.row_to_slot must be a torch.Tensor, got [0]": lambda: fr.moe_mlp(
         LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, plan=PLAN._replace(row_to_slot=[0])
     ),

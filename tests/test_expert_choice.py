@@ -77,6 +77,21 @@ def test_the_check_has_power(backend: str) -> None:
     assert_has_power(lambda w: assert_exact(w, wanted.weights, stride=False), got.weights)
 
 
+def test_scopes_without_a_token_cost_nothing(backend: str) -> None:
+    """Memory by the largest scope would be 16 GiB here; ids may be hashes of requests."""
+    scores = torch.randint(0, 5, (60, 4), generator=torch.Generator().manual_seed(5)).float()
+    few = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(6), dtype=torch.int32)
+    many = torch.tensor([0, 77, 2**31 - 2], dtype=torch.int32)[few.long()]
+    wanted = fr.expert_choice(scores.to(backend), 4, scope_ids=few.to(backend), num_scopes=3)
+    for count in (61, 2**31 - 1):
+        ids = many if count > 61 else few * 30
+        got = fr.expert_choice(scores.to(backend), 4, scope_ids=ids.to(backend), num_scopes=count)
+        for field in ("experts", "weights", "demand"):
+            assert_exact(getattr(got, field), getattr(wanted, field))
+    none = fr.expert_choice(scores[:0], 4, scope_ids=few[:0], num_scopes=2**31 - 1)
+    assert none.experts.shape == (0, 4)
+
+
 def test_a_scope_never_depends_on_another(backend: str) -> None:
     scores = random_scores(60, 9)
     scope_ids = (torch.arange(60) % 3).int()

@@ -245,6 +245,26 @@ def test_plain_rows_of_every_width(dtype, num_experts):
     assert_bound(got, exact, 1e-5 + torch.finfo(dtype).eps * exact.abs())
 
 
+@pytest.mark.parametrize("num_groups", [2, 3, 8, 16, 17])
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+def test_groups_of_whole_vectors(num_groups, group_score):
+    """Groups that a kernel may rank and search by vectors; eighths, so that every tie is one."""
+    generator = torch.Generator().manual_seed(num_groups)
+    shape = (9, 32 * num_groups)
+    logits = torch.randint(-16, 17, shape, generator=generator) / 8
+    logits[3] = 0.0
+    bias = torch.randint(-8, 9, shape[1:], generator=generator) / 8
+    mask = torch.rand(shape, generator=generator) < 0.5
+    mask[4] = False
+    mask[5, 32:] = False
+    limited = {"num_groups": num_groups, "topk_groups": (num_groups + 1) // 2}
+    for top_k in (1, 8, 16, 24):
+        for options in ({}, {"bias": bias}, {"mask": mask}, {"bias": bias, "mask": mask}):
+            case = {"logits": logits, "top_k": top_k, "score": "identity", **limited, **options}
+            wanted = reference.gate(**case, group_score=group_score)
+            assert_exact(fr.gate(**case, group_score=group_score).experts, wanted.experts.int())
+
+
 def test_bounds_can_fail():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     routing = fr.gate(logits, 4, stats=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastmoe_route import reference, routers
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
+from router_cases import ARGUMENTS, EXPERTS, HIDDEN, inputs, names
 from tolerance import assert_bound, assert_exact, assert_has_power
 
 H, WIDTH, E, K = 16, 12, 6, 2
@@ -116,6 +117,25 @@ def test_router_by_name_and_as_a_module(name):
     made.load_state_dict(by_name.state_dict())
     assert by_name.router.name == name
     assert_exact(made(tokens(6)), by_name(tokens(6)))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_published_router_by_name(name):
+    """Trains, with a gradient for the input and finite ones elsewhere, and evaluates."""
+    options = dict(ARGUMENTS.get(name, {}))
+    top_k = options.pop("top_k", None)
+    torch.manual_seed(0)
+    layer = fr.nn.MoE(HIDDEN, WIDTH, EXPERTS, top_k, router=name, router_options=options)
+    given = inputs()
+    x = given.pop("x").requires_grad_()
+    del given["experts"]
+    y, routed = layer.train()(x, return_routed=True, **given)
+    (y.square().mean() + routed.aux_loss).backward()
+    grads = [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert bool((x.grad != 0).any())
+    assert routers.update(layer) == 1
+    assert layer.eval()(x.detach(), **given).shape == x.shape
 
 
 class OwnRouter(torch.nn.Module):

@@ -107,6 +107,17 @@ def test_large_results_are_streamed(backend: str, dtype: torch.dtype) -> None:
     assert_bound(grad_weights, squares, squares * 512 * 2.0**-23)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("hidden", [512, 509])
+def test_large_permute_by_token(backend: str, hidden: int) -> None:
+    """More slots a token than are written side by side, rows of whole lines and others."""
+    top_k = 11
+    num_tokens = STREAM_BYTES // (4 * hidden * top_k) + 9
+    plan = make_plan(num_tokens, top_k, 5, align=64)
+    x = normal(num_tokens, hidden)
+    assert_exact(fr.permute(x, plan), reference.permute(x, plan))
+
+
 def test_the_checks_have_power(backend: str) -> None:
     plan = make_plan(20, 3, 4)
     x, rows, weights = normal(20, 9), normal(60, 9, seed=1), normal(20, 3, seed=2)
@@ -207,34 +218,57 @@ def test_backward_takes_strided_and_expanded_gradients(backend: str) -> None:
 # ---- determinism -------------------------------------------------------------------------------
 
 
+class Movement:
+    """One plan of 500 tokens, enough for eight threads, and everything that is moved by it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.experts = torch.randint(-1, 8, (500, 4), generator=generator)
+        self.plan = fr.plan_dispatch(self.experts, 8, align=8)
+        self.x = normal(500, 300, dtype=dtype).requires_grad_()
+        self.rows = normal(self.plan.row_to_slot.shape[0], 300, dtype=dtype, seed=1)
+        self.rows.requires_grad_()
+        self.weights = normal(500, 4, seed=2).requires_grad_()
+
+    def results(self) -> list[Tensor]:
+        """Rows, sums, and the gradients of x, of the rows and of the weights."""
+        rows = fr.permute(self.x, self.plan)
+        y = fr.unpermute(self.rows, self.plan, self.weights)
+        grads = torch.autograd.grad(
+            (rows, y), (self.x, self.rows, self.weights), (self.rows.detach(), self.x.detach())
+        )
+        return [rows.detach(), y.detach(), *grads]
+
+
+@pytest.mark.parametrize("num_runs", [40, pytest.param(1000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_and_batch_do_not_show(backend: str, threads, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(4)
-    experts = torch.randint(-1, 8, (500, 4), generator=generator)
-    plan = fr.plan_dispatch(experts, 8, align=8)
-    x = normal(500, 300, dtype=dtype)
-    rows = normal(plan.row_to_slot.shape[0], 300, dtype=dtype, seed=1)
-    weights, grad_y = normal(500, 4), normal(500, 300, dtype=dtype, seed=2)
-
-    def everything() -> list[Tensor]:
-        leaves = [rows.detach().requires_grad_(), weights.detach().requires_grad_()]
-        y = fr.unpermute(leaves[0], plan, leaves[1])
-        return [fr.permute(x, plan), y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
-
+def test_runs_on_one_to_eight_threads_are_equal(
+    backend: str, threads, dtype: torch.dtype, num_runs: int
+) -> None:
+    movement = Movement(dtype)
     threads(1)
-    wanted = everything()
-    for n in range(2, 9):
+    wanted = movement.results()
+    for n in range(1, 9):
         threads(n)
-        for got, expected in zip(everything(), wanted, strict=True):
-            assert_exact(got, expected)
+        for _ in range(num_runs // 8):
+            for got, expected in zip(movement.results(), wanted, strict=True):
+                assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_does_not_show(backend: str, dtype: torch.dtype) -> None:
+    movement = Movement(dtype)
+    experts, plan = movement.experts, movement.plan
+    rows, weights = movement.rows.detach(), movement.weights.detach()
+    y = fr.unpermute(rows, plan, weights)
     # A token alone, with its own rows, has the bits it has in the batch.
     for token in (0, 123, 499):
         alone = fr.plan_dispatch(experts[token : token + 1], 8)
         mine = plan.slot_to_row[token][plan.slot_to_row[token] >= 0].long()
         own_rows = torch.zeros(4, 300, dtype=dtype)
         own_rows[alone.slot_to_row[0][alone.slot_to_row[0] >= 0].long()] = rows[mine]
-        y = fr.unpermute(own_rows, alone, weights[token : token + 1])
-        assert_exact(y[0], wanted[1][token])
+        y_alone = fr.unpermute(own_rows, alone, weights[token : token + 1])
+        assert_exact(y_alone[0], y[token])
 
 
 # ---- registration ------------------------------------------------------------------------------

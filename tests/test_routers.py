@@ -203,6 +203,25 @@ def test_bad_arguments_are_named(name: str) -> None:
             router(**{**inputs(), need: None})
 
 
+@pytest.mark.parametrize(("argument", "loss"), [("aux_coef", "balance"), ("z_coef", "z")])
+@pytest.mark.parametrize("name", names())
+def test_a_common_loss_is_computed_or_refused(name: str, argument: str, loss: str) -> None:
+    """No coefficient is silently without effect."""
+    if argument in BY_NAME[name].target.unused:
+        with pytest.raises(ValueError, match=rf"{name}: {argument} must be 0: .*, got 0\.5"):
+            make(name, **{argument: 0.5})
+        assert loss not in make(name).train()(**inputs()).losses
+        return
+    once, twice = (make(name, **{argument: c}).train() for c in (0.5, 1.0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = once(**inputs()).losses[loss].detach()
+        torch.manual_seed(0)
+        large = twice(**inputs()).losses[loss].detach()
+    assert float(small) > 0
+    assert float(large / small) == pytest.approx(2, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", names())
 def test_state_is_saved_and_must_be_finite(name: str) -> None:
     router = make(name)

@@ -6,8 +6,8 @@ import fastmoe_route as fr
 import numpy as np
 import pytest
 import torch
-from fastmoe_route.routers.assignment import capped_plan
 from fastmoe_route.routers.base import Context
+from fastmoe_route.routers.plans import capped_plan, expert_plan, sparse_columns
 from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
 from test_routers_choice import near, set_logits, tokens
 from torch import Tensor
@@ -325,6 +325,55 @@ def test_sparse_ot_weighs_by_softmax_where_the_plan_is_positive() -> None:
     assert violation(routing.demand) < violation(fr.gate(logits, 2).demand) / 2
 
 
+def test_sparse_columns_are_projections_of_the_largest() -> None:
+    column = torch.tensor([[0.5], [0.4], [0.3], [0.1]], dtype=torch.float64)
+    one = torch.zeros(4, dtype=torch.int64)
+    for room, wanted in (
+        (1, [1, 0, 0, 0]),
+        (2, [0.55, 0.45, 0, 0]),
+        (3, [13 / 30, 1 / 3, 7 / 30, 0]),
+    ):
+        got = sparse_columns(column, one, 1, torch.full((4, 1), room))
+        assert near(got[:, 0], torch.tensor(wanted, dtype=torch.float64), 1e-12)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 5, generator=generator, dtype=torch.float64) * torch.tensor(
+        [9, 3, 1, 0.3, 0.01]
+    )
+    ids = torch.arange(90) % 3
+    room = torch.tensor([4, 30, 11])
+    got = sparse_columns(x, ids, 3, room[ids, None])
+    for segment in range(3):
+        for j in range(5):
+            v = x[ids == segment, j]
+            top = v.sort(descending=True).values[: room[segment]]
+            excess = (top.cumsum(0) - 1) / torch.arange(1, len(top) + 1)
+            shift = excess[(top > excess).nonzero().max()]
+            wanted = (v - shift).clamp(min=0) * (v >= top[-1])
+            assert near(got[ids == segment, j], wanted, 1e-12)
+
+
+def test_sparse_ot_with_few_tokens_per_expert() -> None:
+    logits = skewed(256)
+    router, x = wide("sparse_ot", logits, iters=150, sparse="expert")
+    routing = router.eval()(x).routing
+    plan = expert_plan(logits.softmax(1), 2, Context(), **router.options)
+    assert torch.equal(routing.experts >= 0, plan > 0)
+    assert int(routing.demand.max()) <= 256 * 2 // 16
+    assert near(plan.sum(0), torch.full((16,), 16.0), 1e-3)
+    assert float((plan.sum(1) - 1).abs().mean()) < 0.2  # columns are exact, rows as it converges
+    first = expert_plan(logits.softmax(1), 2, Context(), iters=1, gamma=1.0, learning_rate=0.01)
+    assert float((plan.sum(1) - 1).abs().mean()) < float((first.sum(1) - 1).abs().mean()) / 2
+    assert near(routing.weights, torch.where(plan > 0, logits.softmax(1), 0.0))
+    router, given = make("sparse_ot", sparse="expert").serve(), inputs()
+    together = layer(router, given)
+    for scope in range(3):
+        mine = (given["scope_ids"] == scope).nonzero()[:, 0]
+        assert torch.equal(layer(router, rows(given, mine)), together[mine])
+    assert layer(router, inputs(0)).shape == (0, HIDDEN)
+    with pytest.raises(ValueError, match="sparse_ot: sparse must be one of token, expert"):
+        make("sparse_ot", sparse="row")
+
+
 # ---- k-means -----------------------------------------------------------------------------------
 
 
@@ -376,7 +425,19 @@ def test_v_moe_rounds_capacity_and_balances() -> None:
     router = make("v_moe").train()
     routed = router(tokens(41))
     assert routed.plan.kept.max() <= 12  # ceil(1.05 * 41 * 2 / 8) = 11, rounded up to 12
-    assert routed.losses["balance"] > 0
+    x, noisy = tokens(41), routed.routing  # losses: noiseless importance, chances to be chosen
+    torch.manual_seed(5)
+    noise = torch.randn(41, EXPERTS) / EXPERTS
+    torch.manual_seed(5)
+    routed, z = router(x), router.score(x).double()
+    floor = (z + noise).topk(2, dim=1).values[:, 1:]
+    chance = (1 - torch.special.ndtr((floor - z) * EXPERTS)).mean(0)
+    sums = z.softmax(1).sum(0)
+    squares = [v.var(correction=0) / v.mean() ** 2 for v in (sums, chance)]
+    assert near(routed.losses["balance"], 0.01 * sum(squares) / 2, 1e-6)
+    chosen = (z + noise).softmax(1).gather(1, routed.routing.experts.long())
+    assert near(routed.routing.weights, chosen, 1e-6)
+    assert not torch.equal(noisy.weights, routed.routing.weights)
     router.score.weight.data.zero_()
     noisy = [router(tokens(41)).routing.experts for _ in range(2)]
     assert not torch.equal(*noisy)
@@ -440,6 +501,8 @@ def test_smear_merges_parameters() -> None:
     dropped = make("smear", dropout=0.5).train()(**given).extra["merge"]
     assert bool((dropped == 0).any())
     assert near(dropped.sum(1), 1.0)
+    last = make("smear", dropout=0.9999).train()(**given).extra["merge"]
+    assert near(last.amax(1), 1.0)  # one expert stays
 
 
 def layer_of_outputs(own: fr.routers.Experts, given: dict, p: Tensor) -> Tensor:

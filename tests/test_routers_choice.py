@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import fastmoe_route as fr
 import pytest
 import torch
 import torch.nn.functional as F
 from fastmoe_route import losses
+from fastmoe_route.losses._beta import beta_cdf
 from fastmoe_route.routers.estimators import score_function
 from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make
 from torch import Tensor, nn
@@ -253,6 +257,31 @@ def test_loc_moe_gate_rows_are_orthogonal() -> None:
         fr.routers.build("loc_moe", 20, 8)
 
 
+def test_loc_moe_least_capacity_follows_the_angle() -> None:
+    """Above the bound of normal coordinates, falling as the angle widens, and a true bound."""
+    last = math.inf
+    for cosine in (0.5, 0.3, 0.2, 0.1, 0.05, 0.0):
+        least = fr.routers.angle_capacity(cosine, 128, 4)
+        assert least >= math.exp(128 * cosine**2 / 2) / 4
+        assert 1 <= least <= last
+        last = least
+        # the probability of such an angle: half of a Beta's tail, for directions on the sphere
+        half, d = torch.tensor(0.5), torch.tensor(63.5)
+        inside = 0.5 * beta_cdf(torch.tensor(1 - cosine**2, dtype=torch.float64), d, half)
+        assert float(inside) <= math.exp(-128 * cosine**2 / (2 - cosine**2))
+    assert fr.routers.angle_capacity(1.0, 10**6, 4) == math.inf
+    router, x = make("loc_moe"), tokens(30)
+    gates = torch.eye(EXPERTS).repeat_interleave(2, 1)
+    cosines = F.normalize(x, dim=1) @ F.normalize(gates, dim=1).t()
+    experts = router.eval()(x).routing.experts.long()
+    worst = float(cosines.gather(1, experts).min())
+    assert router.least_capacity(x) == min(fr.routers.angle_capacity(worst, HIDDEN, EXPERTS), 30)
+    assert router.least_capacity(gates) == 8  # along the gates: every token
+    assert router.least_capacity(x[:0]) == 1
+    with pytest.raises(ValueError, match=r"angle_capacity: cosine must be in \[0, 1\], got 1.5"):
+        fr.routers.angle_capacity(1.5, 8, 8)
+
+
 # ---- structure ---------------------------------------------------------------------------------
 
 
@@ -269,11 +298,43 @@ def test_x_moe_is_a_cosine() -> None:
     alike = make("x_moe").train()
     alike.embeddings.data.copy_(alike.embeddings.data[:1].expand(EXPERTS, -1))
     assert alike(tokens(25)).plan.kept[0] == 5  # floor(1.25 * ceil(25 / 8)); ties go to expert 0
-    thinned = make("x_moe", top_k=2, random_second=True, capacity_factor=None).train()
+    thinned = make("x_moe", top_k=2, second="random", capacity_factor=None).train()
     routing = thinned(tokens(400)).routing
     kept = (routing.experts[:, 1] >= 0).float().mean()
     assert bool((routing.experts[:, 0] >= 0).all())
     assert 0.1 < kept < 0.95
+    assert near(routing.weights.sum(1), 1.0)
+    assert bool((routing.weights[routing.experts[:, 1] < 0, 0] == 1).all())
+
+
+def test_x_moe_with_two_experts_shares_what_was_not_dropped() -> None:
+    router = make("x_moe", top_k=2).train()
+    routed = router(tokens(25))
+    assert routed.plan.kept.max() == 8  # 2 * ceil(25 / 8)
+    p = router.logits(tokens(25)).softmax(1).gather(1, routed.routing.experts.long())
+    p = p * (routed.plan.slot_to_row >= 0)
+    assert near(routed.routing.weights, p / p.sum(1, keepdim=True), 1e-6)
+    assert bool((routed.routing.weights == 1).any())  # the other one was dropped
+    router.embeddings.data.copy_(router.embeddings.data[:1].expand(EXPERTS, -1))
+    alike = router(tokens(25)).routing.weights  # all ask for experts 0 and 1
+    assert near(alike, torch.tensor([[0.5, 0.5]] * 8 + [[0.0, 0.0]] * 17), 1e-6)
+
+
+def test_x_moe_draws_the_second_expert() -> None:
+    """The second is a draw from the softmax over all but the first: chi squared, 6 degrees."""
+    router = make("x_moe", top_k=2, second="gumbel", capacity_factor=None, temperature=0.5).train()
+    x = tokens(1).expand(6000, -1)
+    routing = router(x, seed=3).routing
+    z = router.logits(x[:1])[0]
+    first = int(z.argmax())
+    assert bool((routing.experts[:, 0] == first).all())
+    expected = 6000 * z.index_fill(0, torch.tensor([first]), -torch.inf).softmax(0)
+    counts = torch.bincount(routing.experts[:, 1].long(), minlength=EXPERTS)
+    others = expected > 0
+    assert ((counts - expected)[others].square() / expected[others]).sum() < 22.5  # 0.1%
+    assert torch.equal(router.eval()(x[:1]).routing.experts, router.logits(x[:1]).topk(2)[1].int())
+    with pytest.raises(ValueError, match="x_moe: second must be one of best, random, gumbel"):
+        make("x_moe", second="worst")
 
 
 def test_hyper_router_learns_its_embedding_only() -> None:
@@ -360,6 +421,54 @@ def test_uni_pool_scores_do_not_see_the_scale() -> None:
     assert all(r.demand.max() == 4 and r.demand.min() == 0 for r in routings)
     even = losses.pool_balance(routings)
     assert even < losses.pool_balance([routings[0], routings[0]])
+
+
+def test_uni_pool_fades_and_locks() -> None:
+    router, x = make("uni_pool", top_k=2).eval(), tokens(40)
+    free = router(x).routing
+    owned = torch.arange(EXPERTS) % 4 == 1
+    scores = F.normalize(router.score(x), dim=1).relu()
+    for progress, rest in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
+        router.lock(owned, progress)
+        routing = router(x).routing
+        wanted = torch.where(owned, scores, rest * scores).gather(1, routing.experts.long())
+        assert near(routing.weights, wanted, 1e-6)
+        if progress == 0:
+            assert torch.equal(routing.experts, free.experts)
+    assert bool(owned[routing.experts.long()].all())  # locked: nothing else, whatever it scores
+    assert near(routing.weights, scores.gather(1, routing.experts.long()), 1e-6)  # |z| is of all
+    with pytest.raises(ValueError, match=r"uni_pool: progress must be in \[0, 1\], got 2"):
+        router.lock(owned, 2)
+    with pytest.raises(ValueError, match=r"uni_pool: owned must have shape \[8\]"):
+        router.lock(owned[:3])
+
+
+def test_pool_partition_gives_every_expert_one_layer() -> None:
+    pytest.importorskip("scipy")
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 100, (3, 6), generator=generator)
+    share = counts / counts.sum(1, keepdim=True)
+
+    def worth(owner: Tensor) -> tuple[float, float]:
+        kept = (share * owner).sum(1)
+        return -float((0.6 - kept).clamp(min=0).sum()), float(kept.sum())
+
+    found = fr.routers.pool_partition(counts, 0.6)
+    assert found.sum(0).tolist() == [1] * 6
+    assert found.sum(1).tolist() == [2] * 3
+    every = {tuple(p) for p in itertools.permutations([0, 0, 1, 1, 2, 2])}
+    best = max(worth(F.one_hot(torch.tensor(p), 3).t()) for p in every)
+    assert worth(found) == pytest.approx(best, abs=1e-6)
+    planted = torch.eye(4).repeat(1, 8)[:, torch.randperm(32, generator=generator)] * 7
+    assert torch.equal(fr.routers.pool_partition(planted), planted > 0)
+    for bad, message in (
+        (counts[:, :4], "counts must have a multiple of as many columns as rows"),
+        (-counts, "counts must be finite and not negative"),
+    ):
+        with pytest.raises(ValueError, match=f"pool_partition: {message}"):
+            fr.routers.pool_partition(bad)
+    with pytest.raises(ValueError, match=r"pool_partition: coverage must be in \[0, 1\], got 2"):
+        fr.routers.pool_partition(counts, 2)
 
 
 def test_block_ffn_runs_what_is_active() -> None:

@@ -97,7 +97,7 @@ def test_remix_has_constant_weights_and_the_probability_of_its_draw():
         router.eval()(**given).routing,
         fr.gate(z, 3)._replace(weights=torch.full((24, 3), 2 / 12)),
     )
-    assert make("remix", rank=4, rs=True).weight == 0.5
+    assert make("remix", rank=8, rs=True).weight == 0.5  # 2 / sqrt(2 * 8): the active rank is K r
     router.train()
     losses_of_draws = torch.tensor([1.0, 2.0])
     log_probs = torch.stack(
@@ -241,8 +241,16 @@ def test_promoe_keeps_unconditional_tokens_apart():
         assert (routing.experts[~free] >= 0).all()
         scaled = router(**{**given, "x": 8 * given["x"]}).routing
         same_routing(scaled, routing)
-    routed = make("promoe").train()(**given)
-    assert routed.losses["contrast"].item() > 0
+    router = make("promoe").train()
+    routed = router(**given)
+    experts = routed.routing.experts[:, 0].masked_fill(free, -1)
+    used = experts[experts >= 0].unique().long()
+    means = torch.stack([given["x"][experts == e].mean(0) for e in used]).double()
+    unit = torch.nn.functional.normalize
+    cosines = unit(means, dim=1) @ unit(router.prototypes.double(), dim=1).T
+    assert cosines.shape[1] == 7  # the expert of unconditional tokens has no prototype
+    wanted = torch.nn.functional.cross_entropy(cosines / 0.1, used)
+    close(routed.losses["contrast"].detach(), wanted.detach(), 1e-5)
 
 
 def test_phatgoose_ignores_scale_and_shift_of_a_gate():
@@ -310,6 +318,17 @@ def test_mhr():
     y = router.mix(given["x"], routed, lora)
     assert_bound(y[:8], (given["x"][:8].double() @ a.double() @ b.double()), 1e-4)
     assert_bound(y[16:], (given["x"][16:].double() @ a.double() @ b.double()), 1e-4)
+    # one head is Poly: A and B are averaged as a whole; with one B it is the sum of the outputs
+    poly = make("mhr", num_tasks=4, num_heads=1).eval()
+    alike = lora._replace(lora_b=lora.lora_b[:1].expand(EXPERTS, -1, -1).contiguous())
+    with torch.no_grad():
+        poly.table.normal_(generator=torch.Generator().manual_seed(1))
+    routed = poly(**{**given, "state": state})
+    alpha = poly.table[state, 0].sigmoid()
+    alpha = (alpha / alpha.sum(1, keepdim=True)).detach().double()[given["sequence_ids"]]
+    close(routed.extra["share"].detach()[given["sequence_ids"]], alpha)
+    expected = torch.einsum("te,ted->td", alpha, alike.each(given["x"]).double())
+    assert_bound(poly.mix(given["x"], routed, alike), expected, 3e-6)
     flat = make("mhr", num_heads=1).eval()
     with torch.no_grad():
         flat.table.zero_()
@@ -400,21 +419,21 @@ def test_drmc():
 def test_adapt_dhm_centers_are_means_of_members():
     x = torch.cat([normal(20, 16) * 0.1 + 3, normal(20, 16, seed=1) * 0.1 - 3])
     router = fr.routers.build("adapt_dhm", 16, 2, momentum=0.0).train()
-    router.centers.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+    router.centroids.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
     ids = torch.cat([router(half).routing.experts[:, 0] for half in (x[:15], x[15:])])
     assert ids.tolist() == [0] * 20 + [1] * 20
     router.update()
-    assert_bound(router.centers, torch.stack([x[:20].mean(0), x[20:].mean(0)]).double(), 1e-5)
-    moved = router.centers.clone()
+    assert_bound(router.centroids, torch.stack([x[:20].mean(0), x[20:].mean(0)]).double(), 1e-5)
+    moved = router.centroids.clone()
     routed = router.eval()(x)
-    assert torch.equal(router.centers, moved)
+    assert torch.equal(router.centroids, moved)
     assert not routed.routing.weights.requires_grad
     assert (routed.routing.weights == 1).all()
     empty = fr.routers.build("adapt_dhm", 16, 2, momentum=0.0).train()
-    empty.centers.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+    empty.centroids.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
     empty(x[:20])
     empty.update()
-    assert torch.equal(empty.centers[1], -torch.ones(16))  # without a member nothing moves
+    assert torch.equal(empty.centroids[1], -torch.ones(16))  # without a member nothing moves
 
 
 def test_cigt_gain_is_largest_for_sure_and_balanced_routes():
@@ -511,6 +530,11 @@ def test_state_must_fit_and_be_finite(name):
         (lambda x: make("sira", expert_dropout=1.0), r"sira: expert_dropout must be in \[0, 1\)"),
         (lambda x: make("compete_smoe_v1", rate=2.0), r"compete_smoe_v1: rate must be in \[0, 1\]"),
         (lambda x: make("promoe", score="relu"), "promoe: score must be one of softmax, sigmoid"),
+        (lambda x: make("promoe", top_k=8), r"promoe: top_k must be in \[1, 7\], got 8"),
+        (
+            lambda x: fr.routers.build("promoe", HIDDEN, 1),
+            "promoe: num_experts must be at least 2, got 1",
+        ),
         (lambda x: make("graph_of_tokens", similarity="l1"), "similarity must be one of gaussian"),
         (lambda x: make("glider")(x, state=x), r"glider: state must have shape \[1, 8\]"),
         (lambda x: make("r2t2")(x, state=x), r"r2t2: state must have shape \[3, 8\]"),

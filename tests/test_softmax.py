@@ -191,6 +191,19 @@ def test_one_special_value_in_a_long_row(backend: str, method: str) -> None:
             assert_exact(y[1], fr.softmax(x[1:], method=method)[0])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_only_number_of_a_row_has_all_the_probability(backend: str, method: str) -> None:
+    """Published two-pass kernels give NaN on -inf, online ones where two empty pieces merge."""
+    for size in (1, 2, 15, 16, 17, 64, 65, 200, 4099, 40000):
+        places = sorted({0, size // 3, size // 2, size - 1})
+        for value in (0.0, -3e38, 88.0):
+            x = torch.full((len(places), size), -INF)
+            x[range(len(places)), places] = value
+            wanted = torch.zeros_like(x)
+            wanted[range(len(places)), places] = 1.0
+            assert_exact(fr.softmax(x.to(backend), method=method).cpu(), wanted)
+
+
 def test_empty_and_scalar(backend: str) -> None:
     for shape in ((0, 5), (5, 0), (0,), (2, 0, 3)):
         assert fr.softmax(torch.empty(shape, device=backend), 0).shape == shape

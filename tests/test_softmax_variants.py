@@ -109,12 +109,22 @@ def test_sparse_softmax_loss_and_its_gradient():
     assert float(joined) == 0.0
 
 
-def test_sparse_softmax_loss_may_be_negative_only_without_the_target():
-    """The logits of the sum lie below the target only if the target is masked out of the sum."""
+def test_sparse_softmax_loss_is_never_negative():
+    """The largest logit is in the sum, so the sum is at least the target, inside or outside."""
     x, target = torch.tensor([[3.0, 2.0, -1.0]]), torch.tensor([2])
     full = sv.sparse_softmax_loss(x, target, 3)
     close(full, torch.nn.functional.cross_entropy(x.double(), target))
-    assert float(sv.sparse_softmax_loss(x, target, 2)) < float(full)
+    assert 0 < float(sv.sparse_softmax_loss(x, target, 2)) < float(full)
+    many, every = normal(1, 12) * 4, torch.arange(12)
+    for k in (1, 3, 12):
+        for include in (False, True):
+            each = [
+                float(sv.sparse_softmax_loss(many, t[None], k, include_target=include))
+                for t in every
+            ]
+            assert min(each) >= 0
+            # over all classes the weights sum to more than 1 unless every class is in the sum
+            assert (sum(math.exp(-loss) for loss in each) > 1 + 1e-9) == (k < 12)
 
 
 def row_of_entropy(h):
@@ -188,6 +198,24 @@ def test_small_temperature_is_one_hot_and_still_learns():
     assert values[0] == 4.0
     assert values[10] == values[12] == 0.25
     assert all(a > b for a, b in itertools.pairwise(values[:11]))
+    cosine = [sv.temperature_schedule(step, 10, 4.0, 0.0, shape="cosine") for step in range(13)]
+    assert cosine[0] == 4.0
+    assert cosine[5] == pytest.approx(2.0)
+    assert cosine[10] == cosine[12] == 0.0
+    assert all(a > b for a, b in itertools.pairwise(cosine[:11]))
+    with pytest.raises(ValueError, match="temperature_schedule: end must be above 0, got 0"):
+        sv.temperature_schedule(1, 10, 4.0, 0)
+
+
+def test_entropy_temperature_reaches_its_share():
+    x = normal(5, 9) * torch.tensor([[0.01], [1.0], [30.0], [1e4], [3.0]])
+    for share in (0.99, 0.5, 0.05):
+        temperature = sv.entropy_temperature(x, share)
+        p = sv.noisy_sparse_softmax(x / temperature, 1.0)
+        close(-(p * p.log()).sum(1), torch.full((5,), share * math.log(9)), 1e-6)
+    assert sv.entropy_temperature(torch.zeros(1, 4), 0.5).isfinite().all()
+    with pytest.raises(ValueError, match=r"entropy_temperature: share must be in \(0, 1\), got 1"):
+        sv.entropy_temperature(x, 1)
 
 
 # ---- X6, X7, X12, X14: running a model ---------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -27,6 +28,10 @@ def test_sources_are_given():
     sources = {method.name: method.source for method in methods()}
     odd = {n: s for n, s in sources.items() if not re.fullmatch(r"arXiv:\d{4}\.\d{4,5}", s)}
     assert all(odd.values()), odd
+    for method in methods():
+        text = inspect.getdoc(method.target)
+        assert f"Source: {method.source}" in text, method.name
+        assert "Args:" in text, method.name
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""The table of published methods, docs/methods.md, and what its routers cost.
+"""The table of published methods, docs/methods.md, and what they cost.
 
     python tools/methods.py            writes docs/methods.md
     python tools/methods.py --check    exit code 1 if it is not what would be written
-    python tools/methods.py --measure  times every router, into bench/results/methods.json
+    python tools/methods.py --measure  times every method, into bench/results/methods.json
 
 A router is timed on one call in evaluation, without experts. Where it hands on the result of one
 call of `gate`, it is timed again with its score known already, in turns with that call alone: what
-it takes longer is the recipe's own.
+it takes longer is the recipe's own. Losses, softmax variants, adapters and audits are timed on one
+call that is made up here. Set OMP_PROC_BIND=true, so that two threads never wait on one core.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,8 @@ from unittest.mock import patch
 
 import fastmoe_route as fr
 import torch
+from fastmoe_route import adapters, audit, losses
+from fastmoe_route import softmax_variants as variants
 from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.bench.report import duration
 from fastmoe_route.bench.timing import interleave
@@ -175,15 +179,61 @@ def cost(method: Method, given: dict[str, Any], seconds: float) -> dict[str, flo
     return found
 
 
+def calls(given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """One call of every method that is no router, over `[T, E]` unless its kind wants more."""
+    x, experts = given["x"], given["experts"]
+    tokens, size, count = SIZES["tokens"], SIZES["hidden_size"], SIZES["num_experts"]
+    z = x[:, :count].contiguous()
+    p, labels, gates = z.softmax(1), given["token_ids"] % count, z.relu()
+    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(1))
+    query = adapters.QueryableLora(size, size)
+    shards = adapters.MixtureOfShards(size, size, count)
+    switch = fr.routers.build("switch", size, count).eval()
+    return {
+        "prior_shaping": lambda: losses.prior_shaping(p),
+        "expert_router_coupling": lambda: losses.expert_router_coupling(rows, experts.w_up),
+        "activation_locality": lambda: losses.activation_locality(gates),
+        "chunk_sparsity": lambda: losses.chunk_sparsity(gates),
+        "isolation": lambda: audit.isolation(switch, x[:128], x[128:1024], experts),
+        "mixture_of_shards": shards.experts,
+        "queryable_lora": lambda: query(x),
+        "same_projection": lambda: adapters.project_update(rows.T, rows.T[:, :16]),
+        "polytope_step": lambda: variants.polytope_weights(z, 0.5),
+        "two_pass_softmax": lambda: variants.two_pass_softmax(z),
+        "online_normalizer": lambda: variants.normalizer(z),
+        "sparse_softmax": lambda: variants.sparse_softmax(z),
+        "sparse_softmax_loss": lambda: variants.sparse_softmax_loss(z, labels),
+        "adaptive_temperature_softmax": lambda: variants.adaptive_temperature_softmax(z),
+        "softpick": lambda: variants.softpick(z),
+        "unified_max_softmax": lambda: variants.unified_max_softmax(z, 0.0),
+        "quantization_bias": lambda: variants.quantization_bias(p),
+        "pairwise_softmax_loss": lambda: variants.pairwise_softmax_loss(z[:, 0], z[:, 1:]),
+        "topk_softmax_loss": lambda: variants.topk_softmax_loss(z[:, 0], z[:, 1:], z[:, 1]),
+        "stablemax": lambda: variants.stablemax(z),
+        "stablemax_cross_entropy": lambda: variants.stablemax_cross_entropy(z, labels),
+        "sample_classes": lambda: variants.sample_classes(labels, count, 0.5),
+        "sharded_cross_entropy": lambda: variants.sharded_cross_entropy(z, labels),
+        "early_exit": lambda: variants.early_exit([z, 2 * z], [0.5]),
+        "noisy_sparse_softmax": lambda: variants.noisy_sparse_softmax(z, 0.5, k=8),
+        "entropy_tolerance": lambda: variants.entropy_tolerance(
+            p.view(8, tokens // 8, count), z[0, :8], 0.1
+        ),
+    }
+
+
 def measure(seconds: float) -> None:
-    """Times every router, and writes the file."""
+    """Times every method, and writes the file."""
     given = inputs()
+    others = calls(given)
     costs = {}
-    for method in methods("router"):
-        try:
+    for method in methods():
+        if method.kind == "router":
             costs[method.name] = cost(method, given, seconds)
-        except (TypeError, ValueError, RuntimeError) as error:
-            costs[method.name] = {"error": str(error)}
+        else:
+            with torch.no_grad():
+                once = {"call": lambda _, name=method.name: others[name]()}
+                timing = interleave(once, seconds, min_rounds=3)
+            costs[method.name] = {"seconds": timing.seconds["call"].median}
         print(method.name, costs[method.name], flush=True)
     report = {
         "sizes": SIZES,
@@ -192,7 +242,7 @@ def measure(seconds: float) -> None:
         "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "routers": costs,
+        "methods": costs,
     }
     COSTS.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -232,8 +282,8 @@ def line(method: Method, costs: dict[str, Any]) -> str:
 
 def page() -> str:
     """The text of docs/methods.md."""
-    report = json.loads(COSTS.read_text()) if COSTS.exists() else {"routers": {}}
-    costs = report["routers"]
+    report = json.loads(COSTS.read_text()) if COSTS.exists() else {"methods": {}}
+    costs = report["methods"]
     known = [f"- `{key}`: {text}" for key, text in INVARIANCE.items()]
     decoding = ", ".join(f"*{key}* {text}" for key, text in DECODE.items())
     verified = ", ".join(f"*{key}* {text}" for key, text in VERIFIED.items())
@@ -259,7 +309,8 @@ Decoding: {decoding}.
 
 Source: how the formula was checked. {verified[0].upper() + verified[1:]}.
 
-Cost: {measured}; experts are not part of it. *Own share*: for methods that hand on the result of
+Cost: {measured}; experts are not part of it. What is no router is timed on `[T, E]` scores without
+gradients (`calls` of the tool). *Own share*: for methods that hand on the result of
 one `gate` call, what they take longer than that call alone, in turns, the score being known.
 
 | {" | ".join(COLUMNS)} |
@@ -271,8 +322,8 @@ one `gate` call, what they take longer than that call alone, in turns, the score
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
-    parser.add_argument("--measure", action="store_true", help="time every router first")
-    parser.add_argument("--seconds", type=float, default=0.15, help="per router (default 0.15)")
+    parser.add_argument("--measure", action="store_true", help="time every method first")
+    parser.add_argument("--seconds", type=float, default=0.15, help="per method (default 0.15)")
     options = parser.parse_args()
     if options.measure:
         measure(options.seconds)

@@ -37,8 +37,8 @@ struct Scopes {
   const int64_t* offsets = nullptr;
 };
 
-Scopes group_by_scope(const ExpertChoiceArgs& args) {
-  if (args.scope_ids == nullptr) return {};
+// By counting, in memory that grows with the number of scopes.
+Scopes group_few_scopes(const ExpertChoiceArgs& args) {
   const int64_t tokens = args.num_tokens, scopes = args.num_scopes;
   char* memory = static_cast<char*>(scratch(Scratch::kPlan, (scopes + 2) * sizeof(int64_t) + tokens * sizeof(int32_t)));
   int64_t* offsets = reinterpret_cast<int64_t*>(memory);
@@ -48,6 +48,32 @@ Scopes group_by_scope(const ExpertChoiceArgs& args) {
   for (int64_t s = 2; s < scopes + 2; ++s) offsets[s] += offsets[s - 1];
   for (int64_t t = 0; t < tokens; ++t) order[offsets[args.scope_ids[t] + 1]++] = static_cast<int32_t>(t);
   return {scopes, order, offsets};
+}
+
+// By sorting, in memory that grows with the number of tokens; scopes without a token are left out.
+Scopes group_many_scopes(const ExpertChoiceArgs& args) {
+  const int64_t tokens = args.num_tokens;
+  char* memory = static_cast<char*>(
+      scratch(Scratch::kPlan, tokens * sizeof(uint64_t) + (tokens + 1) * sizeof(int64_t) + tokens * sizeof(int32_t)));
+  uint64_t* keys = reinterpret_cast<uint64_t*>(memory);  // scope above, token below
+  int64_t* offsets = reinterpret_cast<int64_t*>(keys + tokens);
+  int32_t* order = reinterpret_cast<int32_t*>(offsets + tokens + 1);
+  for (int64_t t = 0; t < tokens; ++t) {
+    keys[t] = static_cast<uint64_t>(args.scope_ids[t]) << 32 | static_cast<uint64_t>(t);
+  }
+  std::sort(keys, keys + tokens);
+  int64_t count = 0;
+  for (int64_t i = 0; i < tokens; ++i) {
+    order[i] = static_cast<int32_t>(keys[i] & 0xffffffffu);
+    if (i == 0 || keys[i] >> 32 != keys[i - 1] >> 32) offsets[count++] = i;
+  }
+  offsets[count] = tokens;
+  return {count, order, offsets};
+}
+
+Scopes group_by_scope(const ExpertChoiceArgs& args) {
+  if (args.scope_ids == nullptr) return {};
+  return args.num_scopes <= args.num_tokens ? group_few_scopes(args) : group_many_scopes(args);
 }
 
 // What one expert takes of a scope: keys above `threshold`, and the first `ties` equal to it.

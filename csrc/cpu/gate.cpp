@@ -1,7 +1,7 @@
 // gate on the CPU: a few rows at a time, in the first-level cache, one read of the logits.
 //
 // Phases of a row: load -> scores (only if something needs them) -> ordered integer keys -> groups -> selection ->
-// stop rules -> weights -> statistics. The selections of kBatch rows run side by side (gate_select.h).
+// stop rules -> weights -> statistics. The phases of kBatch rows run side by side (gate_select.h, gate_groups.h).
 // A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
 // logits are exponentiated.
 // Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
@@ -12,7 +12,7 @@
 
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "cpu/gate_select.h"
+#include "cpu/gate_groups.h"
 #include "cpu/isa/kernels.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
@@ -26,70 +26,6 @@ int64_t rows_per_tile(int64_t num_tokens) {
   return rows > 64 ? rows : 64;
 }
 
-// Which parts of the general algorithm this call needs: decided once, not per row.
-struct Needs {
-  bool logit_keys;    // choice compares the logits themselves
-  bool scores;        // every column's score is formed
-  bool noisy_scores;  // and every column's score under noise
-  bool softmax_sum;   // the softmax denominator is formed
-  bool late_scale;    // the scores stay exponentials until they are used: Row::factor makes scores of them
-  bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
-
-  explicit Needs(const GateArgs& a) {
-    const GateShape& shape = a.shape;
-    const bool softmax = shape.score == Score::kSoftmax;
-    const bool monotone = shape.score != Score::kRelu && !(softmax && shape.softmax_over_group);
-    const bool restricted =
-        a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 || a.max_per_group < shape.top_k;
-    const bool stops =
-        a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY || a.threshold > -INFINITY;
-    const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
-    logit_keys = monotone && !a.bias.data;
-    scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
-    noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
-    softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
-    late_scale = softmax && logit_keys && !stops && !sums_groups;
-    // The key of a logit -0 is that of +0: only the identity would tell.
-    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
-                 (late_scale || !softmax);
-  }
-};
-
-// What one row needs while it is in flight.
-template <class V>
-struct Row {
-  using Float = typename Arithmetic<V>::Float;
-  using Key = typename Arithmetic<V>::Key;
-  Float *logits, *scores, *biased, *noisy, *noisy_scores, *taken_scores, *group_sums;
-  Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
-  int32_t *group_order, *group_count;
-  const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
-  Float max;                // largest logit that is a number
-  int64_t num_taken;        // columns selected
-  Float sum;                // of exp(logit - max)
-  Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
-  bool is_plain;            // no logit is NaN or -inf
-  bool has_nan;
-
-  // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
-  int64_t carve(char* memory, const GateShape& shape) {
-    const int64_t columns = round_up(shape.num_experts + shape.num_null, V::kLanes);
-    const int64_t groups = round_up(shape.num_groups, V::kLanes);
-    int64_t bytes = 0;
-    const auto give = [&](auto*& pointer, int64_t count) {
-      if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
-      bytes += round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
-    };
-    for (Float** buffer : {&logits, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
-    give(taken_scores, shape.top_k + V::kLanes);
-    give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
-    give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
-    give(group_sums, groups);
-    give(group_taken, shape.num_groups), give(group_order, shape.num_groups), give(group_count, shape.num_groups);
-    return bytes;
-  }
-};
-
 template <class V>
 class Gate {
  public:
@@ -98,51 +34,69 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  Gate(const GateArgs& args, char* memory)
-      : a_(args), shape_(args.shape), needs_(args), num_columns_(shape_.num_experts + shape_.num_null),
-        padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups) {
-    for (Row<V>& row : rows_) memory += row.carve(memory, shape_);
+  // demand: [E], zeros; counts the rows that run() is given.
+  Gate(const GateArgs& args, int32_t* demand, char* memory)
+      : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
+        padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
+        slots_(slots_of(shape_)), demand_(demand) {
+    for (GateRow<V>& row : rows_) {
+      memory += row.carve(memory, shape_);
+      row.num_keys = padded_;
+      for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
+    }
+    for (Float& sum : sums_) sum = 1;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
-    demand_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(int32_t), 64));
-    for (int64_t e = 0; e < shape_.num_experts; ++e) demand_[e] = 0;
+    adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
   static int64_t bytes(const GateShape& shape) {
-    return kBatch * Row<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
-           round_up(num_taken(shape) * sizeof(int32_t), 64) + round_up(shape.num_experts * sizeof(int32_t), 64);
+    return kBatch * GateRow<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
+           round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
-  const int32_t* demand() const { return demand_; }
 
   // Rows [begin, end); adds their scores to score_sum unless that is null.
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r);
+      for (int64_t r = 0; r < count; ++r) {
+        prepare(rows_[r], t + r);
+        if (a_.logsumexp != nullptr) sums_[r] = sum_of_exponentials(rows_[r]);
+      }
+      if (a_.topk_groups < shape_.num_groups)
+        for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(count);
-      for (int64_t r = 0; r < count; ++r) finish(rows_[r], t + r, r * shape_.top_k);
+      for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
+      for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
+      if (a_.logsumexp != nullptr) write_logsumexp(t, count);
       if (score_sum != nullptr) add_scores(count, score_sum);
     }
   }
 
  private:
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
-  static constexpr int kShortlist = 32;  // the longest
+  static constexpr int kSums = kBatch > V::kLanes ? kBatch : V::kLanes;  // whole vectors
+  static constexpr int kShortlist = 32;                                  // the longest
 
-  // Room for the columns taken in a batch: a short list writes all its places.
-  static int64_t num_taken(const GateShape& shape) { return kBatch * shape.top_k + kShortlist; }
+  // Places for the columns taken of a row: whole vectors, so that what is stored as one is loaded as one.
+  static int64_t slots_of(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
+  // And for those of a batch: a short list writes all its places.
+  static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
-  void prepare(Row<V>& row, int64_t t) const {
+  void prepare(GateRow<V>& row, int64_t t) const {
     prefetch(t + 2 * kBatch);
-    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.logits);
-    row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
-    if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
-    else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
-    row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
-    form_keys(row, t);
-    if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
-    if (a_.topk_groups < shape_.num_groups) close_groups(row);
+    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
+    row.logits = loaded.z, row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
+    if (adds_plain_bias_ && row.is_plain && row.max < INFINITY) {
+      form_biased_keys(row, t);
+    } else {
+      if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
+      else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+      row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
+      form_keys(row, t);
+      if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
+    }
   }
 
   // The processor's own prefetching ends at each page: a few rows.
@@ -153,17 +107,35 @@ class Gate {
     for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
   }
 
-  // Everything after the selection, whose results begin at `first`.
-  void finish(Row<V>& row, int64_t t, int64_t first) {
+  // Experts and demand of row t, whose selection begins at `first`: the columns taken before a stop rule, null ones
+  // left out.
+  void choose(GateRow<V>& row, int64_t t, int64_t first) {
     const int32_t* taken = taken_ + first;
-    const Key* taken_keys = taken_keys_ + first;
     const int64_t slots = slots_of(t);
-    int64_t num_chosen = row.num_taken < slots ? row.num_taken : slots;
-    if (has_stops()) num_chosen = num_before_stop(row, t, taken, taken_keys, num_chosen);
-    if (needs_.weigh_keys) weigh_keys(row, t, taken, taken_keys, num_chosen);
-    else write_choice(row, t, taken, num_chosen);
+    int64_t num_before = row.num_taken < slots ? row.num_taken : slots;
+    if (has_stops()) num_before = num_before_stop(row, t, taken, taken_keys_ + first, num_before);
+    int32_t* experts = a_.experts + t * shape_.top_k;
+    int64_t num_chosen = 0;
+    for (int64_t j = 0; j < num_before; ++j) {
+      const int32_t column = taken[j];
+      if (column >= shape_.num_experts) continue;
+      experts[num_chosen] = column;
+      ++demand_[column];
+      if (!needs_.weigh_keys)
+        row.taken_scores[num_chosen] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
+      ++num_chosen;
+    }
+    row.num_chosen = num_chosen;
+    for (int64_t j = num_chosen; j < shape_.top_k; ++j) experts[j] = -1;
+  }
+
+  // The weights of row t, and its scores where they are kept.
+  void weigh(GateRow<V>& row, int64_t t, int64_t first) const {
+    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
+    if (needs_.weigh_keys) weigh_keys(row, taken_keys_ + first, weights);
+    else weigh_scores(row, weights);
+    for (int64_t j = row.num_chosen; j < shape_.top_k; ++j) weights[j] = 0;
     if (a_.scores != nullptr) copy_scores(row, static_cast<Float*>(a_.scores) + t * shape_.num_experts);
-    if (a_.logsumexp != nullptr) static_cast<Float*>(a_.logsumexp)[t] = logsumexp(row);
   }
 
   // Scores of all columns of z, whose largest number is max_z; NaN logits count as -inf, so that the others stay
@@ -188,15 +160,9 @@ class Gate {
                : exponentials<V>(z, num_columns_, max_z, may_have_nan, nullptr);
   }
 
-  static Float max_of(const Float* z, int64_t n) {
-    Float best = -static_cast<Float>(INFINITY);
-    for (int64_t i = 0; i < n; ++i) best = z[i] > best ? z[i] : best;
-    return best;
-  }
-
   // keys = ordered(score(logits + noise) + bias), or ordered(logits + noise) where that orders the same. NaN is last
   // of the allowed; -inf logits and masked columns are not allowed.
-  void form_keys(Row<V>& row, int64_t t) const {
+  void form_keys(GateRow<V>& row, int64_t t) const {
     const Float* z = row.logits;
     row.key_scores = row.scores;
     if (a_.noise.data != nullptr) {
@@ -221,10 +187,43 @@ class Gate {
       const V key = select(is_nan(V::load(z + i)), nan, V::load(source + i));
       select(V::load(row.logits + i) == minus_inf, KeyVec::all(kDisallowed), ordered_keys(key)).store(row.keys + i);
     }
+    apply_mask(row, t);
+  }
+
+  void apply_mask(GateRow<V>& row, int64_t t) const {
     if (a_.mask.data == nullptr) return;
     const bool* mask = row_of<bool>(a_.mask, t);
     for (int64_t i = 0; i < num_columns_; ++i)
       if (!mask[i * a_.mask.stride_col]) row.keys[i] = kDisallowed;
+  }
+
+  // Whether the bias is one row of finite numbers.
+  bool is_plain_bias() const {
+    if (a_.bias.data == nullptr || a_.bias.stride_row != 0 || a_.bias.stride_col != 1) return false;
+    const Float* bias = static_cast<const Float*>(a_.bias.data);
+    bool is_plain = true;
+    for (int64_t i = 0; i < num_columns_; ++i) is_plain &= bias[i] - bias[i] == 0;
+    return is_plain;
+  }
+
+  // Scores and keys in one pass, where no key can be NaN or disallowed but by the mask.
+  void form_biased_keys(GateRow<V>& row, int64_t t) const {
+    const Float* bias = static_cast<const Float*>(a_.bias.data);
+    row.key_scores = row.scores;
+    row.factor = 1;
+    const auto pass = [&](const auto& of) {
+      const Float* z = row.logits;
+      Float* scores = row.scores;
+      Key* keys = row.keys;
+      for (int64_t i = 0; i < padded_; i += V::kLanes) {
+        const V score = of(V::load(z + i));
+        score.store(scores + i);
+        number_keys(score + V::load(bias + i)).store(keys + i);
+      }
+    };
+    if (shape_.score == Score::kSigmoid) pass([](V z) { return sigmoid(z); });
+    else pass([&](V z) { return elementwise_score(shape_.score, z); });
+    apply_mask(row, t);
   }
 
   template <class T, class S>
@@ -232,25 +231,23 @@ class Gate {
     return static_cast<const T*>(static_cast<const void*>(matrix.data)) + t * matrix.stride_row;
   }
 
-  void add_noise(Row<V>& row, const Float* noise) const {
+  void add_noise(GateRow<V>& row, const Float* noise) const {
     for (int64_t i = 0; i < num_columns_; ++i) row.noisy[i] = row.logits[i] + noise[i * a_.noise.stride_col];
     for (int64_t i = num_columns_; i < padded_; ++i) row.noisy[i] = -static_cast<Float>(INFINITY);
   }
 
-  void add_bias(Row<V>& row, const Float* source, const Float* bias) const {
+  void add_bias(GateRow<V>& row, const Float* source, const Float* bias) const {
     if (a_.bias.stride_col == 1) {
       for (int64_t i = 0; i < padded_; i += V::kLanes)
-        (V::load(source + i) + V::load(bias + i, lanes_at(i, num_columns_))).store(row.biased + i);
+        (V::load(source + i) + V::load(bias + i, lanes_at<V>(i, num_columns_))).store(row.biased + i);
       return;
     }
     for (int64_t i = 0; i < num_columns_; ++i) row.biased[i] = source[i] + bias[i * a_.bias.stride_col];
     for (int64_t i = num_columns_; i < padded_; ++i) row.biased[i] = 0;
   }
 
-  static int lanes_at(int64_t i, int64_t n) { return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes); }
-
   // A softmax over a NaN is NaN throughout; inside groups, throughout the group.
-  void poison_scores(Row<V>& row) const {
+  void poison_scores(GateRow<V>& row) const {
     const int64_t part = shape_.softmax_over_group && shape_.num_groups > 1 ? group_size_ : num_columns_;
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       bool has_nan = false;
@@ -258,80 +255,6 @@ class Gate {
       for (int64_t i = begin; has_nan && i < begin + part; ++i) row.scores[i] = static_cast<Float>(NAN);
     }
   }
-
-  // Disallows every expert outside the best groups.
-  void close_groups(Row<V>& row) const {
-    for (int64_t g = 0; g < shape_.num_groups; ++g) form_group_key(row, g);
-    finish_group_keys(row);
-    if constexpr (V::kLanes > 1) {
-      if (shape_.num_groups <= 16 && group_size_ % V::kLanes == 0) {
-        const uint32_t open = Shortlist<V, 16>::best_lanes(row.group_keys, shape_.num_groups, a_.topk_groups);
-        const KeyVec disallowed = KeyVec::all(kDisallowed);
-        for (int64_t g = 0, i = 0; g < shape_.num_groups; ++g) {
-          const uint32_t lanes = 0u - (open >> g & 1u);
-          for (const int64_t end = i + group_size_; i < end; i += V::kLanes)
-            select_lanes(lanes, KeyVec::load(row.keys + i), disallowed).store(row.keys + i);
-        }
-        return;
-      }
-    }
-    for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
-    Selector<V> groups(row.group_keys, shape_.num_groups, row.group_block_max);
-    const int64_t open = groups.take(a_.topk_groups, row.group_order, row.group_taken);
-    for (int64_t j = 0; j < open; ++j) row.group_count[row.group_order[j]] = 1;
-    for (int64_t g = 0; g < shape_.num_groups; ++g)
-      if (row.group_count[g] == 0)
-        for (int64_t i = g * group_size_; i < (g + 1) * group_size_; ++i) row.keys[i] = kDisallowed;
-  }
-
-  // Key of group g: of its best key; for a sum of its two best keys, the sum itself is left in group_sums.
-  void form_group_key(Row<V>& row, int64_t g) const {
-    const bool is_sum = a_.group_score == GroupScore::kTop2Sum;
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    const int64_t begin = g * group_size_;
-    KeyVec first = disallowed, second = disallowed;
-    if (group_size_ % V::kLanes == 0) {
-      for (int64_t i = begin; i < begin + group_size_; i += V::kLanes) {
-        KeyVec key = KeyVec::load(row.keys + i);
-        if (is_sum && needs_.logit_keys) key = keys_of_scores(row, i, key);
-        second = max(second, min(first, key));
-        first = max(first, key);
-      }
-    } else {
-      for (int64_t i = begin; i < begin + group_size_; ++i) {
-        Key key = row.keys[i];
-        if (is_sum && needs_.logit_keys && key != kDisallowed) key = ordered(row.key_scores[i]);
-        const KeyVec lane = select_lanes(1u << ((i - begin) % V::kLanes), KeyVec::all(key), disallowed);
-        second = max(second, min(first, lane));
-        first = max(first, lane);
-      }
-    }
-    const KeyVec spread = spread_max(first);
-    const Key best = row.group_keys[g] = spread.first();
-    if (!is_sum) return;
-    const uint32_t lanes = equal_lanes(first, spread);
-    const Key next = spread_max(select_lanes(lanes & (0u - lanes), second, first)).first();
-    row.group_sums[g] = key_value(best) + (next == kDisallowed ? 0 : key_value(next));
-  }
-
-  // Pads the keys of the groups, and makes them of the sums where groups are ranked by these.
-  void finish_group_keys(Row<V>& row) const {
-    for (int64_t g = shape_.num_groups; g % V::kLanes != 0; ++g) row.group_keys[g] = kDisallowed;
-    if (a_.group_score != GroupScore::kTop2Sum) return;
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    for (int64_t g = 0; g < shape_.num_groups; g += V::kLanes) {
-      const KeyVec best = KeyVec::load(row.group_keys + g);
-      const KeyVec sum = ordered_keys(V::load(row.group_sums + g));
-      select_lanes(equal_lanes(best, disallowed), disallowed, sum).store(row.group_keys + g);
-    }
-  }
-
-  static KeyVec keys_of_scores(const Row<V>& row, int64_t i, KeyVec key) {
-    const KeyVec disallowed = KeyVec::all(kDisallowed);
-    return select_lanes(equal_lanes(key, disallowed), disallowed, ordered_keys(V::load(row.key_scores + i)));
-  }
-
-  static Key ordered(Float value) { return ordered_keys(V::all(value)).first(); }
 
   int64_t slots_of(int64_t t) const {
     if (a_.k_per_token.data == nullptr) return shape_.top_k;
@@ -348,28 +271,31 @@ class Gate {
     for (int64_t r = 0; r < count; ++r) take_columns(r);
   }
 
-  // Rows in rising order: what a short list writes past its end belongs to the next row.
+  // Rows in rising order: what a short list writes past its places belongs to the next row.
   template <int kWidth>
   void select_short(int64_t count) {
     Shortlist<V, kWidth> lists[kBatch];
     bool fits[kBatch];
     const int64_t k = shape_.top_k;
-    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, padded_, static_cast<Key>(k));
-    for (int64_t r = 0; r < count; ++r) fits[r] = lists[r].collect(rows_[r].keys, padded_);
+    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, rows_[r].num_keys, static_cast<Key>(k));
+    for (int64_t r = 0; r < count; ++r)
+      fits[r] = lists[r].collect(rows_[r].keys, rows_[r].num_keys, rows_[r].first_columns);
     for (int64_t r = 0; r < count; ++r) {
-      if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * k, taken_keys_ + r * k);
+      if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * slots_, taken_keys_ + r * slots_);
       else take_columns(r);
     }
   }
 
   // Row r of the batch by repeated extraction.
   void take_columns(int64_t r) {
-    Row<V>& row = rows_[r];
-    int32_t* taken = taken_ + r * shape_.top_k;
-    Key* taken_keys = taken_keys_ + r * shape_.top_k;
-    Selector<V> columns(row.keys, padded_, row.block_max);
+    GateRow<V>& row = rows_[r];
+    int32_t* taken = taken_ + r * slots_;
+    Key* taken_keys = taken_keys_ + r * slots_;
+    Selector<V> columns(row.keys, row.num_keys, row.block_max);
     if (a_.max_per_group >= shape_.top_k) {
       row.num_taken = columns.take(shape_.top_k, taken, taken_keys);
+      for (int64_t j = 0; j < row.num_taken; ++j)
+        taken[j] = row.first_columns[taken[j] / V::kLanes] + taken[j] % V::kLanes;
       return;
     }
     for (int64_t g = 0; g < shape_.num_groups; ++g) row.group_count[g] = 0;
@@ -386,7 +312,7 @@ class Gate {
   bool has_stops() const { return has_top_p() || has_threshold(); }
 
   // How many of the taken columns come before top_p or threshold stop the choice.
-  int64_t num_before_stop(const Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys,
+  int64_t num_before_stop(const GateRow<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys,
                           int64_t num_taken) const {
     const Float top_p = per_token(a_.top_p_per_token, a_.top_p, t);
     const Float threshold = per_token(a_.threshold_per_token, a_.threshold, t);
@@ -408,10 +334,9 @@ class Gate {
     return values.data != nullptr ? *row_of<float>(values, t) : static_cast<Float>(otherwise);
   }
 
-  // Experts, demand and weights where the weight is a function of the key.
-  void weigh_keys(const Row<V>& row, int64_t t, const int32_t* taken, const Key* taken_keys, int64_t num_chosen) {
-    int32_t* experts = a_.experts + t * shape_.top_k;
-    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
+  // Weights that are functions of the keys.
+  void weigh_keys(const GateRow<V>& row, const Key* taken_keys, Float* weights) const {
+    const int64_t num_chosen = row.num_chosen;
     const bool is_softmax = shape_.score == Score::kSoftmax;
     const V shift = V::all(row.max);
     const V factor = V::all(row.factor);
@@ -425,77 +350,72 @@ class Gate {
         z = select_lanes((1u << (num_chosen - j)) - 1u, KeyVec::of_bits(z), KeyVec::of_bits(minus_inf)).as_floats();
       V s = is_softmax ? exp_nonpositive(z - shift) * factor : elementwise_score(shape_.score, z);
       if (shape_.normalize && is_one_vector) s = s / V::all(floored(reduce_add(s)));
-      if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at(j, num_chosen));
+      if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at<V>(j, num_chosen));
       else s.store(row.taken_scores + j), total = total + s;
     }
     if (shape_.normalize && !is_one_vector) {
       const V divisor = V::all(floored(reduce_add(total)));
       for (int64_t j = 0; j < num_chosen; j += V::kLanes)
-        (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at(j, num_chosen));
+        (V::load(row.taken_scores + j) / divisor * scale).store(weights + j, lanes_at<V>(j, num_chosen));
     }
-    for (int64_t j = 0; j < num_chosen; ++j) {
-      experts[j] = taken[j];
-      ++demand_[taken[j]];
-    }
-    for (int64_t j = num_chosen; j < shape_.top_k; ++j) experts[j] = -1, weights[j] = 0;
   }
 
   static Float floored(Float sum) {
     return sum < static_cast<Float>(kWeightFloor) ? static_cast<Float>(kWeightFloor) : sum;
   }
 
-  // Experts, demand and weights of the first num_chosen taken columns, null ones left out.
-  void write_choice(Row<V>& row, int64_t t, const int32_t* taken, int64_t num_chosen) {
-    int32_t* experts = a_.experts + t * shape_.top_k;
-    Float* weights = static_cast<Float*>(a_.weights) + t * shape_.top_k;
-    int64_t num_real = 0;
-    for (int64_t j = 0; j < num_chosen; ++j) {
-      const int32_t column = taken[j];
-      if (column >= shape_.num_experts) continue;
-      experts[num_real] = column;
-      ++demand_[column];
-      row.taken_scores[num_real++] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
-    }
-    if (!needs_.scores) score_taken(row, num_real);
+  // Weights from taken_scores.
+  void weigh_scores(GateRow<V>& row, Float* weights) const {
+    if (!needs_.scores) score_taken(row, row.num_chosen);
     Float divisor = 1;
     if (shape_.normalize) {
       divisor = 0;
-      for (int64_t j = 0; j < num_real; ++j) divisor += row.taken_scores[j];
+      for (int64_t j = 0; j < row.num_chosen; ++j) divisor += row.taken_scores[j];
       divisor = floored(divisor);
     }
     const V scale = V::all(row.has_nan ? static_cast<Float>(NAN) : static_cast<Float>(shape_.scale));
-    for (int64_t j = 0; j < num_real; j += V::kLanes)
-      (V::load(row.taken_scores + j) / V::all(divisor) * scale).store(weights + j, lanes_at(j, num_real));
-    for (int64_t j = num_real; j < shape_.top_k; ++j) experts[j] = -1, weights[j] = 0;
+    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
+      const V weight = V::load(row.taken_scores + j) / V::all(divisor) * scale;
+      weight.store(weights + j, lanes_at<V>(j, row.num_chosen));
+    }
   }
 
   // Logits of taken columns to their scores; softmax up to the denominator where that is not formed.
-  void score_taken(Row<V>& row, int64_t count) const {
+  void score_taken(GateRow<V>& row, int64_t count) const {
     const V shift = V::all(row.max);
     const V factor = V::all(row.factor);
     for (int64_t j = 0; j < count; j += V::kLanes) {
-      const V z = V::load(row.taken_scores + j, lanes_at(j, count));
+      const V z = V::load(row.taken_scores + j, lanes_at<V>(j, count));
       const V s = shape_.score == Score::kSoftmax ? exp(z - shift) * factor : elementwise_score(shape_.score, z);
       s.store(row.taken_scores + j);
     }
   }
 
-  void copy_scores(const Row<V>& row, Float* to) const {
+  void copy_scores(const GateRow<V>& row, Float* to) const {
     const V factor = V::all(row.factor);
     for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
-      const int lanes = lanes_at(i, shape_.num_experts);
+      const int lanes = lanes_at<V>(i, shape_.num_experts);
       (V::load(row.scores + i, lanes) * factor).store(to + i, lanes);
     }
   }
 
-  // A row without an allowed column takes no part in the statistics.
-  Float logsumexp(const Row<V>& row) const {
-    if (row.num_taken == 0) return -static_cast<Float>(INFINITY);
-    if (row.has_nan) return static_cast<Float>(NAN);
-    if (std::isinf(row.max)) return row.max;
-    const bool has_sum = shape_.score == Score::kSoftmax;
-    const Float sum = has_sum ? row.sum : exponentials<V>(row.logits, num_columns_, row.max, false, nullptr);
-    return row.max + static_cast<Float>(std::log(static_cast<double>(sum)));
+  Float sum_of_exponentials(const GateRow<V>& row) const {
+    return shape_.score == Score::kSoftmax ? row.sum
+                                           : exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+  }
+
+  // logsumexp of rows t ... of the batch. A row without an allowed column takes no part in the statistics.
+  void write_logsumexp(int64_t t, int64_t count) {
+    Float* out = static_cast<Float*>(a_.logsumexp) + t;
+    Float logs[kSums];
+    for (int64_t r = 0; r < kSums; r += V::kLanes) log_positive(V::load(sums_ + r)).store(logs + r);
+    for (int64_t r = 0; r < count; ++r) {
+      const GateRow<V>& row = rows_[r];
+      if (row.num_taken == 0) out[r] = -static_cast<Float>(INFINITY);
+      else if (row.has_nan) out[r] = static_cast<Float>(NAN);
+      else if (std::isinf(row.max)) out[r] = row.max;
+      else out[r] = row.max + logs[r];
+    }
   }
 
   // The rows of the batch in order, together: score_sum is loaded and stored once for all of them.
@@ -508,26 +428,38 @@ class Gate {
       scores[num_open] = rows_[r].scores;
       factors[num_open++] = V::all(rows_[r].factor);
     }
+    if (num_open == kBatch) add_rows<kBatch>(scores, factors, score_sum);
+    for (int r = 0; num_open < kBatch && r < num_open; ++r) add_rows<1>(scores + r, factors + r, score_sum);
+  }
+
+  // score_sum += the sum of kRows rows times their factors.
+  template <int kRows>
+  void add_rows(const Float* const* scores, const V* factors, Float* score_sum) const {
     const auto add = [&](V sum, int64_t i) {
-      for (int r = 0; r < num_open; ++r) sum = fma(V::load(scores[r] + i), factors[r], sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum = fma(V::load(scores[r] + i), factors[r], sum);
       return sum;
     };
     int64_t i = 0;
     for (; i + V::kLanes <= shape_.num_experts; i += V::kLanes) add(V::load(score_sum + i), i).store(score_sum + i);
     if (i < shape_.num_experts) {
-      const int lanes = lanes_at(i, shape_.num_experts);
+      const int lanes = lanes_at<V>(i, shape_.num_experts);
       add(V::load(score_sum + i, lanes), i).store(score_sum + i, lanes);
     }
   }
 
   GateArgs a_;
   GateShape shape_;
-  Needs needs_;
+  GateNeeds needs_;
+  GateGroups<V> groups_;
   int64_t num_columns_, padded_, group_size_;
-  Row<V> rows_[kBatch];
-  Key* taken_keys_;  // [kBatch, K]
-  int32_t* taken_;   // [kBatch, K]
-  int32_t* demand_;  // [E], of the rows this worker has seen
+  int64_t slots_;
+  bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
+  GateRow<V> rows_[kBatch];
+  Float sums_[kSums];  // of exp(logit - max)
+  Key* taken_keys_;    // [kBatch, slots_]
+  int32_t* taken_;     // [kBatch, slots_]
+  int32_t* demand_;    // [E], of the rows this worker has seen
 };
 
 template <class V>
@@ -538,24 +470,32 @@ void gate_rows(const GateArgs& args) {
   const int64_t tile = rows_per_tile(num_tokens);
   const int64_t num_tiles = (num_tokens + tile - 1) / tile;
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
-  const int64_t worker_bytes = Gate<V>::bytes(args.shape);
+  const int64_t gate_bytes = Gate<V>::bytes(args.shape);
+  const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64);
   const int64_t sums_bytes = args.score_sum != nullptr ? num_tiles * num_experts * sizeof(Float) : 0;
   char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
   Float* tile_sums = reinterpret_cast<Float*>(memory + workers * worker_bytes);
   const bool has_sums = args.score_sum != nullptr;
+  const auto demand_of = [&](int64_t worker) {
+    return worker == 0 ? args.demand : reinterpret_cast<int32_t*>(memory + worker * worker_bytes + gate_bytes);
+  };
 
   for (int64_t e = 0; e < num_experts; ++e) args.demand[e] = 0;
   parallel_workers(workers, [&](int worker) {
-    Gate<V> gate(args, memory + worker * worker_bytes);
+    int32_t* demand = demand_of(worker);
+    for (int64_t e = 0; worker > 0 && e < num_experts; ++e) demand[e] = 0;
+    Gate<V> gate(args, demand, memory + worker * worker_bytes);
     for (int64_t i = num_tiles * worker / workers; i < num_tiles * (worker + 1) / workers; ++i) {
       Float* sums = has_sums ? tile_sums + i * num_experts : nullptr;
       for (int64_t e = 0; has_sums && e < num_experts; ++e) sums[e] = 0;
       const int64_t end = (i + 1) * tile < num_tokens ? (i + 1) * tile : num_tokens;
       gate.run(i * tile, end, sums);
     }
-    const int32_t* demand = gate.demand();
-    for (int64_t e = 0; e < num_experts; ++e) __atomic_fetch_add(args.demand + e, demand[e], __ATOMIC_RELAXED);
   });
+  for (int64_t worker = 1; worker < workers; ++worker) {
+    const int32_t* demand = demand_of(worker);
+    for (int64_t e = 0; e < num_experts; ++e) args.demand[e] += demand[e];
+  }
   if (!has_sums) return;
   Float* score_sum = static_cast<Float*>(args.score_sum);
   for (int64_t e = 0; e < num_experts; ++e) score_sum[e] = 0;

@@ -5,6 +5,8 @@
 // exp(z / 2), to which sqrt(log1p(e^z)) rounds there. Softmax is exp(z - max), scaled by its caller.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa/vec64.h"
 #include "ops/gate.h"
 
@@ -31,9 +33,9 @@ struct Arithmetic<Vec64> {
 
 template <class V>
 inline V sigmoid(V z) {
-  const V one = V::all(1);
   const V e = exp_nonpositive(V::zero() - abs(z));
-  return select(z >= V::zero(), one, e) / (one + e);
+  const V r = reciprocal(V::all(1) + e);
+  return select(z >= V::zero(), r, e * r);
 }
 
 template <class V>
@@ -73,42 +75,66 @@ inline V elementwise_slope(Score score, V z) {
   }
 }
 
-// What a row of logits holds.
+// How many lanes of the vector at i lie below n.
+template <class V>
+inline int lanes_at(int64_t i, int64_t n) {
+  return static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes);
+}
+
+// A row of logits.
 template <class V>
 struct RowOf {
-  typename Arithmetic<V>::Float max;  // of its numbers, -inf if there is none
-  bool is_plain;                      // no NaN and no -inf
+  using Float = typename Arithmetic<V>::Float;
+  const Float* z;  // padded to whole vectors with -inf
+  Float max;       // of its numbers, -inf if there is none
+  bool is_plain;   // all are finite
   bool has_nan;
 };
 
-// Loads n logits of a row into z, padded to whole vectors with -inf.
+// Looks over n logits in a row, which it copies, padded, to `copy` unless that is null: then n is whole vectors.
 template <class V, class T>
-inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* z) {
-  using Float = typename Arithmetic<V>::Float;
-  const V minus_inf = V::all(-INFINITY);
-  V best = minus_inf;
-  auto special = is_nan(best);  // where there is a NaN or -inf
-  const int64_t whole = n / V::kLanes * V::kLanes;
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) z[i] = to_float(row[i * stride]);
-    for (int64_t i = n; i % V::kLanes != 0; ++i) z[i] = -static_cast<Float>(INFINITY);
-  }
-  for (int64_t i = 0; i < whole; i += V::kLanes) {
-    const V x = stride == 1 ? V::load(row + i) : V::load(z + i);
-    if (stride == 1) x.store(z + i);
-    special = special | ~(x > minus_inf);
+inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, RowOf<V>& row) {
+  V best = V::all(-INFINITY), best2 = best;
+  V zero = V::zero(), zero2 = zero;  // NaN in a lane that met an infinity or a NaN
+  const auto look_at = [&](V x, V& best, V& zero) {
     best = max(x, best);  // a NaN in x gives best
+    zero = fma(x, V::zero(), zero);
+  };
+  int64_t i = 0;
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    const V x = V::load(from + i), x2 = V::load(from + i + V::kLanes);
+    if (copy != nullptr) x.store(copy + i), x2.store(copy + i + V::kLanes);
+    look_at(x, best, zero), look_at(x2, best2, zero2);
   }
-  if (whole < n) {
-    const V x = stride == 1 ? V::load(row + whole, static_cast<int>(n - whole), -INFINITY) : V::load(z + whole);
-    if (stride == 1) x.store(z + whole);
-    special = special | is_nan(x) | ~(V::load(z + whole, static_cast<int>(n - whole), 0) > minus_inf);
+  for (; i < n; i += V::kLanes) {
+    const int lanes = lanes_at<V>(i, n);
+    const V x = V::load(from + i, lanes, -INFINITY);
+    if (copy != nullptr) x.store(copy + i);
     best = max(x, best);
+    zero2 = fma(V::load(from + i, lanes, 0), V::zero(), zero2);
   }
-  RowOf<V> result{reduce_max(best), special.lanes() == 0, false};
+  row.max = reduce_max(max(best, best2));
+  row.is_plain = is_nan(zero + zero2).lanes() == 0;
+}
+
+// The n logits of a row, in `buffer` unless they can stay where they are.
+template <class V, class T>
+inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer) {
+  using Float = typename Arithmetic<V>::Float;
+  RowOf<V> result{buffer, 0, true, false};
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(row[i * stride]);
+    scan(static_cast<const Float*>(buffer), n, buffer, result);
+  } else if constexpr (std::is_same_v<T, Float>) {
+    const bool stays = n % V::kLanes == 0;
+    if (stays) result.z = row;
+    scan(row, n, stays ? nullptr : buffer, result);
+  } else {
+    scan(row, n, buffer, result);
+  }
   if (result.is_plain) return result;
-  auto nan = is_nan(minus_inf);
-  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(z + i));
+  auto nan = is_nan(V::zero());
+  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(result.z + i));
   result.has_nan = nan.lanes() != 0;
   return result;
 }
@@ -116,10 +142,10 @@ inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Ar
 // load_logits by the dtype of the logits.
 template <class V>
 inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
-                         typename Arithmetic<V>::Float* z) {
+                         typename Arithmetic<V>::Float* buffer) {
   const auto load = [&](auto type) {
     using T = decltype(type);
-    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, z);
+    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer);
   };
   if constexpr (V::kLanes == 1) {
     return load(double{});
@@ -132,6 +158,14 @@ inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, in
   }
 }
 
+// The largest number of z, -inf if there is none.
+template <class Float>
+inline Float max_of(const Float* z, int64_t n) {
+  Float best = -static_cast<Float>(INFINITY);
+  for (int64_t i = 0; i < n; ++i) best = z[i] > best ? z[i] : best;
+  return best;
+}
+
 // out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
 // the caller says that there may be one. Nothing past n is written.
 template <class V>
@@ -141,22 +175,32 @@ inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::
   using Float = typename Arithmetic<V>::Float;
   const V minus_inf = V::all(-INFINITY);
   const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
-  V sums[2] = {V::zero(), V::zero()};
-  const auto of = [&](V x) {
-    return may_have_nan ? exp(select(is_nan(x), minus_inf, x - shift)) : exp_nonpositive(x - shift);
+  // Inlined apart, so that the loops over plain rows ask nothing.
+  const auto pass = [&](const auto& of, const auto& keep) {
+    V even = V::zero(), odd = V::zero();
+    int64_t i = 0;
+    const auto next = [&](V& sum) {
+      const V e = of(V::load(z + i));
+      keep(e, out + i, V::kLanes);
+      sum = sum + e;
+      i += V::kLanes;
+    };
+    while (i + 2 * V::kLanes <= n) next(even), next(odd);
+    if (i + V::kLanes <= n) next(even);
+    if (i < n) {
+      const int lanes = static_cast<int>(n - i);
+      const V e = of(V::load(z + i, lanes, -INFINITY));
+      keep(e, out + i, lanes);
+      even = even + e;
+    }
+    return reduce_add(even + odd);
   };
-  int64_t i = 0;
-  for (int turn = 0; i + V::kLanes <= n; i += V::kLanes, turn ^= 1) {
-    const V e = of(V::load(z + i));
-    if (out != nullptr) e.store(out + i);
-    sums[turn] = sums[turn] + e;
-  }
-  if (i < n) {
-    const V e = of(V::load(z + i, static_cast<int>(n - i), -INFINITY));
-    if (out != nullptr) e.store(out + i, static_cast<int>(n - i));
-    sums[0] = sums[0] + e;
-  }
-  return reduce_add(sums[0] + sums[1]);
+  const auto plain = [&](V x) { return exp_nonpositive(x - shift); };
+  const auto nan_as_zero = [&](V x) { return exp(select(is_nan(x), minus_inf, x - shift)); };
+  const auto keep = [](V e, Float* to, int lanes) { lanes == V::kLanes ? e.store(to) : e.store(to, lanes); };
+  const auto drop = [](V, Float*, int) {};
+  if (may_have_nan) return out != nullptr ? pass(nan_as_zero, keep) : pass(nan_as_zero, drop);
+  return out != nullptr ? pass(plain, keep) : pass(plain, drop);
 }
 
 // What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.

@@ -139,12 +139,12 @@ class Shortlist {
     bound_ = max(~spread_max(least), KeyVec::all(kDisallowed + 1)).first();
   }
 
-  // Step 2. False if the list is too short for the keys that reach the bound.
-  bool collect(const Key* keys, int64_t n) {
+  // Step 2. first_columns: of each vector of keys. False if the list is too short for the keys that reach the bound.
+  bool collect(const Key* keys, int64_t n, const int32_t* first_columns) {
     const KeyVec below = KeyVec::all(bound_ - 1);
-    KeyVec column = KeyVec::count();
     int64_t size = 0;
-    for (int64_t i = 0; i < n; i += kLanes, column = column + KeyVec::all(kLanes)) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const KeyVec column = KeyVec::count() + KeyVec::all(first_columns[i / kLanes]);
       const KeyVec key = KeyVec::load(keys + i);
       const uint32_t lanes = greater_lanes(key, below);
       const int64_t at = size < kWidth ? size : kWidth;

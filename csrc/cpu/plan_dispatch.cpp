@@ -1,7 +1,7 @@
 // plan_dispatch on the CPU: a stable counting sort over fixed tiles of slots.
 //
-//   count    each tile counts its slots per expert, some thousand ids after it has looked for one out of range: the
-//            only validation, by whole vectors while the ids are in the first-level cache
+//   count    each tile counts its slots per expert and looks for an id out of range, the only validation: dense ids by
+//            count_bins, which compares whole vectors of them beside its counting
 //   drop     only if some expert is asked for more often than its capacity: its slots are gathered, cut into scopes,
 //            and everything past the capacity-th best slot of a scope is marked and taken off the counts
 //   scan     rows of every expert, then the first row of every (tile, expert)
@@ -15,7 +15,7 @@
 
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "cpu/id_range.h"
+#include "cpu/count_bins.h"
 #include "cpu/keep_order.h"
 #include "ops/plan_dispatch.h"
 
@@ -23,7 +23,6 @@ namespace fastmoe_route {
 namespace {
 
 constexpr int64_t kTileSlots = 16384;
-constexpr int64_t kCheckedAtOnce = 2048;  // ids that are still in the first-level cache when they are counted
 constexpr int64_t kMaxTiles = 256;
 constexpr int64_t kFillGrain = int64_t{1} << 18;
 
@@ -98,14 +97,9 @@ template <class Id>
 bool count_slots(const Slots<Id>& slots, int64_t begin, int64_t end, uint64_t last_bin, int32_t* counts) {
   using Bin = typename Slots<Id>::Bin;
   if (slots.is_dense()) {
-    for (; begin < end; begin += kCheckedAtOnce) {
-      const int64_t part_end = std::min(end, begin + kCheckedAtOnce);
-      uint64_t largest = 0;
-      cpu::largest_bin({slots.ids + begin, sizeof(Id) == sizeof(int64_t), part_end - begin, &largest});
-      if (largest > last_bin) return false;
-      slots.each(begin, part_end, [&](int64_t, Bin bin) { ++counts[bin]; });
-    }
-    return true;
+    bool are_valid = true;
+    cpu::count_bins({slots.ids + begin, sizeof(Id) == sizeof(int64_t), end - begin, last_bin, counts, &are_valid});
+    return are_valid;
   }
   bool is_bad = false;
   slots.each(begin, end, [&](int64_t, Bin bin) {

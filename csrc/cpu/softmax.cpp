@@ -278,8 +278,8 @@ void softmax_rows(const SoftmaxArgs& args, double) {
   });
 }
 
-// ---- Backward: grad_x = y * (g - mean), mean = sum(g * y) / sum(y). The sum of the rounded y differs from 1, and where
-// ---- one y is close to 1 that difference would be all that is left of its g - sum(g * y).
+// ---- Backward: grad_x = y * (g - mean), mean = sum(g * y) / sum(y). The sum of the rounded y differs from 1, and
+// ---- where one y is close to 1 that difference would be all that is left of its g - sum(g * y).
 
 struct Moments {
   double weighted = 0.0, total = 0.0;

@@ -127,7 +127,8 @@ ScalarType arithmetic_of(const Tensor& logits) {
 using Choice = std::tuple<Tensor, Tensor, Tensor>;
 
 // Allocates weights, experts and demand, and runs the kernel.
-Choice choose(const Tensor& logits, GateArgs& args, ScalarType arithmetic) {
+Choice choose(const Tensor& logits, GateArgs& args) {
+  const ScalarType arithmetic = arithmetic_of(logits);
   const int64_t num_tokens = args.shape.num_tokens, top_k = args.shape.top_k;
   Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
   Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
@@ -144,15 +145,18 @@ using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The operators, whose arguments after top_k are the fields of Options, in their order.
 template <class... Fields>
 struct Operators {
+  static GateArgs read(const Tensor& logits, int64_t top_k, Fields... fields) {
+    return checked_args(logits, top_k, Options{fields...}, arithmetic_of(logits));
+  }
+
   static Choice gate_forward(const Tensor& logits, int64_t top_k, Fields... fields) {
-    const ScalarType arithmetic = arithmetic_of(logits);
-    GateArgs args = checked_args(logits, top_k, Options{fields...}, arithmetic);
-    return choose(logits, args, arithmetic);
+    GateArgs args = read(logits, top_k, fields...);
+    return choose(logits, args);
   }
 
   static GateResults gate(const Tensor& logits, int64_t top_k, Fields... fields, bool stats, bool keep_scores) {
+    GateArgs args = read(logits, top_k, fields...);
     const ScalarType arithmetic = arithmetic_of(logits);
-    GateArgs args = checked_args(logits, top_k, Options{fields...}, arithmetic);
     const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
     const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
     const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
@@ -160,7 +164,7 @@ struct Operators {
     args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
     args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
     args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
-    const auto [weights, experts, demand] = choose(logits, args, arithmetic);
+    const auto [weights, experts, demand] = choose(logits, args);
     return {weights, score_sum, logsumexp, scores, experts, demand};
   }
 };

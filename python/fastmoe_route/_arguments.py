@@ -26,9 +26,11 @@ def fail(kind: type[Exception], op: str, argument: str, rule: str, got: object) 
 
 
 def describe(value: Any) -> str:
-    """A short text for an error: dtype and shape of a tensor, repr of anything else."""
+    """A short text for an error: dtype and shape of tensors, alone or in a tuple; else the repr."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        return f"{type(value).__name__}({', '.join(map(describe, value))})"
     return repr(value)
 
 

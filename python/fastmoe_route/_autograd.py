@@ -38,9 +38,38 @@ def register_autograd(
         dispatcher's way back to Python, which took 13 of the 25 us of `gate` for one token.
     """
     operator = getattr(torch.ops.fastmoe_route, name).default
+    function = _function(name, operator, backward, setup_context, once)
+    # mypy: torch.library is untyped there.
+    _library.impl(name, lambda *args: function.apply(*args), "Autograd")
+    return _call(function, operator)
+
+
+def differentiable(
+    name: str, bare: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The differentiable operator `name` for callers who want only what the operator `bare` gives.
+
+    Args:
+        name: of an operator that `register_autograd` made differentiable.
+        bare: of one with the same first arguments and fewer outputs; calls that are traced give the
+            outputs of `name`.
+        backward: as in `register_autograd`; so is `setup_context`, which gets what `bare` takes and
+            gives.
+    """
+    operator = getattr(torch.ops.fastmoe_route, bare).default
+    function = _function(name, operator, backward, setup_context, True)
+    return _call(function, getattr(torch.ops.fastmoe_route, name).default)
+
+
+def _function(
+    name: str,
+    operator: Any,
+    gradient: Callable[..., Any],
+    setup_context: Callable[..., None],
+    once: bool,
+) -> Any:
     # The dispatcher leaves out trailing arguments that equal their defaults.
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
-    gradient = backward
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -60,15 +89,16 @@ def register_autograd(
             return gradient(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
-    # mypy: torch.library is untyped there.
-    _library.impl(name, lambda *args: Function.apply(*args), "Autograd")
+    return Function
 
-    def differentiable(*args: Any) -> Any:
+
+def _call(function: Any, traced: Any) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return operator(*args)
-        return Function.apply(*args)
+            return traced(*args)
+        return function.apply(*args)
 
-    return differentiable
+    return call
 
 
 class _Kept:

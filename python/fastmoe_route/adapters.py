@@ -112,6 +112,9 @@ class MixtureOfShards(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        counts = {"num_modules": num_modules, "rank": rank, "num_shards": num_shards}
+        for name, count in {**counts, "pool_size": pool_size}.items():
+            check_int("mixture_of_shards", name, count, 1)
         check_int("mixture_of_shards", "num_private", num_private, 0, rank)
         for name, size in (("hidden_size", hidden_size), ("out_size", out_size)):
             if size % num_shards:
@@ -164,8 +167,9 @@ class QueryableLora(nn.Module):
         scaling: float = 1.0,
     ) -> None:
         super().__init__()
-        check_int("queryable_lora", "rank", rank, 1)
-        check_int("queryable_lora", "num_atoms", num_atoms, 1)
+        sizes = {"hidden_size": hidden_size, "out_size": out_size}
+        for name, size in {**sizes, "rank": rank, "num_atoms": num_atoms}.items():
+            check_int("queryable_lora", name, size, 1)
         self.rank, self.scaling = rank, scaling
         self.lora_a = nn.Parameter(torch.randn(hidden_size, rank) * hidden_size**-0.5)
         self.lora_b = nn.Parameter(torch.zeros(rank, out_size))
@@ -186,8 +190,14 @@ class QueryableLora(nn.Module):
         Returns:
             `[T, D]`, and `[T, r]`: the mean of the summary and this block's state.
         """
+        check_tensor("queryable_lora", "x", x, 2)
+        check_shape("queryable_lora", "x", x, (-1, self.lora_a.shape[0]))
         u = x @ self.lora_a
         summary = torch.zeros_like(u) if summary is None else summary
+        check_shape("queryable_lora", "summary", summary, u.shape)
+        if prior is not None:
+            rows = (x.shape[0], *self.keys.shape[:1]) if prior.dim() == 2 else self.keys.shape[:1]
+            check_shape("queryable_lora", "prior", prior, rows)
         logits = torch.cat([u, summary], 1) @ self.query @ self.keys.T * self.rank**-0.5
         alpha = (logits if prior is None else logits + prior).softmax(1)
         mixed = torch.einsum("tj,tr,jrq->tq", alpha, u, self.atoms)
@@ -203,14 +213,16 @@ def project_update(update: Tensor, kept: Tensor) -> Tensor:
 
     Args:
         update: `[H, E]`.
-        kept: `[H, r]`, columns that span the kept subspace, any length.
+        kept: `[H, r]`, columns that span the kept subspace; of any length, dependent or 0 as well.
 
     Returns:
         `[H, E]` with `U^T result = 0`.
     """
     check_tensor("project_update", "update", update, 2)
     check_shape("project_update", "kept", kept, (update.shape[0], -1))
-    basis = torch.linalg.qr(kept).Q
+    basis, s, _ = torch.linalg.svd(kept, full_matrices=False)
+    noise = torch.finfo(s.dtype).eps * max(kept.shape)
+    basis = basis * (s > noise * s.amax()) if s.numel() else basis
     rest: Tensor = update - basis @ (basis.T @ update)
     return rest
 
@@ -225,6 +237,7 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
     Returns:
         `[H, r]`, orthonormal columns.
     """
+    check_tensor("kept_directions", "inputs", inputs, 2)
     if not 0 < energy <= 1:
         fail(ValueError, "kept_directions", "energy", "be in (0, 1]", energy)
     _, s, v = torch.linalg.svd(inputs, full_matrices=False)
@@ -245,6 +258,7 @@ def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3)
     Returns:
         `[H, D]`.
     """
+    check_tensor("precondition_update", "grad", grad, 2)
     check_shape("precondition_update", "covariance", covariance, (grad.shape[0], grad.shape[0]))
     eye = torch.eye(grad.shape[0], dtype=grad.dtype, device=grad.device)
     step: Tensor = torch.linalg.solve(covariance + damping * eye, grad)

@@ -26,6 +26,10 @@ from fastmoe_route._autograd import register_autograd
 from fastmoe_route.results import DispatchPlan
 
 _ops = torch.ops.fastmoe_route
+_plan_dispatch = _ops.plan_dispatch.default
+_permute_forward = _ops.permute_forward.default
+_unpermute_forward = _ops.unpermute_forward.default
+_unpermute_gradients = _ops.unpermute_backward.default
 _MAX_EXPERTS = 65536
 _INT32_LIMIT = 2**31
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -155,7 +159,7 @@ def plan_dispatch(
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
     return DispatchPlan(
-        *_ops.plan_dispatch(
+        *_plan_dispatch(
             experts,
             num_experts,
             0 if capacity is None else capacity,
@@ -244,31 +248,44 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     >>> permute(torch.tensor([[1.0], [2.0]]), plan).tolist()
     [[2.0], [1.0]]
     """
-    row_to_slot, slot_to_row = _maps("permute", plan)
-    check_tensor("permute", "x", x, 2)
-    if x.dtype not in FLOAT_DTYPES:
-        check_dtype("permute", "x", x, FLOAT_DTYPES)
-    if x.shape[0] != slot_to_row.shape[0]:
-        check_shape("permute", "x", x, (slot_to_row.shape[0], -1))
-    copy_rows = _ops.permute if needs_grad(x) else _ops.permute_forward
-    return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
-
-
-def _maps(op: str, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
-    """`row_to_slot` and `slot_to_row` of a plan."""
     if not isinstance(plan, DispatchPlan):
-        fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
-    row_to_slot, slot_to_row = plan.row_to_slot, plan.slot_to_row
-    if not isinstance(row_to_slot, Tensor) or not isinstance(slot_to_row, Tensor):
-        check_tensor(op, "plan.row_to_slot", row_to_slot)
-        check_tensor(op, "plan.slot_to_row", slot_to_row)
-    return row_to_slot, slot_to_row
+        fail(TypeError, "permute", "plan", "be a DispatchPlan", describe(plan))
+    _, row_to_slot, slot_to_row, _, _ = plan
+    try:
+        copy_rows = _differentiable_permute if needs_grad(x) else _permute_forward
+        return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError, AttributeError) as caught:
+        error = caught
+    _check_fit("permute", "x", x, plan)
+    raise error
+
+
+def _check_fit(op: str, argument: str, value: Tensor, plan: DispatchPlan) -> None:
+    """Says what is wrong with an argument that the operator refused, if anything is.
+
+    The operators check all of this themselves; before a call it would take a fifth of the time of
+    a token or two.
+    """
+    check_tensor(op, "plan.row_to_slot", plan.row_to_slot, 1)
+    check_tensor(op, "plan.slot_to_row", plan.slot_to_row, 2)
+    check_tensor(op, argument, value, 2)
+    check_dtype(op, argument, value, FLOAT_DTYPES)
+    fitted = plan.slot_to_row if argument == "x" else plan.row_to_slot
+    check_shape(op, argument, value, (fitted.shape[0], -1))
 
 
 @torch.library.register_fake("fastmoe_route::permute")
 @torch.library.register_fake("fastmoe_route::permute_forward")
 def _(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+    _check_fake("permute", x, slot_to_row)
     return x.new_empty((row_to_slot.shape[0], x.shape[1]))
+
+
+def _check_fake(op: str, value: Tensor, of_map: Tensor) -> None:
+    torch._check(
+        value.dim() == 2 and value.shape[0] == of_map.shape[0],
+        lambda: f"{op}: the matrix must fit the plan, got shape {list(value.shape)}",
+    )
 
 
 def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,11 +297,13 @@ def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad is None:
         return None, None, None
-    sum_rows = _ops.unpermute if needs_grad(grad) else _ops.unpermute_forward
+    sum_rows = _differentiable_unpermute if needs_grad(grad) else _unpermute_forward
     return sum_rows(grad, None, *ctx.saved_tensors), None, None
 
 
-register_autograd("permute", _permute_backward, setup_context=_save_maps, once=False)
+_differentiable_permute = register_autograd(
+    "permute", _permute_backward, setup_context=_save_maps, once=False
+)
 
 
 # ---- unpermute ---------------------------------------------------------------------------------
@@ -315,24 +334,26 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
     >>> unpermute(rows, plan, torch.tensor([[0.5, 2.0], [3.0, 7.0]])).tolist()
     [[52.0], [30.0]]
     """
-    row_to_slot, slot_to_row = _maps("unpermute", plan)
-    check_tensor("unpermute", "rows", rows, 2)
-    if rows.dtype not in FLOAT_DTYPES:
-        check_dtype("unpermute", "rows", rows, FLOAT_DTYPES)
-    if rows.shape[0] != row_to_slot.shape[0]:
-        check_shape("unpermute", "rows", rows, (row_to_slot.shape[0], -1))
+    if not isinstance(plan, DispatchPlan):
+        fail(TypeError, "unpermute", "plan", "be a DispatchPlan", describe(plan))
+    _, row_to_slot, slot_to_row, _, _ = plan
+    try:
+        sum_rows = _differentiable_unpermute if needs_grad(rows, weights) else _unpermute_forward
+        return sum_rows(rows, weights, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError, AttributeError) as caught:
+        error = caught
+    _check_fit("unpermute", "rows", rows, plan)
     if weights is not None:
         check_tensor("unpermute", "weights", weights, 2)
-        if weights.shape != slot_to_row.shape:
-            check_shape("unpermute", "weights", weights, slot_to_row.shape)
+        check_shape("unpermute", "weights", weights, plan.slot_to_row.shape)
         check_dtype("unpermute", "weights", weights, FLOAT_DTYPES)
-    sum_rows = _ops.unpermute if needs_grad(rows, weights) else _ops.unpermute_forward
-    return sum_rows(rows, weights, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
+    raise error
 
 
 @torch.library.register_fake("fastmoe_route::unpermute")
 @torch.library.register_fake("fastmoe_route::unpermute_forward")
 def _(rows: Tensor, weights: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+    _check_fake("unpermute", rows, row_to_slot)
     return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
 
 
@@ -369,10 +390,12 @@ def _unpermute_backward(
     if grad is None:
         return None, None, None, None
     needs_rows, needs_weights = ctx.needs_input_grad[:2]
-    grad_rows, grad_weights = _ops.unpermute_backward(
+    grad_rows, grad_weights = _unpermute_gradients(
         grad, *ctx.saved_tensors, needs_rows, needs_weights
     )
     return grad_rows if needs_rows else None, grad_weights if needs_weights else None, None, None
 
 
-register_autograd("unpermute", _unpermute_backward, setup_context=_save_rows)
+_differentiable_unpermute = register_autograd(
+    "unpermute", _unpermute_backward, setup_context=_save_rows
+)

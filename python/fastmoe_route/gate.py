@@ -21,7 +21,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
-from fastmoe_route._autograd import register_autograd
+from fastmoe_route._autograd import differentiable, register_autograd
 from fastmoe_route.results import Routing
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
@@ -110,6 +110,54 @@ def gate(
         >>> routing.experts, routing.weights
         (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
+    num_experts = _num_experts(logits, num_null)
+    check_int("gate", "top_k", top_k, 1, num_experts)
+    score_code = check_choice("gate", "score", score, SCORES)
+    if normalize is not True and normalize is not False:
+        check_flag("gate", "normalize", normalize)
+    if scale != 1.0:
+        check_float("gate", "scale", scale)
+    # Every argument that is passed on costs a fifth of a microsecond.
+    arguments: tuple[Any, ...] = (logits, top_k, score_code, normalize, scale)
+    if (
+        (stats or keep_scores or num_null != 0 or softmax_over != "all" or group_score != "max")
+        or (bias is not None or mask is not None or noise is not None or k_per_token is not None)
+        or (num_groups != 1 or topk_groups is not None or max_per_group is not None)
+        or (top_p is not None or threshold is not None or min_k != 1)
+    ):
+        over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
+        group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
+        if num_groups != 1 or topk_groups is not None or max_per_group is not None:
+            _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
+        check_int("gate", "min_k", min_k, 0, top_k)
+        check_flag("gate", "stats", stats)
+        check_flag("gate", "keep_scores", keep_scores)
+        if noise is not None:
+            check_tensor("gate", "noise", noise, 2)
+        arguments += (
+            *(_per_column("bias", bias, logits), num_groups, topk_groups or 0, group_code),
+            *(_per_column("mask", mask, logits, torch.bool), _per_column("noise", noise, logits)),
+            *(over_group, min(max_per_group or 0, num_experts)),
+            *_stop_rule("top_p", top_p, logits),
+            *_stop_rule("threshold", threshold, logits),
+            *(min_k, _per_token_count(k_per_token, logits), num_null),
+        )
+    wants_grad = needs_grad(logits)
+    if not (stats or keep_scores):
+        bare = _gate_forward_autograd if wants_grad else _gate_forward
+        weights, *_, experts, demand = bare(*arguments)
+        return Routing(experts, weights, demand)
+    op = _gate_autograd if wants_grad else _gate_stats_forward
+    weights, score_sum, logsumexp, scores, experts, demand = op(*arguments, stats, keep_scores)
+    return Routing(
+        *(experts, weights, demand),
+        score_sum if stats else None,
+        logsumexp if stats else None,
+        scores if keep_scores else None,
+    )
+
+
+def _num_experts(logits: Tensor, num_null: int) -> int:
     if not isinstance(logits, Tensor) or logits.layout is not torch.strided or logits.dim() != 2:
         check_tensor("gate", "logits", logits, 2)
     if logits.dtype not in FLOAT_DTYPES:
@@ -120,71 +168,7 @@ def gate(
     num_experts = num_columns - num_null
     if num_experts < 1 or num_experts > MAX_EXPERTS:
         fail(ValueError, "gate", "logits", f"have 1 to {MAX_EXPERTS} experts", describe(logits))
-    check_int("gate", "top_k", top_k, 1, num_experts)
-    score_code = check_choice("gate", "score", score, SCORES)
-    if normalize is not True and normalize is not False:
-        check_flag("gate", "normalize", normalize)
-    if scale != 1.0:
-        check_float("gate", "scale", scale)
-    wants_grad = needs_grad(logits)
-    if (
-        not (stats or keep_scores)
-        and (bias is None and mask is None and noise is None and k_per_token is None)
-        and (num_groups == 1 and topk_groups is None and max_per_group is None and num_null == 0)
-        and (top_p is None and threshold is None and min_k == 1)
-        and (softmax_over == "all" and group_score == "max")
-    ):
-        # Every argument that is passed on costs a fifth of a microsecond.
-        if wants_grad:
-            weights, *_, experts, demand = _differentiable(
-                logits, top_k, score_code, normalize, scale
-            )
-        else:
-            weights, experts, demand = _gate_forward(logits, top_k, score_code, normalize, scale)
-        return Routing(experts, weights, demand)
-
-    over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
-    group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
-    if num_groups != 1 or topk_groups is not None or max_per_group is not None:
-        _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
-    check_int("gate", "min_k", min_k, 0, top_k)
-    check_flag("gate", "stats", stats)
-    check_flag("gate", "keep_scores", keep_scores)
-    arithmetic = _arithmetic(logits)
-    if bias is not None:
-        bias = _per_column("bias", bias, logits, arithmetic)
-    if mask is not None:
-        mask = _per_column("mask", mask, logits, torch.bool)
-    if noise is not None:
-        check_tensor("gate", "noise", noise, 2)
-        noise = _per_column("noise", noise, logits, arithmetic)
-    p, p_per_token = _stop_rule("top_p", top_p, logits)
-    floor, floor_per_token = _stop_rule("threshold", threshold, logits)
-    if k_per_token is not None:
-        check_tensor("gate", "k_per_token", k_per_token, 1)
-        check_dtype("gate", "k_per_token", k_per_token, (torch.int32,))
-        check_shape("gate", "k_per_token", k_per_token, (logits.shape[0],))
-        check_device("gate", "k_per_token", k_per_token, logits)
-
-    arguments = (
-        *(logits, top_k, score_code, normalize, scale),
-        *(bias, num_groups, topk_groups or 0, group_code),
-        *(mask, noise, over_group, min(max_per_group or 0, num_experts)),
-        *(p, p_per_token, floor, floor_per_token, min_k, k_per_token, num_null),
-    )
-    if not (wants_grad or stats or keep_scores):
-        weights, experts, demand = _gate_forward(*arguments)
-        return Routing(experts, weights, demand)
-    op = _differentiable if wants_grad else _gate_stats_forward
-    weights, score_sum, logsumexp, scores, experts, demand = op(*arguments, stats, keep_scores)
-    return Routing(
-        experts,
-        weights,
-        demand,
-        score_sum if stats else None,
-        logsumexp if stats else None,
-        scores if keep_scores else None,
-    )
+    return num_experts
 
 
 def _check_groups(
@@ -206,16 +190,31 @@ def _check_groups(
         check_int("gate", "max_per_group", max_per_group, 1)
 
 
-def _per_column(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+def _per_column(
+    name: str, value: Tensor | None, logits: Tensor, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """A row or a matrix of all columns, in the arithmetic dtype if none is given."""
+    if value is None:
+        return None
     check_tensor("gate", name, value, 1, 2)
     num_tokens, num_columns = logits.shape
     check_shape("gate", name, value, (num_tokens, num_columns)[-value.dim() :])
+    dtype = dtype or _arithmetic(logits)
     if dtype == torch.float64 and value.dtype == torch.float32:
         value = value.double()
     check_dtype("gate", name, value, (dtype,))
     check_device("gate", name, value, logits)
     # The weights must not ask for a gradient on its account.
     return value.detach() if value.requires_grad else value
+
+
+def _per_token_count(value: Tensor | None, logits: Tensor) -> Tensor | None:
+    if value is not None:
+        check_tensor("gate", "k_per_token", value, 1)
+        check_dtype("gate", "k_per_token", value, (torch.int32,))
+        check_shape("gate", "k_per_token", value, (logits.shape[0],))
+        check_device("gate", "k_per_token", value, logits)
+    return value
 
 
 def _stop_rule(
@@ -277,28 +276,29 @@ def _gate_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, score, normalize, scale, _, num_groups, _, _, _, _, over_group = inputs[:12]
-    num_null, stats, keep_scores = inputs[-3:]
-    _, _, logsumexp, _, experts, demand = output
+    num_null, *flags = inputs[19:]
+    ctx.stats, ctx.keep_scores = flags or (False, False)
+    *_, experts, demand = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(experts, demand)
-    ctx.save_for_backward(logits, experts, logsumexp if stats else None)
+    ctx.save_for_backward(logits, experts, output[2] if ctx.stats else None)
     ctx.options = (score, over_group, num_groups, num_null, normalize, scale)
-    ctx.stats, ctx.keep_scores = stats, keep_scores
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    weights, score_sum, logsumexp, scores = grads[:4]
-    if not ctx.stats:
-        score_sum = logsumexp = None
-    if not ctx.keep_scores:
-        scores = None
+def _backward(ctx: Any, weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    score_sum, logsumexp = grads[:2] if ctx.stats else (None, None)
+    scores = grads[2] if ctx.keep_scores else None
     grad_logits = None
-    if any(grad is not None for grad in (weights, score_sum, logsumexp, scores)):
+    if not (weights is None and score_sum is None and logsumexp is None and scores is None):
         logits, experts, saved_logsumexp = ctx.saved_tensors
         grad_logits = _gate_backward(
             weights, score_sum, logsumexp, scores, logits, experts, saved_logsumexp, *ctx.options
         )
-    return (grad_logits,) + (None,) * 21
+    return (grad_logits, *_NO_GRADIENTS)
 
 
-_differentiable = register_autograd("gate", _backward, setup_context=_setup_context)
+_NO_GRADIENTS = (None,) * 21
+_gate_autograd = register_autograd("gate", _backward, setup_context=_setup_context)
+_gate_forward_autograd = differentiable(
+    "gate", "gate_forward", _backward, setup_context=_setup_context
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoe_route._arguments import check_shape, check_tensor, describe, fail
+from fastmoe_route._arguments import check_float, check_shape, check_tensor, describe, fail
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
 from fastmoe_route.results import DispatchPlan, Routing
@@ -57,6 +57,8 @@ def lora_grouped_mm(
     if not isinstance(routing, (tuple, list)) or len(routing) < 2:
         rule = "be a Routing or a pair (experts, weights)"
         fail(TypeError, "lora_grouped_mm", "routing", rule, describe(routing))
+    if scaling != 1.0:
+        check_float("lora_grouped_mm", "scaling", scaling)
     experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, lora_a.shape[0])

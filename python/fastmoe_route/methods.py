@@ -101,7 +101,8 @@ def register(
         needs: arguments of `forward` that must be given.
 
     Returns:
-        A decorator that returns its argument, with the entry as attribute `method`.
+        A decorator that returns its argument, with the entry as attribute `method`, and its source
+        at the end of its docstring.
     """
     check_choice("register", "verified", verified, tuple(VERIFIED))
     check_choice("register", "invariance", invariance, tuple(INVARIANCE))
@@ -112,6 +113,9 @@ def register(
             fail(ValueError, "register", "name", "be new", repr(name))
         _methods[name] = Method(name, row, source, verified, invariance, decode, needs, target)
         target.method = _methods[name]  # type: ignore[attr-defined]
+        if target.__doc__:
+            told = f"Source: {source}, {VERIFIED[verified]}. Row {row} of the survey."
+            target.__doc__ = f"{inspect.cleandoc(target.__doc__)}\n\n{told}"
         return target
 
     return enter
@@ -134,9 +138,12 @@ def find(name: str) -> Method:
     """The method of that name.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: there is none; the message lists names that are close.
     """
     methods()
+    if not isinstance(name, str):
+        fail(TypeError, "routers", "name", "be a str", repr(name))
     if name not in _methods:
         from difflib import get_close_matches
 

@@ -25,6 +25,9 @@ from fastmoe_route._autograd import register_autograd
 from fastmoe_route.dispatch import plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
 
+_moe_mlp_forward = torch.ops.fastmoe_route.moe_mlp_forward.default
+_moe_mlp_backward = torch.ops.fastmoe_route.moe_mlp_backward.default
+
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
 ACTIVATIONS = (*GATED_ACTIVATIONS, "silu", "gelu", "relu", "relu2")
 WEIGHTS_ON = ("output", "input")
@@ -113,14 +116,12 @@ def moe_mlp(
     elif not _fits_plan(x, plan, w_up.shape[0], weights.shape[1]):
         _check_plan(x, plan, w_up.shape[0], weights.shape[1])
     weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    maps = plan[:3]
-    ops = torch.ops.fastmoe_route
     tensors = (x, weights, w_up, w_down, bias_up, bias_down)
     y: Tensor
     if needs_grad(*tensors):
-        y, _ = ops.moe_mlp(*tensors, *maps, code, interleaved, on_input)
+        y, _ = _differentiable(*tensors, *plan[:3], code, interleaved, on_input)
     else:
-        y = ops.moe_mlp_forward(*tensors, *maps, code, interleaved, on_input)
+        y = _moe_mlp_forward(*tensors, *plan[:3], code, interleaved, on_input)
     return y
 
 
@@ -337,10 +338,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     if grad_y is None:
         return (None,) * 12
     wanted = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
-    grads = torch.ops.fastmoe_route.moe_mlp_backward(
-        grad_y, *ctx.saved_tensors, *ctx.options, wanted
-    )
+    grads = _moe_mlp_backward(grad_y, *ctx.saved_tensors, *ctx.options, wanted)
     return (*(grad if wanted >> i & 1 else None for i, grad in enumerate(grads)), *(None,) * 6)
 
 
-register_autograd("moe_mlp", _backward, setup_context=_setup_context)
+_differentiable = register_autograd("moe_mlp", _backward, setup_context=_setup_context)

@@ -268,19 +268,31 @@ def _column_kth(x: Tensor, top_k: int, scopes: _Scopes | None) -> Tensor:
     return torch.where(scopes.sizes[:, None] > 0, found, 0.0)
 
 
+class Prices(NamedTuple):
+    """What Adam (arXiv:1412.6980) knows of the prices that it descends on."""
+
+    value: Tensor
+    mean: Tensor
+    square: Tensor
+
+    def moved(self, gradient: Tensor, step: int, learning_rate: float) -> Prices:
+        """The prices after step number `step`, counted from 1."""
+        mean = 0.9 * self.mean + 0.1 * gradient
+        square = 0.999 * self.square + 0.001 * gradient.square()
+        spread = (square / (1 - 0.999**step)).sqrt() + 1e-8
+        return Prices(self.value - learning_rate * mean / (1 - 0.9**step) / spread, mean, square)
+
+
 def _ksparse(
     scores: Tensor, iters: int, k: int, gamma: float, learning_rate: float, scopes: _Scopes | None
 ) -> Tensor:
     target = _log_marginal(scores, None, scopes).exp()
-    prices, mean, square = (torch.zeros_like(target) for _ in range(3))
+    prices = Prices(*(torch.zeros_like(target) for _ in range(3)))
     for step in range(1, iters + 1):
-        plan = _sparse_rows(scores - _of_rows(prices, scopes), k, gamma)
+        plan = _sparse_rows(scores - _of_rows(prices.value, scopes), k, gamma)
         gradient = target - _column_reduce(plan, scopes, "sum")
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.999 * square + 0.001 * gradient.square()
-        spread = (square / (1 - 0.999**step)).sqrt() + 1e-8
-        prices = prices - learning_rate * mean / (1 - 0.9**step) / spread
-    return _sparse_rows(scores - _of_rows(prices, scopes), k, gamma)
+        prices = prices.moved(gradient, step, learning_rate)
+    return _sparse_rows(scores - _of_rows(prices.value, scopes), k, gamma)
 
 
 def _sparse_rows(x: Tensor, k: int, gamma: float) -> Tensor:

@@ -21,14 +21,13 @@ constexpr int kDotRows = kVectorRegisters == 32 ? 6 : kVectorRegisters == 16 ? 3
 constexpr int kDotCols = 4;
 constexpr int kDotStreamRows = kVectorRegisters == 32 ? 12 : kDotRows;
 constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that stay in L1 while streams pass
-constexpr int64_t kDotPanel = 96;              // weights whose k block stays in L2 while all rows pass
-constexpr int64_t kDotSegment = 8;             // steps of k between two fetches of what is multiplied later
-constexpr int kDotAhead = 320;                 // bytes of a weight row on their way from L2 to L1
-constexpr int64_t kDotRowBlock = 192;          // rows, at most, whose k block stays in L2 beside them
-// Few rows: memory is asked for this far ahead in each stream. The processor follows a stream by itself, but stops at
-// the end of a 4 KB page and then waits for the next page's address: a line touched three pages ahead hides that.
-// Where rows take arithmetic as well, every line is fetched.
-constexpr int64_t kDotTouchAhead = 12288;
+constexpr int64_t kDotPanel = 96;    // weights whose block of k stays in L2 while all rows pass; half of it, two blocks
+constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
+constexpr int64_t kDotTouchRows = 8;   // weight rows whose pages are looked up at the same time
+constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
+// Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
+// page's address, so pages are touched ahead. Where rows take arithmetic as well, every line is fetched.
+constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
 constexpr int64_t kDotStreamAhead = 2048;
 
 // Elements of T widened to floats as they are loaded.
@@ -101,7 +100,20 @@ struct DotOutput {
   bool add;
 };
 
-// Fetches rows of weights that are multiplied later into L2, line by line.
+// Touches every page of rows [from, to) of those that start at `first`, one line each. The address of a page that was
+// not used lately takes longer to find than other work can hide, but several are found at the same time: pages are
+// touched together, some rows ahead of their use.
+inline __attribute__((always_inline)) void touch_pages(const char* first, int64_t row_bytes, int64_t stride,
+                                                       int64_t from, int64_t to) {
+  constexpr int64_t kPage = 4096;
+  for (int64_t i = from; i < to; ++i) {
+    const char* end = first + i * stride + row_bytes;
+    for (const char* at = end - row_bytes; at < end; at += kPage) prefetch_later(at);
+    prefetch_later(end - 1);
+  }
+}
+
+// Fetches rows of weights that are multiplied later into L2, line by line, their pages kDotTouchRows rows ahead.
 struct LineFetcher {
   const char* line;
   const char* row_end;
@@ -111,7 +123,14 @@ struct LineFetcher {
   template <class T>
   LineFetcher(const T* first, int64_t count, int64_t w_stride, int64_t k)
       : line(reinterpret_cast<const char*>(first)), row_end(line + k * static_cast<int64_t>(sizeof(T))),
-        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {}
+        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {
+    touch(0);
+    touch(kDotTouchRows);
+  }
+  inline __attribute__((always_inline)) void touch(int64_t ahead) {
+    const int64_t end = ahead + kDotTouchRows;
+    touch_pages(row_end - row_bytes, row_bytes, stride, ahead, end < rows ? end : rows);
+  }
   inline __attribute__((always_inline)) void fetch(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
       prefetch_later(line);
@@ -120,16 +139,17 @@ struct LineFetcher {
       line = row_end - row_bytes + stride;
       row_end += stride;
       --rows;
+      if (rows % kDotTouchRows == 0) touch(kDotTouchRows);
     }
   }
 };
 
 // What a tile asks for before it is needed.
 enum class DotFetch {
-  kPanel,  // the tile's weights, from L2 to L1; `lines` lines of `later` per kDotSegment steps of k, at even distances,
-           // because a burst would fill the queue to memory and hold up the loads from L2; and the results' lines
-  kTouch,  // one line of each stream, kDotTouchAhead bytes on, at the start
-  kStream  // every line, kDotStreamAhead bytes on, and as kTouch
+  kPanel,  // `lines` lines of `later` per kDotSegment steps of k, because one burst would fill the queue to memory; and
+           // the results' lines. The processor brings the tile's weights from L2 to L1 in time by itself.
+  kNone,
+  kStream  // every line, kDotStreamAhead bytes on
 };
 
 template <int R, int C, DotFetch kFetch, class Math>
@@ -140,8 +160,6 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q); };
   if (kFetch == DotFetch::kPanel)
     for (int i = 0; i < R; ++i) __builtin_prefetch(out.c[0] + i * out.stride, 1, 3);
-  else
-    for (int j = 0; j < C; ++j) prefetch_soon(bytes(j, 0) + kDotTouchAhead);
   Vec sums[R][C];
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i)
@@ -167,7 +185,6 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
       for (int j = 0; j < C; ++j) {
         weights[j] = Math::load(w[j] + q);
         Math::keep(weights[j]);
-        if (kFetch == DotFetch::kPanel) prefetch_soon(bytes(j, q) + kDotAhead);
         if (kFetch == DotFetch::kStream) prefetch_later(bytes(j, q) + kDotStreamAhead);
       }
       step(weights, a + q * R);
@@ -251,8 +268,15 @@ template <int R, class Math>
 void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   constexpr int C = dot_stream_cols(R);
   const int64_t apart = (p.n + C - 1) / C;
+  const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(typename Math::Element));
+  const int64_t stride = p.w_stride * static_cast<int64_t>(sizeof(typename Math::Element));
+  const int64_t group = row_bytes < kDotTouchBytes ? kDotTouchBytes / row_bytes : 1;  // rows touched together
   LineFetcher none(p.w, 0, p.w_stride, p.k);
   for (int64_t j = 0; j < apart; ++j) {
+    if (j % group == 0)
+      for (int i = 0; i < C; ++i)
+        touch_pages(reinterpret_cast<const char*>(p.w + i * apart * p.w_stride), row_bytes, stride,
+                    j > 0 ? j + group : 0, j + 2 * group < apart ? j + 2 * group : apart);
     const typename Math::Element* w[C];
     DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false};
     for (int i = 0; i < C; ++i) {
@@ -267,21 +291,19 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
       const typename Math::Element* block[C];
       for (int i = 0; i < C; ++i) block[i] = w[i] + q;
       out.add = q > 0;
-      dot_tile<R, C, R <= 2 ? DotFetch::kTouch : DotFetch::kStream, Math>(p.a + q * R, block, depth, none, 0, out);
+      dot_tile<R, C, R <= 2 ? DotFetch::kNone : DotFetch::kStream, Math>(p.a + q * R, block, depth, none, 0, out);
     }
   }
 }
 
 // One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
-// The `next_rows` rows from `next` on, multiplied next, are fetched into L2 meanwhile.
+// `next_lines` lines of what comes next are fetched into L2 meanwhile.
 template <class Math>
 void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
-               const typename Math::Element* next, int64_t next_rows) {
+               LineFetcher& later, int64_t next_lines) {
   const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
-  LineFetcher later(next, next_rows, p.w_stride, depth);
   const int64_t row_segments = m * ((columns + kDotCols - 1) / kDotCols) *
                                ((depth + kDotSegment * Math::kStep - 1) / (kDotSegment * Math::kStep));
-  const int64_t next_lines = next_rows * ((later.row_bytes + 63) / 64);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     const int64_t lines = (next_lines * rows + row_segments - 1) / row_segments;
@@ -302,22 +324,45 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
   }
 }
 
-// Blocks of k, then panels of weights: the rows' block and the panel share L2.
+// Weights of a panel that is `depth` elements of k deep.
 template <class Math>
-void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
-  for (int64_t q = 0; q < p.k; q += p.block) {
-    const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
-    for (int64_t panel = 0; panel < p.n; panel += kDotPanel) {
-      const int64_t columns = p.n - panel < kDotPanel ? p.n - panel : kDotPanel;
-      const typename Math::Element* next = p.w + (panel + kDotPanel) * p.w_stride + q;
-      int64_t left = p.n - panel - kDotPanel;
-      if (left <= 0) {
-        next = q + p.block < p.k ? p.w + q + p.block : p.after;
-        left = next != nullptr ? p.n : 0;
-      }
-      dot_panel(p, m, q, depth, panel, columns, next, left < kDotPanel ? left : kDotPanel);
+inline int64_t dot_panel_columns(const DotProblem<Math>& p, int64_t depth) {
+  return depth > p.block ? kDotPanel / 2 : kDotPanel;
+}
+// Elements of k, from q on, that a panel holds: two blocks, because rows of 4 KB that lie 8 KB apart would share half
+// of the sets of L2.
+template <class Math>
+inline int64_t dot_panel_depth(const DotProblem<Math>& p, int64_t q) {
+  return p.k - q < 2 * p.block ? p.k - q : 2 * p.block;
+}
+
+// Panels of weights, elements [begin, begin + depth) of k, against all rows.
+template <class Math>
+void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t depth) {
+  const int64_t most = dot_panel_columns(p, depth), end = begin + depth;
+  for (int64_t panel = 0; panel < p.n; panel += most) {
+    const int64_t columns = p.n - panel < most ? p.n - panel : most;
+    const typename Math::Element* next = p.w + (panel + most) * p.w_stride + begin;
+    int64_t left = p.n - panel - most, next_begin = begin;
+    if (left <= 0) {  // deeper in k, or what comes after
+      next_begin = end < p.k ? end : 0;
+      next = end < p.k ? p.w + end : p.after;
+      left = next != nullptr ? p.n : 0;
+    }
+    const int64_t next_depth = dot_panel_depth(p, next_begin), next_most = dot_panel_columns(p, next_depth);
+    LineFetcher later(next, left < next_most ? left : next_most, p.w_stride, next_depth);
+    const int64_t next_lines = later.rows * ((later.row_bytes + 63) / 64);
+    for (int64_t q = begin; q < end; q += p.block) {
+      const int64_t block = end - q < p.block ? end - q : p.block;
+      dot_panel(p, m, q, block, panel, columns, later, (next_lines * block + depth - 1) / depth);
     }
   }
+}
+
+// Blocks of k, then panels of weights: the rows' blocks and the panel share L2.
+template <class Math>
+void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
+  for (int64_t q = 0; q < p.k; q += 2 * p.block) dot_panels(p, m, q, dot_panel_depth(p, q));
 }
 
 template <class Math>

@@ -3,8 +3,8 @@
 // FASTMOE_ROUTE_KERNELS, its source in ISA_SOURCES.
 #pragma once
 
+#include "cpu/count_bins.h"
 #include "cpu/gemm/micro.h"
-#include "cpu/id_range.h"
 #include "ops/gate.h"
 #include "ops/grouped_mm.h"
 #include "ops/machine.h"
@@ -21,7 +21,7 @@
   X(softmax_backward, SoftmaxBackwardArgs)          \
   X(softmax_topk, SoftmaxTopkArgs)                  \
   X(softmax_topk_backward, SoftmaxTopkBackwardArgs) \
-  X(largest_bin, LargestBinArgs)                    \
+  X(count_bins, CountBinsArgs)                      \
   X(permute, PermuteArgs)                           \
   X(unpermute, UnpermuteArgs)                       \
   X(unpermute_backward, UnpermuteBackwardArgs)      \

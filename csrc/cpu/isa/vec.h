@@ -77,6 +77,11 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+  // 1 / a within 1 ulp, for a in [1, 2].
+  friend Vec reciprocal(Vec a) {
+    const __m512 r = _mm512_rcp14_ps(a.v);
+    return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r)};
+  }
   friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
   friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
@@ -143,6 +148,11 @@ struct Keys {
   friend Keys operator+(Keys a, Keys b) { return {_mm512_add_epi32(a.v, b.v)}; }
   friend Keys operator-(Keys a, Keys b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   friend Keys operator~(Keys a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi32(-1))}; }
+  // Lanes 0, 2, 4 ... and 1, 3, 5 ... of a, followed by those of b.
+  friend Keys even_lanes(Keys a, Keys b) { return {_mm512_permutex2var_epi32(a.v, (count() + count()).v, b.v)}; }
+  friend Keys odd_lanes(Keys a, Keys b) {
+    return {_mm512_permutex2var_epi32(a.v, (count() + count() + all(1)).v, b.v)};
+  }
   friend uint32_t greater_lanes(Keys a, Keys b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
   // x, plus 1 in the lanes where a > b.
   friend Keys count_greater(Keys x, Keys a, Keys b) {
@@ -172,8 +182,8 @@ struct Keys {
   // Lane i of the result is lane lanes[i] % 16 of x.
   friend Keys pick_lanes(Keys x, Keys lanes) { return {_mm512_permutexvar_epi32(lanes.v, x.v)}; }
   Keys flip_negative() const {
-    const __m512i sign = _mm512_srai_epi32(v, 31);
-    return {_mm512_xor_si512(v, _mm512_srli_epi32(sign, 1))};
+    // v ^ (sign & 0x7fffffff)
+    return {_mm512_ternarylogic_epi32(v, _mm512_srai_epi32(v, 31), _mm512_set1_epi32(0x7fffffff), 0x78)};
   }
   Vec as_floats() const { return {_mm512_castsi512_ps(v)}; }
 };
@@ -235,6 +245,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend Vec reciprocal(Vec a) { return all(1.0f) / a; }
   friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   friend Vec ldexp(Vec a, Vec n) {
     // Two powers of two: the first product is exact for a near 1, so the result is rounded once.
@@ -321,6 +332,8 @@ struct Keys {
   friend Keys operator+(Keys a, Keys b) { return {_mm256_add_epi32(a.v, b.v)}; }
   friend Keys operator-(Keys a, Keys b) { return {_mm256_sub_epi32(a.v, b.v)}; }
   friend Keys operator~(Keys a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi32(-1))}; }
+  friend Keys even_lanes(Keys a, Keys b) { return from_halves<0x88>(a, b); }
+  friend Keys odd_lanes(Keys a, Keys b) { return from_halves<0xdd>(a, b); }
   friend uint32_t greater_lanes(Keys a, Keys b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, b.v))));
   }
@@ -331,6 +344,12 @@ struct Keys {
     for (; lanes != 0; lanes &= lanes - 1) *p++ = all[__builtin_ctz(lanes)];
   }
   static constexpr bool kSortsByPlace = false;
+  // The two lanes that `pick` names of each half of a, then of b.
+  template <int pick>
+  static Keys from_halves(Keys a, Keys b) {
+    const __m256 mixed = _mm256_shuffle_ps(_mm256_castsi256_ps(a.v), _mm256_castsi256_ps(b.v), pick);
+    return {_mm256_permute4x64_epi64(_mm256_castps_si256(mixed), 0xd8)};
+  }
   Keys flip_negative() const { return {_mm256_xor_si256(v, _mm256_srli_epi32(_mm256_srai_epi32(v, 31), 1))}; }
   Vec as_floats() const { return {_mm256_castsi256_ps(v)}; }
 };
@@ -406,6 +425,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(static_cast<float>(a.v[i]));
     return a;
   }
+  friend Vec reciprocal(Vec a) { return {1.0f / a.v}; }
   friend Vec round(Vec a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = std::nearbyint(static_cast<float>(a.v[i]));
     return a;
@@ -475,6 +495,8 @@ struct Keys {
   friend Keys operator+(Keys a, Keys b) { return {a.v + b.v}; }
   friend Keys operator-(Keys a, Keys b) { return {a.v - b.v}; }
   friend Keys operator~(Keys a) { return {~a.v}; }
+  friend Keys even_lanes(Keys a, Keys b) { return {__builtin_shuffle(a.v, b.v, Int8{0, 2, 4, 6, 8, 10, 12, 14})}; }
+  friend Keys odd_lanes(Keys a, Keys b) { return {__builtin_shuffle(a.v, b.v, Int8{1, 3, 5, 7, 9, 11, 13, 15})}; }
   friend uint32_t greater_lanes(Keys a, Keys b) { return Mask{a.v > b.v}.lanes(); }
   friend Keys count_greater(Keys x, Keys a, Keys b) { return {x.v - (a.v > b.v)}; }
   void store_lanes(uint32_t lanes, int32_t* p) const {

@@ -35,6 +35,7 @@ struct Vec64 {
   friend Vec64 min(Vec64 a, Vec64 b) { return {a.v < b.v ? a.v : b.v}; }
   friend Vec64 sqrt(Vec64 a) { return {std::sqrt(a.v)}; }
   friend Vec64 abs(Vec64 a) { return {std::fabs(a.v)}; }
+  friend Vec64 reciprocal(Vec64 a) { return {1 / a.v}; }
   friend Vec64 exp(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 exp_nonpositive(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 log_positive(Vec64 a) { return {std::log(a.v)}; }
@@ -61,6 +62,8 @@ struct Keys64 {
   friend Keys64 min(Keys64 a, Keys64 b) { return a.v < b.v ? a : b; }
   friend uint32_t equal_lanes(Keys64 a, Keys64 b) { return a.v == b.v ? 1u : 0u; }
   friend Keys64 spread_max(Keys64 a) { return a; }
+  friend Keys64 even_lanes(Keys64 a, Keys64) { return a; }
+  friend Keys64 odd_lanes(Keys64, Keys64 b) { return b; }
   int64_t first() const { return v; }
   friend Keys64 select_lanes(uint32_t lanes, Keys64 yes, Keys64 no) { return lanes != 0 ? yes : no; }
   friend Keys64 select(Mask64 m, Keys64 yes, Keys64 no) { return m.bits ? yes : no; }

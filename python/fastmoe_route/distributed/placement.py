@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_int, check_shape, check_tensor, describe, fail
+from fastmoe_route._arguments import (
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 
 
 class Placement(NamedTuple):
@@ -95,6 +102,7 @@ def _check(
     experts: Any, num_experts: int, num_ranks: int, sources: Any, traffic_weight: float
 ) -> Tensor:
     check_tensor("plan_placement", "experts", experts, 2)
+    check_dtype("plan_placement", "experts", experts, (torch.int32, torch.int64))
     check_int("plan_placement", "num_experts", num_experts, 1)
     check_int("plan_placement", "num_ranks", num_ranks, 1)
     if num_experts % num_ranks != 0:
@@ -109,6 +117,7 @@ def _check(
         fail(ValueError, "plan_placement", "experts", rule, got)
     if sources is not None:
         check_tensor("plan_placement", "sources", sources, 1)
+        check_dtype("plan_placement", "sources", sources, (torch.int32, torch.int64))
         check_shape("plan_placement", "sources", sources, trace.shape[:1])
         if sources.numel() and not 0 <= int(sources.min()) <= int(sources.max()) < num_ranks:
             rule = f"be in [0, {num_ranks})"

@@ -48,7 +48,9 @@ def expert_router_coupling(
         fail(ValueError, "expert_router_coupling", "alpha", "be above 0", describe(alpha))
     if num_experts == 1:
         return (router * 0.0).sum()
-    if noise is None:
+    if noise is not None:
+        check_shape("expert_router_coupling", "noise", noise, router.shape)
+    else:
         noise = torch.rand(router.shape, generator=generator, dtype=router.dtype)
         noise = noise.to(router.device) * 2 - 1
     rows = router.detach()

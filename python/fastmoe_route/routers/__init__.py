@@ -23,7 +23,7 @@ from fastmoe_route.routers.assignment import (
     UoE,
     VMoE,
 )
-from fastmoe_route.routers.balance import Bip, DeepSeekV3, KMeans, LossFree, SparseOt, Ssr
+from fastmoe_route.routers.balance import Bip, DeepSeekV3, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.competition import (
     CompeteSMoEv1,
@@ -41,8 +41,9 @@ from fastmoe_route.routers.dynamic import (
     expert_schedule,
 )
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile
-from fastmoe_route.routers.prototypes import AdaptDHM, Glider, Phatgoose, ProMoE, VQMoE
+from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile, angle_capacity
+from fastmoe_route.routers.pool import UniPool, pool_partition
+from fastmoe_route.routers.prototypes import AdaptDHM, Glider, KMeans, Phatgoose, ProMoE, VQMoE
 from fastmoe_route.routers.sampled import BinaryGate, Grin, ReMix, SiRA
 from fastmoe_route.routers.sequence import (
     Accord,
@@ -79,7 +80,6 @@ from fastmoe_route.routers.structure import (
     RMoE,
     Smear,
     SoftMoE,
-    UniPool,
     XMoE,
     YuanAttention,
 )
@@ -174,9 +174,11 @@ __all__ = [
     "VQMoE",
     "XMoE",
     "YuanAttention",
+    "angle_capacity",
     "build",
     "expert_schedule",
     "methods",
+    "pool_partition",
     "rerouted",
     "rewire",
     "slice_experts",

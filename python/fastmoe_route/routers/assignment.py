@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -16,65 +14,13 @@ from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.overflow import reroute
-from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
-from fastmoe_route.routers.parts import LinearRouter, assemble, segment_rank, sequences
+from fastmoe_route.routers.parts import LinearRouter, scopes, sequences
+from fastmoe_route.routers.plans import capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, segment_softmax, sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
-
-
-def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Context) -> Routing:
-    """Expert choice with the capacity of `top_k` slots per token, per scope by its own size."""
-    num_tokens, num_experts = scores.shape
-    if context.scope_ids is None:
-        slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
-        return expert_choice(scores, slots)
-    scopes = context.scope_ids.long()
-    room = limit.of_scopes(scope_sizes(scopes, context.num_scopes), num_experts, top_k)[scopes]
-    places = [
-        segment_rank(-column, scopes, context.num_scopes)[0] for column in scores.detach().unbind(1)
-    ]
-    is_taken = torch.stack(places, 1) < room[:, None]
-    experts = torch.arange(num_experts, device=scores.device).expand(num_tokens, -1)
-    return assemble(torch.where(is_taken, experts, -1), scores, num_experts)
-
-
-def capped_plan(
-    scores: Tensor, top_k: int, token_cap: int, context: Context, iters: int = 100
-) -> Tensor:
-    """Expert choice with a cap per token, relaxed (arXiv:2202.09368, section 3.2).
-
-    Maximises `<S, A> + lambda H(A)` under `sum over t of A = T * top_k / E` (per scope, if given),
-    `sum over e of A <= token_cap` and `0 <= A <= 1`, by Dykstra's projections in logarithms.
-    lambda = 0.03 is ours: it comes within 3% of the optimum without entropy in 100 rounds.
-
-    Args:
-        scores: float `[T, E]`.
-        top_k: experts per token on average.
-        token_cap: `b`.
-        context: for the scopes.
-        iters: rounds of the three projections.
-
-    Returns:
-        `[T, E]`, without gradient.
-    """
-    num_tokens, num_experts = scores.shape
-    ids, num_segments = context.scope_ids, context.num_scopes
-    if ids is None:
-        ids, num_segments = torch.zeros(num_tokens, dtype=torch.int64, device=scores.device), 1
-    ids = ids.long()
-    share = scope_sizes(ids, num_segments)[ids, None] * (top_k / num_experts)
-    log_plan = scores.detach() / 0.03
-    over_row, over_one = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
-    for _ in range(iters):
-        log_plan = segment_softmax(log_plan, ids, num_segments).log() + share.log() + over_row
-        over_row = (log_plan.logsumexp(1, keepdim=True) - math.log(token_cap)).clamp(min=0)
-        log_plan = log_plan - over_row + over_one
-        over_one = log_plan.clamp(min=0)
-        log_plan = log_plan - over_one
-    return log_plan.exp()
 
 
 @register(
@@ -267,6 +213,8 @@ class StableMoE(LinearRouter):
         common = with_defaults(common, capacity_factor=2.0, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "top_k", top_k, 1, 1)
+        check_int(self.name, "vocab_size", vocab_size, 1)
+        check_int(self.name, "distil_size", distil_size, 1)
         self.distil_coef, self.keep_input = distil_coef, keep_input
         self.words = nn.Embedding(vocab_size, distil_size)
         self.word_score = Linear(distil_size, num_experts)
@@ -281,27 +229,28 @@ class StableMoE(LinearRouter):
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
         scores = self.score(x)
+        self.check_ids("token_ids", context.token_ids, self.words.num_embeddings)
         by_word = self.word_score(self.words(context.token_ids.long()))
         deciding = torch.where(self.is_frozen, by_word.to(scores.dtype), scores)
         experts = gate(deciding.detach(), 1, score="identity").experts
         alpha = sigmoid(scores.gather(1, experts.long().clamp(min=0)))
-        routing = assemble(experts, alpha, self.num_experts)
+        routing = self.built(experts, alpha, scores)
         found = {}
         if self.training:
             found["balance"] = self.aux_coef * losses.assigned_balance(routing)
             distil = losses.imitation(by_word, experts)
             found["distil"] = self.distil_coef * torch.where(self.is_frozen, 0.0, distil)
         residual = 1 - alpha[:, 0] if self.keep_input else None
-        plan = self.plan(routing, context)
-        return Routed(routing, found, plan, residual)
+        return self.routed(routing, context, losses=found, residual=residual)
 
 
 @register("v_moe", row="R9", source="arXiv:2401.15969", verified="code", invariance="C")
 class VMoE(LinearRouter):
     """V-MoE: noisy softmax top-k of vision models, with importance and load losses.
 
-    Training adds normal noise of deviation `1 / E` to the logits; `w = softmax(z)` of the chosen,
-    as it is. Loss `aux_coef * (importance + load) / 2`, squared coefficients of variation
+    Training adds normal noise of deviation `1 / E` to the logits; `w = softmax` of the chosen (with
+    the noise), as it is. Loss `aux_coef * (importance + load) / 2`, squared coefficients of
+    variation of the sums of the noiseless softmax and of the chances to be chosen
     (arXiv:2106.05974). Capacity is a multiple of 4. Of the six routers of the comparison, the
     others are `expert_choice`, `s_base`, `sparse_ot` and `soft_moe`.
 
@@ -324,11 +273,11 @@ class VMoE(LinearRouter):
             return self.routed(gate(logits, self.top_k), context)
         deviation = 1 / self.num_experts
         noisy = logits + torch.randn_like(logits) * deviation
-        routing = gate(noisy, self.top_k, stats=True)
+        routing = gate(noisy, self.top_k, stats=self.stats)
         load = losses.smooth_load(logits, noisy, deviation, self.top_k)
-        both = (losses.importance(routing) + load) / 2 if x.shape[0] > 0 else load * 0
-        found = {"balance": self.aux_coef * both}
-        return Routed(routing, found, self.plan(routing, context))
+        importance = losses.cv_squared(softmax(logits).sum(0))
+        both = (importance + load) / 2 if x.shape[0] > 0 else load * 0
+        return self.routed(routing, context, losses={"balance": self.aux_coef * both})
 
 
 @register(
@@ -451,7 +400,8 @@ class UoE(LinearRouter):
     with `C = T * top_k / E`; each expert keeps its `C` best tokens, weight `g'`. The sum over the
     batch makes a token's weight depend on the others: the defect is the authors' own, and with
     scopes the batch is the scope. Experts are meant to be slices of one dense block, whose sum
-    with all weights 1 is that block.
+    with all weights 1 is that block. The authors' second variant sends whole sequences to experts,
+    by a linear map of the flattened sequence; `milora` does so from its mean.
 
     Args:
         hidden_size: `H`.
@@ -478,9 +428,7 @@ class UoE(LinearRouter):
         chosen = gate(logits, self.top_k)
         columns = chosen.experts.long().clamp(min=0)
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
-        ids, number = torch.zeros_like(columns[:, 0]), 1
-        if context.scope_ids is not None:
-            ids, number = context.scope_ids.long(), context.num_scopes
+        ids, number = scopes(context, x)
         share = scope_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
         scaled = g * (share[:, None] / total)[ids]

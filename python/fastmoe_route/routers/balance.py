@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -10,9 +12,10 @@ from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
-from fastmoe_route.routers.base import Common, Context, Routed, Router
-from fastmoe_route.routers.parts import LinearRouter
-from fastmoe_route.routers.scores import linear, sigmoid, wide
+from fastmoe_route.routers.base import Common, Context, Routed
+from fastmoe_route.routers.parts import LinearRouter, every_expert
+from fastmoe_route.routers.plans import expert_plan
+from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
 
@@ -297,14 +300,16 @@ class SparseOt(LinearRouter):
 
     The plan has at most `top_k` experts per token and even column sums as far as `iters` steps of
     Adam reach; a token's experts are where its plan is positive, `w = softmax(z)` there, as it is.
-    No auxiliary loss. The form with `C` tokens per expert is the transposed problem and not here.
+    No auxiliary loss. With `sparse="expert"` it is the experts whose number of tokens is limited,
+    to `ceil(T * top_k / E)`: their column sums are even and it is tokens that have prices.
 
     Defaults: two experts, `gamma` 1, Adam 0.01, 20 iterations.
 
     Args:
         hidden_size: `H`.
         num_experts: `E`.
-        top_k: experts per token at most.
+        top_k: experts per token, at most or (`sparse="expert"`) on average at most.
+        sparse: `token` or `expert`, whose choices are limited.
         iters: iterations of the prices.
         gamma: weight of the quadratic term.
         learning_rate: Adam's.
@@ -317,108 +322,34 @@ class SparseOt(LinearRouter):
         num_experts: int,
         top_k: int = 2,
         *,
+        sparse: str = "token",
         iters: int = 20,
         gamma: float = 1.0,
         learning_rate: float = 0.01,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.options = {"iters": iters, "gamma": gamma, "learning_rate": learning_rate}
+        check_choice(self.name, "sparse", sparse, ("token", "expert"))
+        check_int(self.name, "iters", iters, 1)
+        self.sparse = sparse
+        self.options: dict[str, Any] = {"iters": iters, "gamma": gamma}
+        self.options["learning_rate"] = learning_rate
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
         p = softmax(logits)
+        if self.sparse == "expert":
+            plan = expert_plan(p.detach(), self.top_k, context, **self.options)
+            slots = every_expert(x.shape[0], self.num_experts, x.device)
+            return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
         plan = transport(
             p.detach(),
             "ksparse",
             k=self.top_k,
             scope_ids=context.scope_ids,
             num_scopes=context.num_scopes if context.scope_ids is not None else None,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)
         weights = p.gather(1, chosen.experts.long().clamp(min=0))
         return self.routed(self.built(chosen.experts, weights, logits), context)
-
-
-@register("kmeans", row="R30", source="arXiv:2605.12476", verified="2nd")
-class KMeans(Router):
-    """K-means router: no parameters; an expert is the running mean of the tokens it was given.
-
-    Experts are the `top_k` largest `cos(x, mu_e)`, weight `1 / K` (the source states none). The
-    first training call places the centroids on tokens far from each other; training calls add up
-    the tokens of each expert, and `update()` moves `mu_e` to `(1 - rate) mu_e + rate * their mean`,
-    so every `mu` stays a convex combination of inputs. After abstract and third-party text.
-
-    Defaults: one expert, rate 0.05.
-
-    Args:
-        hidden_size: `H`.
-        num_experts: `E`.
-        top_k: experts per token.
-        rate: weight of the new mean.
-        common: see `Common`.
-    """
-
-    centroids: Tensor
-    sums: Tensor
-    counts: Tensor
-    is_placed: Tensor
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int = 1,
-        *,
-        rate: float = 0.05,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
-        self.rate = rate
-        self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
-        self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
-        self.register_buffer("counts", torch.zeros(num_experts))
-        self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
-
-    def route(self, x: Tensor, context: Context) -> Routed:
-        tokens = wide(x)
-        if self.training and x.shape[0] > 0:
-            self._place(tokens.detach())
-        directions = torch.nn.functional.normalize(self.centroids.to(tokens.dtype), dim=1)
-        cosines = linear(torch.nn.functional.normalize(tokens, dim=1), directions)
-        choice = gate(cosines, self.top_k, score="identity", stats=self.stats)
-        weights = torch.full_like(choice.weights, 1 / self.top_k)
-        routing = choice._replace(weights=weights)
-        if self.training:
-            self._observe(tokens.detach(), routing.experts)
-        return self.routed(routing, context)
-
-    @torch.no_grad()
-    def _place(self, tokens: Tensor) -> None:
-        """Far tokens as first centroids: each is the token least similar to those before it."""
-        unit = torch.nn.functional.normalize(tokens, dim=1)
-        picked = [unit.new_zeros((), dtype=torch.int64)]
-        nearest = unit @ unit[0]
-        for _ in range(1, self.num_experts):
-            picked.append(nearest.argmin())
-            nearest = torch.maximum(nearest, unit @ unit[picked[-1]])
-        first = tokens[torch.stack(picked)].to(self.centroids.dtype)
-        self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
-        self.is_placed.fill_(True)
-
-    @torch.no_grad()
-    def _observe(self, tokens: Tensor, experts: Tensor) -> None:
-        for column in experts.long().unbind(1):
-            self.sums.index_add_(0, column, tokens.to(self.sums.dtype))
-            self.counts.index_add_(0, column, torch.ones_like(column, dtype=self.counts.dtype))
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the centroids by the tokens of all calls, on all ranks, since the last update."""
-        reduce_over_ranks(self.sums, self.counts)
-        mean = self.sums / self.counts.clamp(min=1)[:, None]
-        moved = torch.lerp(self.centroids, mean, self.rate)
-        self.centroids.copy_(torch.where(self.counts[:, None] > 0, moved, self.centroids))
-        self.sums.zero_()
-        self.counts.zero_()

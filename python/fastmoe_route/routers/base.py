@@ -114,10 +114,12 @@ class Router(nn.Module):
     Attributes:
         method: the entry of the registry: survey row, source, invariance, needs. A class that is
             not registered is taken for one of invariance I, and goes by its class name.
+        unused: common losses that a method has nothing to compute from, and therefore refuses.
         serving: whether calls that could leak from one request to another are refused.
     """
 
     method: ClassVar[Method] = Method("", "", "", "mem", "I", "ok", (), None)
+    unused: ClassVar[tuple[str, ...]] = ()
     serving: bool
 
     def __init__(
@@ -139,6 +141,9 @@ class Router(nn.Module):
         self.z_coef = common.get("z_coef", 0.0)
         for argument in ("aux_coef", "z_coef"):
             check_float(self.name, argument, getattr(self, argument))
+            if argument in self.unused and getattr(self, argument) != 0:
+                rule = "be 0: the method has no scores for that loss"
+                fail(ValueError, self.name, argument, rule, getattr(self, argument))
         self.capacity_factor = common.get("capacity_factor")
         self.eval_capacity_factor = common.get("eval_capacity_factor")
         self.drop_policy = common.get("drop_policy", "position")
@@ -299,6 +304,12 @@ class Router(nn.Module):
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_finite(self.name, [(argument, value)])
 
+    def check_ids(self, argument: str, ids: Tensor, size: int) -> None:
+        """Refuses ids outside `[0, size)`, where looking costs no wait for a device."""
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+            for end in ids.aminmax():
+                check_int(self.name, argument, int(end), 0, size - 1)
+
     def extra_repr(self) -> str:
         """The sizes, for `print`."""
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
@@ -331,10 +342,12 @@ class Router(nn.Module):
             value = getattr(context, argument)
             if value is not None and value.is_floating_point():
                 self.check_finite(argument, value)
-        if context.sequence_ids is not None or context.num_sequences != 1:
-            check_int(name, "num_sequences", context.num_sequences, 1)
-        if context.scope_ids is not None or context.num_scopes != 1:
-            check_int(name, "num_scopes", context.num_scopes, 1)
+        check_int(name, "num_sequences", context.num_sequences, 1)
+        if context.sequence_ids is not None:
+            self.check_ids("sequence_ids", context.sequence_ids, context.num_sequences)
+        check_int(name, "num_scopes", context.num_scopes, 1)
+        if context.scope_ids is not None:
+            self.check_ids("scope_ids", context.scope_ids, context.num_scopes)
         if self.serving:
             self._check_served(context)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, fail
+from fastmoe_route._arguments import check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -120,8 +122,10 @@ class Smile(Router):
         num_nodes: divides `E`.
         node_coef: coefficient of `node_balance`.
         device_coef: coefficient of `device_balance`.
-        common: see `Common`; `aux_coef` and `z_coef` must be 0.
+        common: see `Common`; `node_coef` and `device_coef` take the place of `aux_coef`.
     """
+
+    unused = ("aux_coef", "z_coef")
 
     def __init__(
         self,
@@ -136,8 +140,6 @@ class Smile(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "top_k", top_k, 1, 1)
-        if self.aux_coef != 0 or self.z_coef != 0:
-            fail(ValueError, self.name, "aux_coef", "be 0 (see node_coef)", self.aux_coef)
         check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
         self.node_coef = node_coef
         self.device_coef = device_coef
@@ -164,9 +166,9 @@ class LocMoE(Router):
 
     `z_e` is the mean of the `e`-th of `E` equal chunks of `x`: gate rows that are orthogonal and
     need no parameters. Softmax, the best one, its weight as it is. Losses `balance` and
-    `locality`, the divergence of the nodes' load from `target`. From memory, unverified; the
-    paper's least capacity from the angles between gate rows and tokens is left out, its formula
-    being unknown.
+    `locality`, the divergence of the nodes' load from `target`. The paper's least capacity follows
+    from the angles between tokens and their gate rows: `least_capacity`, to be set as
+    `min_capacity`. From memory, unverified.
 
     Defaults: one expert, capacity factor 1.25, coefficients 0.01 (the paper's are unknown).
 
@@ -212,12 +214,57 @@ class LocMoE(Router):
         """Statistics are for the loss of locality, too."""
         return self.training
 
-    def route(self, x: Tensor, context: Context) -> Routed:
+    def logits(self, x: Tensor) -> Tensor:
+        """The means of the chunks, `[T, E]`."""
         size = self.hidden_size // self.num_experts
-        chunks = wide(x).reshape(x.shape[0], self.num_experts, size)
-        routing = gate(chunks.mean(2), self.top_k, stats=self.stats)
+        return wide(x).reshape(x.shape[0], self.num_experts, size).mean(2)
+
+    def least_capacity(self, x: Tensor) -> int:
+        """`angle_capacity` of the widest angle between a token of `x` `[T, H]` and its gate row.
+
+        Waits for the device; at most the number of tokens.
+        """
+        check_shape(self.name, "x", x, (-1, self.hidden_size))
+        if x.shape[0] == 0:
+            return 1
+        length = wide(x).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        size = self.hidden_size // self.num_experts
+        cosine = float((self.logits(x).amax(1) * size**0.5 / length).min())
+        least = angle_capacity(min(max(cosine, 0.0), 1.0), self.hidden_size, self.num_experts)
+        return int(min(least, x.shape[0]))
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        routing = gate(self.logits(x), self.top_k, stats=self.stats)
         found = {}
         if self.training:
             distance = losses.locality(routing, self.node_of_expert, self.target)
             found["locality"] = self.locality_coef * distance
         return self.routed(routing, context, losses=found)
+
+
+def angle_capacity(cosine: float, hidden_size: int, num_experts: int) -> float:
+    """LocMoE's least capacity of an expert, from an angle between gate rows and tokens.
+
+    `exp(H c^2 / (2 - c^2)) / E` with `c` the cosine: a direction that is uniform in `H` dimensions
+    lies within the angle of a given one with a probability below `exp(-H c^2 / (2 - c^2))`, so that
+    many tokens per expert are needed to expect one that does. It is above `exp(H c^2 / 2) / E`, the
+    same for normal coordinates, and falls as the angle widens (arXiv:2401.13920; from memory:
+    unverified).
+
+    Args:
+        cosine: of the widest angle between a gate row and the tokens assigned to it, in [0, 1].
+        hidden_size: `H`.
+        num_experts: `E`.
+
+    Returns:
+        Tokens, at least 1, rounded up; inf where a float cannot hold them.
+
+    >>> angle_capacity(0.1, 512, 8), angle_capacity(0.05, 512, 8)
+    (2.0, 1.0)
+    """
+    if not 0 <= cosine <= 1:
+        fail(ValueError, "angle_capacity", "cosine", "be in [0, 1]", cosine)
+    check_int("angle_capacity", "hidden_size", hidden_size, 1)
+    check_int("angle_capacity", "num_experts", num_experts, 1)
+    power = hidden_size * cosine**2 / (2 - cosine**2) - math.log(num_experts)
+    return float(max(math.ceil(math.exp(power)), 1)) if power < 700 else math.inf

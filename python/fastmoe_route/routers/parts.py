@@ -55,6 +55,13 @@ def sequences(context: Context, x: Tensor) -> tuple[Tensor, int]:
     return context.sequence_ids.long(), context.num_sequences
 
 
+def scopes(context: Context, x: Tensor) -> tuple[Tensor, int]:
+    """The scope of each token, int64 `[T]`, and how many there are; one if none are told."""
+    if context.scope_ids is None:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1
+    return context.scope_ids.long(), context.num_scopes
+
+
 def segment_mean(x: Tensor, ids: Tensor, num_segments: int) -> Tensor:
     """The mean of the rows of each segment, 0 for an empty one: `[T, ...]` to `[S, ...]`."""
     total = x.new_zeros(num_segments, *x.shape[1:]).index_add(0, ids, x)
@@ -66,18 +73,20 @@ def segment_rank(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor
     """The place of each token among its segment by rising value, ties to the lower token.
 
     Args:
-        values: `[T]`.
+        values: `[T]`, or `[T, E]` whose columns are ranked one by one.
         ids: int64 `[T]` in `[0, num_segments)`.
         num_segments: `S`.
 
     Returns:
-        int64 `[T]` places from 0, and int64 `[T]` the length of the token's segment.
+        int64 places from 0, of the shape of `values`, and int64 `[T]` the length of the token's
+        segment.
     """
     lengths = ids.new_zeros(num_segments).index_add(0, ids, torch.ones_like(ids))
-    order = values.argsort(stable=True)
-    order = order[ids[order].argsort(stable=True)]
+    order = values.argsort(dim=0, stable=True)
+    order = order.gather(0, ids[order].argsort(dim=0, stable=True))
     starts = lengths.cumsum(0) - lengths
-    places = torch.arange(ids.shape[0], device=ids.device) - starts[ids[order]]
+    rows = torch.arange(ids.shape[0], device=ids.device).view(-1, *[1] * (values.dim() - 1))
+    places = rows - starts[ids[order]]
     return torch.empty_like(places).scatter(0, order, places), lengths[ids]
 
 

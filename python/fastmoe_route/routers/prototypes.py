@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_shape, fail
+from fastmoe_route._arguments import check_choice, check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
+from fastmoe_route.results import Routing
 from fastmoe_route.routers.balance import reduce_over_ranks
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
@@ -25,7 +27,9 @@ class VQMoE(LinearRouter):
     `c = argmin_j |x - v_j|`, one code per expert; `y = g_1 E_c(x) + g_2 * sum of topk_softmax` with
     `g = softmax(W x)` learned. `discrete=True` is the fine-tuning form: the code's expert alone,
     weight 1. Loss `commit_coef * commitment(x, v_c)`; `extra["quantized"]` is the code with the
-    gradient of `x` (straight-through). How the authors mix the two is unverified.
+    gradient of `x` (straight-through). How the paper mixes the two is unverified; the released code
+    gives the code's expert a normalised input with a tenth of the code in it (`contrib_rate`) and
+    normalises its output, which are layers of the model here.
 
     Args:
         hidden_size: `H`.
@@ -113,17 +117,18 @@ class ProMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
+        check_int(self.name, "num_experts", num_experts, 2)
+        check_int(self.name, "top_k", top_k, 1, num_experts - 1)
         check_choice(self.name, "score", score, ("softmax", "sigmoid", "identity"))
         self.score_name, self.unconditional = score, unconditional
         self.contrast_coef, self.temperature = contrast_coef, temperature
-        self.prototypes = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
+        prototypes = torch.randn(num_experts - 1, hidden_size) * hidden_size**-0.5
+        self.prototypes = nn.Parameter(prototypes)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
         free = (context.token_ids == self.unconditional)[:, None]
         z = linear(F.normalize(wide(x), dim=1), F.normalize(self.prototypes, dim=1))
-        last = torch.arange(self.num_experts, device=x.device) == self.num_experts - 1
-        z = z.masked_fill(last, -torch.inf)  # not among the softmax of conditional tokens
         chosen = gate(z, self.top_k, score=self.score_name)
         slot = torch.arange(self.top_k, device=x.device)
         own = torch.where(slot == 0, self.num_experts - 1, -1).to(torch.int32)
@@ -132,14 +137,14 @@ class ProMoE(Router):
         routing = assemble(experts, weights, self.num_experts)
         found = {}
         if self.training and self.contrast_coef != 0:
-            routed = assemble(chosen.experts.masked_fill(free, -1), chosen.weights, last.shape[0])
+            experts = chosen.experts.masked_fill(free, -1)
+            routed = assemble(experts, chosen.weights, self.num_experts - 1)
             found["contrast"] = self.contrast_coef * losses.contrastive(
                 wide(x), routed, self.prototypes, temperature=self.temperature
             )
         if self.stats:
-            real = z[:, : max(self.num_experts - 1, 1)]
-            sums = F.pad(real.softmax(1).sum(0), (0, self.num_experts - real.shape[1]))
-            routing = routing._replace(score_sum=sums, logsumexp=real.logsumexp(1))
+            sums = F.pad(z.softmax(1).sum(0), (0, 1))
+            routing = routing._replace(score_sum=sums, logsumexp=z.logsumexp(1))
         return self.routed(routing, context, losses=found)
 
 
@@ -223,26 +228,153 @@ class Glider(Phatgoose):
         return self.routed(routing, context)
 
 
+class Centroids(Router):
+    """Base of routers whose experts are running means of the tokens they were given.
+
+    Training calls add up the tokens of every expert; `update`, called after the optimizer's step,
+    moves each centroid by `rate` towards their mean on all ranks, so it stays a convex combination
+    of inputs. A centroid without a token stays where it is. No gradient is involved.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: weight of the new mean.
+        common: see `Common`.
+    """
+
+    centroids: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        rate: float,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        if not 0 <= rate <= 1:
+            fail(ValueError, self.name, "rate", "be in [0, 1]", rate)
+        self.rate = rate
+        self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
+        self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
+        self.register_buffer("counts", torch.zeros(num_experts))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, routing: Routing) -> None:
+        """Adds the tokens of a training call to their experts."""
+        for column in routing.experts.long().unbind(1):
+            is_used = (column >= 0).to(self.sums.dtype)
+            members = column.clamp(min=0)
+            self.sums.index_add_(0, members, tokens.to(self.sums.dtype) * is_used[:, None])
+            self.counts.index_add_(0, members, is_used)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centroids by the tokens of all calls, on all ranks, since the last update."""
+        reduce_over_ranks(self.sums, self.counts)
+        mean = self.sums / self.counts.clamp(min=1)[:, None]
+        moved = torch.lerp(self.centroids, mean, self.rate)
+        self.centroids.copy_(torch.where(self.counts[:, None] > 0, moved, self.centroids))
+        self.sums.zero_()
+        self.counts.zero_()
+
+
+@register("kmeans", row="R30", source="arXiv:2605.12476", verified="2nd")
+class KMeans(Centroids):
+    """K-means router: no parameters; an expert is the running mean of the tokens it was given.
+
+    Experts are the `top_k` largest `cos(x, mu_e)`, weight `1 / K` (the source states none). The
+    first training call places the centroids on tokens far from each other; `update()` moves them,
+    see `Centroids`: `mu_e` to `(1 - rate) mu_e + rate * mean of its tokens`. With several ranks the
+    first `update()` gives all of them the centroids of the first that has any, and moves nothing.
+    After abstract and third-party text.
+
+    Defaults: one expert, rate 0.05.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        rate: weight of the new mean.
+        common: see `Common`.
+    """
+
+    is_placed: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        rate: float = 0.05,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
+        self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
+        self.has_agreed = False
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        tokens = wide(x)
+        if self.training and x.shape[0] > 0:
+            self._place(tokens.detach())
+        cosines = linear(F.normalize(tokens, dim=1), F.normalize(self.centroids, dim=1))
+        routing = gate(cosines, self.top_k, score="identity", stats=self.stats)
+        if self.training:
+            self.observe(tokens.detach(), routing)
+        weights = torch.full_like(routing.weights, 1 / self.top_k)
+        return self.routed(routing._replace(weights=weights), context)
+
+    @torch.no_grad()
+    def _place(self, tokens: Tensor) -> None:
+        """Far tokens as first centroids: each is the token least similar to those before it."""
+        unit = F.normalize(tokens, dim=1)
+        picked = [unit.new_zeros((), dtype=torch.int64)]
+        nearest = unit @ unit[0]
+        for _ in range(1, self.num_experts):
+            picked.append(nearest.argmin())
+            nearest = torch.maximum(nearest, unit @ unit[picked[-1]])
+        first = tokens[torch.stack(picked)].to(self.centroids.dtype)
+        self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
+        self.is_placed.fill_(True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """As that of `Centroids`, but for the first one with several ranks."""
+        if not self.has_agreed and dist.is_available() and dist.is_initialized():
+            rank, size = dist.get_rank(), dist.get_world_size()
+            owner = torch.where(self.is_placed, rank, size)
+            dist.all_reduce(owner, dist.ReduceOp.MIN)
+            self.centroids.mul_((owner == rank) | ((owner == size) & (rank == 0)))
+            dist.all_reduce(self.centroids)
+            self.is_placed.copy_(owner < size)
+            self.sums.zero_()
+            self.counts.zero_()
+            self.has_agreed = True
+            return
+        super().update()
+
+
 @register("adapt_dhm", row="L3", source="arXiv:2211.12105", verified="mem")
-class AdaptDHM(Router):
+class AdaptDHM(Centroids):
     """AdaptDHM: the nearest cluster names the expert; centres move by averages, not by gradient.
 
-    `c = softmax(x . centre / temperature)`, the largest wins, weight 1. Training calls add up the
-    members of every cluster; `update`, called after the optimizer's step, moves each centre towards
-    the mean of its members on all ranks by `1 - momentum`. From memory: unverified.
+    `c = softmax(x . centroid / temperature)`, the largest wins, weight 1; see `Centroids` for the
+    move. From memory: unverified.
 
     Args:
         hidden_size: `H`.
         num_experts: `E` clusters.
         top_k: 1.
         temperature: of the softmax in `extra["assignment"]`; does not change the winner.
-        momentum: 0 makes a centre the mean of its members since the last update.
+        momentum: 1 less the rate; 0 makes a centroid the mean of its members since the last update.
         common: see `Common`.
     """
-
-    centers: Tensor
-    total: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -254,33 +386,18 @@ class AdaptDHM(Router):
         momentum: float = 0.95,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
+        super().__init__(hidden_size, num_experts, top_k, rate=1 - momentum, **common)
         if top_k != 1:
             fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
-        self.temperature, self.momentum = temperature, momentum
-        self.register_buffer("centers", torch.randn(num_experts, hidden_size))
-        self.register_buffer("total", torch.zeros(num_experts, hidden_size))
-        self.register_buffer("count", torch.zeros(num_experts))
+        self.temperature = temperature
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x).detach()
-        z = linear(x, self.centers) / self.temperature
+        z = linear(x, self.centroids) / self.temperature
         routing = gate(z, self.top_k, stats=self.stats, keep_scores=True)
         assert routing.scores is not None
         if self.training:
-            members = routing.experts[:, 0].clamp(min=0).long()
-            self.total.index_add_(0, members, x.to(self.total.dtype))
-            self.count.add_(routing.demand)
+            self.observe(x, routing)
         ones = (routing.experts >= 0).to(routing.weights.dtype)
         extra = {"assignment": routing.scores}
         return self.routed(routing._replace(weights=ones), context, extra=extra)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the centres that had members, on any rank, and forgets the members."""
-        reduce_over_ranks(self.total, self.count)
-        mean = self.total / self.count.clamp(min=1)[:, None]
-        step = (1 - self.momentum) * (mean - self.centers)
-        self.centers.add_(torch.where(self.count[:, None] > 0, step, torch.zeros_like(step)))
-        self.total.zero_()
-        self.count.zero_()

@@ -120,14 +120,14 @@ class ReMix(LinearRouter):
     `estimators.rloo` on the losses of `M` passes and the sums of their log-probabilities over
     tokens and layers.
 
-    Defaults: weight `2 / (K rank)`, or `2 / (K sqrt(rank))` with `rs` (rsLoRA).
+    Defaults: weight `2 / (K rank)`, or `2 / sqrt(K rank)` with `rs` (rsLoRA).
 
     Args:
         hidden_size: `H`.
         num_experts: `E`.
         top_k: experts per token.
         rank: of the LoRA experts.
-        rs: scale as rank-stabilised LoRA does.
+        rs: scale by the root of the active rank, as rank-stabilised LoRA does.
         common: see `Common`.
     """
 
@@ -143,7 +143,7 @@ class ReMix(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "rank", rank, 1)
-        self.weight = 2.0 / (top_k * (rank**0.5 if rs else rank))
+        self.weight = 2.0 / (top_k * rank) ** (0.5 if rs else 1.0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)

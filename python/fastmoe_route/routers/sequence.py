@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_int, check_shape
+from fastmoe_route._arguments import check_choice, check_dtype, check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -167,6 +167,8 @@ class Merging(Router):
         common: see `Common`.
     """
 
+    unused = ("z_coef",)
+
     def __init__(
         self,
         hidden_size: int,
@@ -189,8 +191,7 @@ class Merging(Router):
         weights, experts = share[ids].sort(dim=1, descending=True, stable=True)
         routing = assemble(slots.gather(1, experts), weights, self.num_experts)
         if self.stats:
-            sums = share[ids].sum(0)
-            routing = routing._replace(score_sum=sums, logsumexp=sums.new_zeros(x.shape[0]))
+            routing = routing._replace(score_sum=share[ids].sum(0))
         return self.routed(routing, context, extra={"share": share, "sequence": ids})
 
     def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
@@ -316,6 +317,8 @@ class Mhr(Merging):
         if tasks is None:
             tasks = torch.zeros(num, dtype=torch.int64, device=self.table.device)
         check_shape(self.name, "state", tasks, (num,))
+        check_dtype(self.name, "state", tasks, (torch.int64, torch.int32))
+        self.check_ids("state", tasks, self.table.shape[0])
         skills = self.table[tasks].sigmoid()
         return skills / skills.sum(2, keepdim=True)
 

@@ -226,6 +226,7 @@ class DrLLM(SkippingRouter):
             logits = extra["logits"] = self._decide(wide(x), ids, num)
             decision = logits.argmax(1)
         check_shape(self.name, "state", decision, (num,))
+        self.check_ids("state", decision, 3)
         extra["decision"] = decision
         mine = decision[ids]
         extra["repeats"] = mine == 2

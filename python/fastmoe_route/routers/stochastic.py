@@ -35,6 +35,8 @@ class Hash(Router):
         common: see `Common`.
     """
 
+    unused = ("aux_coef", "z_coef")
+
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
     ) -> None:
@@ -95,6 +97,8 @@ class Thor(Router):
         level: `token`, or `sequence`: the same experts for a whole sequence, keyed by its number.
         common: see `Common`.
     """
+
+    unused = ("aux_coef", "z_coef")
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import check_choice, check_int, check_shape, check_tensor, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -22,6 +22,7 @@ from fastmoe_route.routers.parts import (
     segment_mean,
     sequences,
 )
+from fastmoe_route.routers.random import gumbel, uniform
 from fastmoe_route.routers.scores import (
     Linear,
     Recurrent,
@@ -39,13 +40,13 @@ class XMoE(Router):
 
     `h = x W_p` in 16 dimensions, `z_e = cos(h, e_e) / tau` with a learned `tau`; softmax, the best
     one or two, weights as they are. So `|z| <= 1 / tau`, and scaling `x` or `e_e` changes nothing.
+    One expert has the weight `p`; of several, each has `p` over the sum of those that kept a slot.
     The released code does not normalise the token side, though the paper says cosine:
-    `normalize_tokens=False` is that. With two experts, `random_second` keeps the second in
-    training only with probability `2 p_2`.
+    `normalize_tokens=False` is that. In training `second` may thin out or draw the second expert.
 
     Defaults: one expert, norm of expert embeddings 1.5, `tau` 0.07 at the start (from memory),
-    capacity `K * floor(1.25 * ceil(T / E))` in training and none in evaluation (the authors have
-    factor 1 for two experts, and `T / 4` in evaluation), `aux_coef` 0.01.
+    capacity `floor(1.25 * ceil(T / E))` for one expert, `K * ceil(T / E)` for several, and none in
+    evaluation (the authors have `T / 4` there), `aux_coef` 0.01.
 
     Args:
         hidden_size: `H`.
@@ -54,7 +55,8 @@ class XMoE(Router):
         score_size: dimension of the comparison.
         temperature: `tau` at the start; positive.
         normalize_tokens: the paper's cosine.
-        random_second: thin out second experts.
+        second: what becomes of experts after the first in training: `best` keeps them, `random`
+            keeps each with probability `2 p`, `gumbel` draws them by Gumbel noise on the logits.
         common: see `Common`.
     """
 
@@ -67,15 +69,17 @@ class XMoE(Router):
         score_size: int = 16,
         temperature: float = 0.07,
         normalize_tokens: bool = True,
-        random_second: bool = False,
+        second: str = "best",
         **common: Unpack[Common],
     ) -> None:
-        common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01, rounding="per_choice")
+        factor = 1.25 if top_k == 1 else 1.0
+        common = with_defaults(common, capacity_factor=factor, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_int(self.name, "score_size", score_size, 1)
         if not temperature > 0:
             fail(ValueError, self.name, "temperature", "be positive", temperature)
-        self.normalize_tokens, self.random_second = normalize_tokens, random_second
+        check_choice(self.name, "second", second, ("best", "random", "gumbel"))
+        self.normalize_tokens, self.second = normalize_tokens, second
         self.project = Linear(hidden_size, score_size)
         directions = F.normalize(torch.randn(num_experts, score_size), dim=1) * 1.5
         self.embeddings = nn.Parameter(directions)
@@ -90,14 +94,25 @@ class XMoE(Router):
         return linear(h, directions) / self.log_temperature.to(h.dtype).exp()
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        routing = gate(self.logits(x), self.top_k, stats=self.stats)
-        if self.training and self.random_second and self.top_k > 1:
-            is_kept = 2 * routing.weights > torch.rand_like(routing.weights)
-            is_kept = torch.cat([torch.ones_like(is_kept[:, :1]), is_kept[:, 1:]], 1)
+        z = self.logits(x)
+        if self.top_k == 1:
+            return self.routed(gate(z, 1, stats=self.stats), context)
+        noise = None
+        if self.training and self.second == "gumbel":
+            first = z.detach().argmax(1, keepdim=True)
+            noise = gumbel(context, z, self.num_experts).float().scatter(1, first, 1e30)
+        routing = gate(z, self.top_k, noise=noise, stats=self.stats)
+        if self.training and self.second == "random":
+            is_kept = 2 * routing.weights > uniform(context, routing.weights, self.top_k)
+            is_kept[:, 0] = True
             experts = torch.where(is_kept, routing.experts, -1)
-            thinned = assemble(experts, routing.weights, self.num_experts)
-            routing = thinned._replace(score_sum=routing.score_sum, logsumexp=routing.logsumexp)
-        return self.routed(routing, context)
+            routing = assemble(experts, routing.weights, self.num_experts)._replace(
+                score_sum=routing.score_sum, logsumexp=routing.logsumexp
+            )
+        plan = self.plan(routing, context)
+        kept = routing.weights if plan is None else routing.weights * (plan.slot_to_row >= 0)
+        weights = kept / kept.sum(1, keepdim=True).clamp(min=1e-20)
+        return self.routed(routing._replace(weights=weights), context, plan=plan)
 
 
 @register("hyper_router", row="R18", source="arXiv:2312.07035", verified="code")
@@ -232,41 +247,6 @@ class YuanAttention(Router):
         return self.routed(routing, context)
 
 
-@register("uni_pool", row="R34", source="arXiv:2605.06665", verified="2nd")
-class UniPool(LinearRouter):
-    """UniPool: one pool of experts for all layers, scores of unit length.
-
-    NormRouter: `s = g relu(z / |z|)` with a learned `g`; the best one, `w = s`, so scaling `z`
-    changes nothing. Every layer has its own router and all share the experts: pass the same
-    `Experts` everywhere, nothing is copied. Balance the pool, not the layer: the result keeps
-    statistics in training for `fastmoe_route.losses.pool_balance([routing of each layer])`. Of the
-    later lock, the entropy term is `losses.entropy_target`; its partition of the pool by integer
-    programming is left out.
-
-    Args:
-        hidden_size: `H`.
-        num_experts: `M`, the size of the pool; the paper has 0.42 to 1 times layers times `E`.
-        top_k: experts per token.
-        common: see `Common`.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gain = nn.Parameter(torch.ones(()))
-
-    @property
-    def stats(self) -> bool:
-        """Statistics are for the loss of the pool, too."""
-        return self.training
-
-    def route(self, x: Tensor, context: Context) -> Routed:
-        scores = F.normalize(self.score(x), dim=1).relu()
-        scores = scores * self.gain.to(scores.dtype)
-        return self.routed(gate(scores, self.top_k, score="identity", stats=self.stats), context)
-
-
 @register("block_ffn", row="R35", source="arXiv:2507.08771", verified="code")
 class BlockFFN(LinearRouter):
     """BlockFFN: every expert with a positive activation takes part, weighed by its normalised one.
@@ -335,6 +315,8 @@ class Finedeep(Router):
         common: see `Common`.
     """
 
+    unused = ("aux_coef", "z_coef")
+
     def __init__(
         self,
         hidden_size: int,
@@ -381,8 +363,8 @@ class Smear(LinearRouter):
 
     `p = softmax(W mean over the sequence of LayerNorm(x))`; the sequence runs through the expert
     with parameters `sum_e p_e W_e`. For linear experts that is the weighted sum of outputs, for
-    others not. Training drops experts with probability `dropout` and renormalises. The mean looks
-    at the whole sequence, so decoding cannot reproduce it.
+    others not. Training drops experts with probability `dropout`, never all of a sequence, and
+    renormalises. The mean looks at the whole sequence, so decoding cannot reproduce it.
 
     Args:
         hidden_size: `H`.
@@ -391,6 +373,8 @@ class Smear(LinearRouter):
         dropout: probability that an expert is left out of a sequence.
         common: see `Common`; capacity does not apply.
     """
+
+    unused = ("aux_coef", "z_coef")
 
     def __init__(
         self,
@@ -413,7 +397,8 @@ class Smear(LinearRouter):
             normed = self.norm(wide(x).to(self.norm.weight.dtype))
         p = softmax(self.score(segment_mean(normed, ids, number)))
         if self.training and self.dropout > 0:
-            p = p * (torch.rand_like(p) >= self.dropout)
+            draw = torch.rand_like(p)
+            p = p * ((draw >= self.dropout) | (draw == draw.amax(1, keepdim=True)))
             p = p / p.sum(1, keepdim=True).clamp(min=1e-20)
         experts = every_expert(x.shape[0], self.num_experts, x.device)
         routing = assemble(experts, p[ids], self.num_experts)
@@ -444,6 +429,8 @@ class SoftMoE(Router):
         slots: `p`, slots per expert and sequence.
         common: see `Common`; capacity does not apply.
     """
+
+    unused = ("aux_coef", "z_coef")
 
     def __init__(
         self,

@@ -255,6 +255,7 @@ class MaskMoE(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
+        self.check_ids("token_ids", context.token_ids, self.visible.shape[0])
         hidden = ~self.visible[context.token_ids.long()]
         logits = self.score(x).masked_fill(hidden, -torch.inf)
         return self.routed(gate(logits, self.top_k, stats=self.stats), context)

@@ -10,6 +10,7 @@ every function. All work along the last dimension unless they take `dim`.
 from fastmoe_route.softmax_variants.distributions import (
     adaptive_temperature_softmax,
     early_exit,
+    entropy_temperature,
     entropy_tolerance,
     merge_normalizers,
     noisy_sparse_softmax,
@@ -36,6 +37,7 @@ from fastmoe_route.softmax_variants.objectives import (
 __all__ = [
     "adaptive_temperature_softmax",
     "early_exit",
+    "entropy_temperature",
     "entropy_tolerance",
     "merge_normalizers",
     "noisy_sparse_softmax",

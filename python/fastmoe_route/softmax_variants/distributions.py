@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from fastmoe_route.methods import register
 from fastmoe_route.softmax import softmax, softmax_topk
 
@@ -31,6 +39,8 @@ def two_pass_softmax(x: Tensor) -> Tensor:
     Returns:
         The shape of `x`, rows (last dimension) sum to 1; differentiable.
     """
+    check_tensor("two_pass_softmax", "x", x)
+    check_dtype("two_pass_softmax", "x", x, FLOAT_DTYPES)
     return softmax(x, method="two_pass")
 
 
@@ -125,15 +135,16 @@ def sparse_softmax_loss(
 ) -> Tensor:
     """`log(sum over the top k of exp(x)) - x_target`, mean over rows (arXiv:2112.12433).
 
-    As it is commonly written, the target does not join the top `k`, so the loss is negative for a
-    row whose target lies far outside. From memory: unverified.
+    As it is commonly written, the target does not join the top `k`: for a target outside them
+    `exp(-loss)` is its weight beside theirs, not a probability among them. The loss is never
+    negative either way, since the largest logit is in the sum. From memory: unverified.
 
     Args:
         x: `[N, C]`.
         target: integers `[N]`.
         k: how many logits the sum takes.
         include_target: let the target take the place of the smallest of the `k` where it is not
-            among them; the loss is then never negative.
+            among them; `exp(-loss)` is then always a probability.
 
     Returns:
         A scalar, differentiable; the gradient is 0 outside the sum and the target.
@@ -280,7 +291,8 @@ def noisy_sparse_softmax(
     """`softmax((x + noise) / temperature)` over the `k` largest noisy entries.
 
     Architecture search with a small, decaying temperature (arXiv:2306.06855, abstract only:
-    unverified). `temperature_schedule` decays it.
+    unverified). `temperature_schedule` decays it by the step, `entropy_temperature` by the entropy
+    that the weights should have.
 
     Args:
         x: `[..., N]` architecture weights.
@@ -294,31 +306,74 @@ def noisy_sparse_softmax(
     check_tensor("noisy_sparse_softmax", "x", x)
     if not temperature > 0:
         fail(ValueError, "noisy_sparse_softmax", "temperature", "be above 0", temperature)
+    if k is not None:
+        check_int("noisy_sparse_softmax", "k", k, 1, x.shape[-1])
     z = (x if noise is None else x + noise) / temperature
     return softmax(z) if k is None else sparse_softmax(z, k)
 
 
-def temperature_schedule(step: int, num_steps: int, start: float, end: float) -> float:
-    """Exponential decay from `start` at step 0 to `end` at `num_steps`, constant from there.
+def temperature_schedule(
+    step: int, num_steps: int, start: float, end: float, *, shape: str = "exponential"
+) -> float:
+    """Decay from `start` at step 0 to `end` at `num_steps`, constant from there.
 
     Args:
         step: 0 or more.
         num_steps: at least 1.
         start: above 0.
-        end: above 0.
+        end: above 0; a cosine may end at 0.
+        shape: `exponential` (small temperatures for architecture search) or `cosine` (the step of
+            `polytope_weights`).
 
     Returns:
-        `start * (end / start)^(step / num_steps)`.
+        `start * (end / start)^s`, or `end + (start - end) * (1 + cos(pi s)) / 2`, with
+        `s = step / num_steps`.
 
-    >>> temperature_schedule(5, 10, 4.0, 1.0)
-    2.0
+    >>> temperature_schedule(5, 10, 4.0, 1.0), temperature_schedule(5, 10, 4.0, 0.0, shape="cosine")
+    (2.0, 2.0)
     """
+    is_cosine = check_choice("temperature_schedule", "shape", shape, ("exponential", "cosine")) == 1
     check_int("temperature_schedule", "step", step, 0)
     check_int("temperature_schedule", "num_steps", num_steps, 1)
     for name, value in (("start", start), ("end", end)):
-        if not value > 0:
+        if not (value > 0 or (is_cosine and name == "end" and value == 0)):
             fail(ValueError, "temperature_schedule", name, "be above 0", value)
-    return float(start * (end / start) ** min(step / num_steps, 1.0))
+    done = min(step / num_steps, 1.0)
+    if is_cosine:
+        return float(end + (start - end) * (1 + math.cos(math.pi * done)) / 2)
+    return float(start * (end / start) ** done)
+
+
+def entropy_temperature(x: Tensor, share: float, iters: int = 60) -> Tensor:
+    """The temperature at which `softmax(x / temperature)` has a share of the largest entropy.
+
+    An entropy-based schedule lowers `share` from 1 to 0 as a search goes on: rows that differ in
+    scale then sharpen alike (arXiv:2306.06855; how the paper chooses it is unverified).
+
+    Args:
+        x: `[..., N]`, `N` at least 2.
+        share: of `log N`, in (0, 1).
+        iters: halvings of the temperature's logarithm, between `e^-20` and `e^20` times the range
+            of the row.
+
+    Returns:
+        `[..., 1]`, without gradient. A row whose entries are all equal has no such temperature and
+        gets a large one.
+    """
+    check_tensor("entropy_temperature", "x", x)
+    check_int("entropy_temperature", "N", x.shape[-1], 2)
+    if not 0 < share < 1:
+        fail(ValueError, "entropy_temperature", "share", "be in (0, 1)", share)
+    x = x.detach()
+    span = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)).clamp(min=1e-30)
+    low, high = torch.full_like(span, -20.0), torch.full_like(span, 20.0)
+    for _ in range(iters):
+        middle = (low + high) / 2
+        p = softmax(x / (span * middle.exp()))
+        entropy = -torch.xlogy(p, p).sum(-1, keepdim=True)
+        is_sharp = entropy < share * math.log(x.shape[-1])
+        low, high = torch.where(is_sharp, middle, low), torch.where(is_sharp, high, middle)
+    return span * ((low + high) / 2).exp()
 
 
 @register("polytope_step", row="L7", source="arXiv:2605.01928", verified="code")
@@ -326,7 +381,7 @@ def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
     """`softmax(-losses / epsilon)`: how a gradient-free step weighs the vertices it tried.
 
     The step moves to the weighted mean of the vertices of a polytope around the parameters;
-    `epsilon` falls along a cosine, towards the best vertex alone.
+    `epsilon` falls along a cosine (`temperature_schedule`), towards the best vertex alone.
 
     Args:
         losses: `[..., V]`, the loss at each vertex.
@@ -382,6 +437,8 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     Returns:
         The bias, with `dims` kept as size 1.
     """
+    check_tensor("quantization_bias", "p", p)
+    check_int("quantization_bias", "bits", bits, 1, 23)
     error = p - quantize_probabilities(p, bits)
     return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
 
@@ -401,6 +458,8 @@ def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
     Raises:
         ValueError: the lists do not fit together.
     """
+    for logits in stage_logits[1:]:
+        check_shape("early_exit", "stage_logits", logits, (*stage_logits[0].shape[:-1], -1))
     if not stage_logits or len(thresholds) != len(stage_logits) - 1:
         rule = f"have {max(len(stage_logits) - 1, 0)} entries, one less than stages"
         fail(ValueError, "early_exit", "thresholds", rule, len(thresholds))
@@ -431,6 +490,8 @@ def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
     """
     check_tensor("entropy_tolerance", "p", p)
     check_shape("entropy_tolerance", "threshold", threshold, p.shape[:1])
+    if not tolerance >= 0:
+        fail(ValueError, "entropy_tolerance", "tolerance", "be at least 0", tolerance)
     h = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
     h = h.reshape(p.shape[0], -1).mean(1)
     off = h / math.log(max(p.shape[-1], 2)) - threshold

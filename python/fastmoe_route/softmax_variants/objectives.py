@@ -86,6 +86,9 @@ def topk_softmax_loss(
     check_tensor("topk_softmax_loss", "negative", negative, 2)
     check_shape("topk_softmax_loss", "positive", positive, negative.shape[:1])
     check_shape("topk_softmax_loss", "quantile", quantile, positive.shape)
+    for name, value in (("tau", tau), ("tau_weight", tau_weight)):
+        if not value > 0:
+            fail(ValueError, "topk_softmax_loss", name, "be above 0", value)
     weight = ((positive - quantile.detach()) / tau_weight).sigmoid()
     return (weight * ((negative - positive[:, None]) / tau).logsumexp(1)).mean()
 

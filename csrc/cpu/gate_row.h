@@ -1,0 +1,76 @@
+// What the gate knows of a call and of a row in flight.
+#pragma once
+
+#include "cpu/gate_select.h"
+
+FASTMOE_ROUTE_ISA_BEGIN
+
+// Which parts of the general algorithm this call needs: decided once, not per row.
+struct GateNeeds {
+  bool logit_keys;    // choice compares the logits themselves
+  bool scores;        // every column's score is formed
+  bool noisy_scores;  // and every column's score under noise
+  bool softmax_sum;   // the softmax denominator is formed
+  bool late_scale;    // the scores stay exponentials until they are used: GateRow::factor makes scores of them
+  bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
+
+  explicit GateNeeds(const GateArgs& a) {
+    const GateShape& shape = a.shape;
+    const bool softmax = shape.score == Score::kSoftmax;
+    const bool monotone = shape.score != Score::kRelu && !(softmax && shape.softmax_over_group);
+    const bool restricted =
+        a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 || a.max_per_group < shape.top_k;
+    const bool stops =
+        a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY || a.threshold > -INFINITY;
+    const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
+    logit_keys = monotone && !a.bias.data;
+    scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
+    noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
+    softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
+    late_scale = softmax && logit_keys && !stops && !sums_groups;
+    // The key of a logit -0 is that of +0: only the identity would tell.
+    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
+                 (late_scale || !softmax);
+  }
+};
+
+// What one row needs while it is in flight.
+template <class V>
+struct GateRow {
+  using Float = typename Arithmetic<V>::Float;
+  using Key = typename Arithmetic<V>::Key;
+  Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
+  Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
+  int32_t *group_order, *group_count;
+  int32_t* first_columns;   // of each vector of keys
+  int64_t num_keys;         // whole vectors, in rising order of columns; those of closed groups may be left out
+  const Float* logits;      // in `buffer`, or where they came from
+  const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
+  Float max;                // largest logit that is a number
+  int64_t num_taken;        // columns selected
+  int64_t num_chosen;       // experts among them, up to a stop rule
+  Float sum;                // of exp(logit - max)
+  Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
+  bool is_plain;            // every logit is finite
+  bool has_nan;
+
+  // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
+  int64_t carve(char* memory, const GateShape& shape) {
+    const int64_t columns = round_up(shape.num_experts + shape.num_null, V::kLanes);
+    const int64_t groups = round_up(shape.num_groups, V::kLanes);
+    int64_t bytes = 0;
+    const auto give = [&](auto*& pointer, int64_t count) {
+      if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
+      bytes += round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
+    };
+    for (Float** buffer : {&buffer, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
+    give(taken_scores, shape.top_k + V::kLanes);
+    give(keys, columns), give(block_max, Selector<V>::num_blocks(columns));
+    give(first_columns, columns / V::kLanes);
+    give(group_keys, groups), give(group_block_max, Selector<V>::num_blocks(groups));
+    give(group_taken, shape.num_groups), give(group_order, shape.num_groups), give(group_count, shape.num_groups);
+    return bytes;
+  }
+};
+
+FASTMOE_ROUTE_ISA_END
