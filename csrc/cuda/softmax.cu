@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kWarpThreads, 1) softmax_backward_warp_kernel(
 }
 
 template <class T, bool kIsWide>
-__global__ void __launch_bounds__(kBlockThreads) softmax_backward_block_kernel(SoftmaxBackwardArgs a) {
+__global__ void __launch_bounds__(kBlockThreads, 1) softmax_backward_block_kernel(SoftmaxBackwardArgs a) {
   using Float = accumulate_t<T>;
   __shared__ Float partial[2][kBlockThreads / kWarp];  // two: a sum's barrier frees the other's memory
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
