@@ -146,6 +146,10 @@ wheel-cuda: cuda wheel  ## the wheel with the CUDA library in it, in dist/cuda/
 	@rm -rf dist/cuda/tree
 	$(PY) tools/check_wheel.py dist/cuda/*.whl
 
+.PHONY: test-wheel-cuda
+test-wheel-cuda: wheel-cuda  ## install that wheel beside a torch with CUDA and ask for its kernels (downloads torch, 3 GB)
+	TORCH=$(TORCH) tools/test_wheel.sh $(PY) dist/cuda/*.whl dist/*.tar.gz
+
 .PHONY: gpu-check
 gpu-check: build  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -166,6 +166,23 @@ def test_host_files_are_the_only_ones_that_know_torch() -> None:
             assert not re.search(r"#include [<\"](torch/|common/check)", path.read_text()), path
 
 
+def test_every_cuda_return_code_is_looked_at() -> None:
+    """Runtime and CUB calls give their code to `status_of`; `launched()` follows every launch."""
+    found = []
+    for path in sources(".cu", ".cuh"):
+        if CSRC not in path.parents:
+            continue
+        code = re.sub(r"//.*", "", path.read_text())
+        taken = re.compile(r"(status_of\(|\(void\)|const cudaError_t error =)\s*$")
+        for call in re.finditer(r"\b(cuda[A-Z]\w+|cub::Device\w+::\w+)\(", code):
+            if call[1] != "cudaGetErrorString" and not taken.search(code[: call.start()]):
+                found.append(f"{path.name}: {call[1]}")
+        for launch in re.finditer("<<<", code):
+            if "launched()" not in code[launch.end() : code.find("\n}\n", launch.end())]:
+                found.append(f"{path.name}:{code.count(chr(10), 0, launch.start()) + 1}")
+    assert found == []
+
+
 # ---- levels do not leak ------------------------------------------------------------------------
 # Each level is compiled from the same sources with its own instructions. A symbol that two levels
 # define under one name is merged by the linker, and a small processor might run wide instructions.

@@ -1,10 +1,16 @@
-"""Runs a whole layer, forward and backward, with nothing installed but torch and the wheel."""
+"""Runs a whole layer, forward and backward, with nothing installed but torch and the wheel.
+
+Where the wheel holds the CUDA library and torch has CUDA, every op must have a CUDA kernel in the
+dispatcher as well, with or without a driver.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import torch
+from fastmoe_route import _load
 
 
 def layer_difference() -> float:
@@ -31,6 +37,14 @@ def layer_difference() -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+def cuda_kernels() -> tuple[int, list[str]]:
+    """How many ops have kernels for the CPU and for CUDA, and which of them lack those for CUDA."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastmoe_route::")]
+    ops = [n for n in names if has(n, "CPU") and not re.search("assign_balanced|machine_", n)]
+    return len(ops), [n for n in ops if not has(n, "CUDA")]
+
+
 def main() -> None:
     difference = layer_difference()
     print(
@@ -39,6 +53,15 @@ def main() -> None:
     )
     if not difference < 1e-12:
         sys.exit("the wheel computes something else")
+    if torch.version.cuda is not None and _load._find("fastmoe_route_cuda") is not None:
+        count, missing = cuda_kernels()
+        gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
+        print(
+            f"torch has CUDA {torch.version.cuda}, the machine {gpu}: "
+            f"{count - len(missing)} of {count} ops have a CUDA kernel"
+        )
+        if missing or not count:
+            sys.exit(f"no CUDA kernel: {' '.join(missing)}")
 
 
 if __name__ == "__main__":

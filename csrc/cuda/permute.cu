@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(Maps maps, int64_t nu
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) unpermute_kernel(UnpermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) unpermute_kernel(UnpermuteArgs a) {
   using Float = accumulate_t<T>;
   constexpr int kRowsAtOnce = 4;
   const int64_t row_packs = a.hidden / N;

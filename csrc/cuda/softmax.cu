@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(kWarpThreads, 1) softmax_backward_warp_kernel(
 }
 
 template <class T, bool kIsWide>
-__global__ void __launch_bounds__(kBlockThreads) softmax_backward_block_kernel(SoftmaxBackwardArgs a) {
+__global__ void __launch_bounds__(kBlockThreads, 1) softmax_backward_block_kernel(SoftmaxBackwardArgs a) {
   using Float = accumulate_t<T>;
-  __shared__ Float partial[2][kBlockThreads / kWarp];
+  __shared__ Float partial[2][kBlockThreads / kWarp];  // two: a sum's barrier frees the other's memory
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
     const T* grad_y = static_cast<const T*>(a.grad_y) + row * a.num_cols;
     const T* y = static_cast<const T*>(a.y) + row * a.num_cols;
@@ -222,7 +222,6 @@ __global__ void __launch_bounds__(kBlockThreads) softmax_backward_block_kernel(S
     const Float mean = block_sum(weighted, partial[0]) / block_sum(total, partial[1]);
     map_columns<T, kIsWide>(y, grad_x, a.num_cols,
                             [&](int64_t c, Float value) { return value * (widen(grad_y[c]) - mean); });
-    __syncthreads();  // before the next row writes `partial`
   }
 }
 

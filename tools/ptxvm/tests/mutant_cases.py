@@ -1,77 +1,84 @@
 """Small calls of the ops, by which mutants of their kernels are judged: each is checked.
 
-`few_blocks` shrinks the launches of the kernels whose names hold its text, which walk on by the
-size of the grid.
+Sizes end inside tiles, warps and packs; ids and scopes out of range stand for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import fastmoe_route as fr
 import torch
-from engine_fixture import engine
 from fastmoe_route import reference
-
-Case = Callable[[], None]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within 2%: enough to tell a mutant from the kernel, whatever the dtype rounds."""
-    a, e = actual.detach().double(), expected.detach().double()
-    is_same = (a == e) | (a.isnan() & e.isnan())
-    assert bool((is_same | ((a - e).abs() <= 2e-2 * (1 + e.abs()))).all())
+from mutant_checks import Case, close, few_blocks, random
+from mutant_expert_cases import (
+    biased_product,
+    experts,
+    many_groups,
+    permute,
+    preactivations_of_padding,
+    rows_of_no_expert,
+    rows_of_stray_slots,
+)
 
 
-@contextmanager
-def few_blocks(count: int, kernels: str = "") -> Iterator[None]:
-    engine().set_options(most_blocks=count, few=kernels)
-    try:
-        yield
-    finally:
-        engine().set_options(most_blocks=2**32 - 1)
+def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scopes of tokens, and which of them are out of range."""
+    scopes = (torch.arange(num_tokens) % num_scopes).int()
+    scopes[4::16] = -1
+    scopes[5], scopes[-1] = num_scopes, 2**31 - 1
+    return scopes, (scopes < 0) | (scopes >= num_scopes)
 
 
-def plan(num_tokens: int, num_experts: int, **options: object) -> None:
+def plan(
+    num_tokens: int,
+    num_experts: int,
+    *,
+    ids: torch.dtype = torch.int64,
+    has_strays: bool = True,
+    has_none: bool = False,
+    weights: torch.dtype = torch.float32,
+    **options: object,
+) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
-    experts = torch.randint(-1, num_experts, (num_tokens, 2), generator=generator)
+    experts = torch.randint(-1 if has_strays else 0, num_experts, (num_tokens, 2),
+                            generator=generator).to(ids)  # fmt: skip
+    if has_strays:
+        experts[3, 1], experts[-2, 0], experts[7, 0] = num_experts, -2, 2**31 - 1
+        experts[8:12, 0] = 4 * num_experts  # as 0 in the bits that a sort looks at
+        experts[5] = torch.tensor([0, 1])
+    if has_none:
+        experts[:] = -1
+    clean = experts.clone()
+    clean[(experts < 0) | (experts >= num_experts)] = -1
     if options.get("drop_policy") == "score":
-        options["weights"] = torch.rand(num_tokens, 2, generator=generator)
+        options["weights"] = torch.rand(num_tokens, 2, generator=generator).to(weights)
+    made_with = dict(options)
     if "num_scopes" in options:
-        options["scope_ids"] = (torch.arange(num_tokens) % options["num_scopes"]).int()
-    made = fr.plan_dispatch(experts, num_experts, **options)
-    if options.get("max_rows"):
-        return
-    expected = reference.plan_dispatch(experts, num_experts, **options)
+        made_with["scope_ids"], is_stray = scopes_of(num_tokens, options["num_scopes"])
+        options["scope_ids"] = made_with["scope_ids"].masked_fill(is_stray, 0)
+        clean[is_stray] = -1
+    made = fr.plan_dispatch(experts, num_experts, **made_with)
+    max_rows = options.pop("max_rows", None)
+    expected = reference.plan_dispatch(clean, num_experts, **options)
+    if max_rows is not None:
+        demand = expected.kept + expected.dropped
+        is_used = expected.slot_to_row >= 0
+        is_used &= is_used.flatten().cumsum(0).view(clean.shape) <= max_rows
+        expected = reference.plan_dispatch(clean.masked_fill(~is_used, -1), num_experts)
+        expected = expected._replace(
+            row_to_slot=expected.row_to_slot[:max_rows], dropped=demand - expected.kept
+        )
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
-def permute(width: int, blocks: int, dtype: torch.dtype = torch.float32) -> None:
-    experts = torch.randint(-1, 5, (60, 3), generator=torch.Generator().manual_seed(1))
-    made = fr.plan_dispatch(experts, 5, align=4)
-    x = random(60, width).to(dtype)
-    with few_blocks(blocks):
-        rows = fr.permute(x, made)
-        assert torch.equal(rows, reference.permute(x, made))
-        weights = random(60, 3).to(dtype).requires_grad_()
-        close(fr.unpermute(rows, made, weights), reference.unpermute(rows, made, weights))
-        rows = rows.requires_grad_()
-        expected = torch.autograd.grad(
-            reference.unpermute(rows, made, weights).square().sum(), (rows, weights)
-        )
-        fr.unpermute(rows, made, weights).square().sum().backward()
-    close(rows.grad, expected[0])
-    close(weights.grad, expected[1])
-
-
 def softmax(width: int, method: str, blocks: int, dtype: torch.dtype = torch.float32) -> None:
-    x = random(9, width).to(dtype).requires_grad_()
+    x = random(9, width).to(dtype)
+    x[4] *= 400  # exponentials of most are zero
+    x[5, -1] = x[5].max() + 800
+    x[6, -2:] = -torch.inf
+    x[7, -1] = x[7].max() - 720
+    x.requires_grad_()
     wanted = torch.softmax(x.double(), -1)
     (expected,) = torch.autograd.grad(wanted.square().sum(), x)
     with few_blocks(blocks):
@@ -81,12 +88,20 @@ def softmax(width: int, method: str, blocks: int, dtype: torch.dtype = torch.flo
     close(x.grad * width, expected * width)
 
 
-def softmax_topk(width: int, k: int, ties: bool, dtype: torch.dtype = torch.float64) -> None:
-    x = random(3, width).to(dtype)
+def softmax_topk(
+    width: int,
+    k: int,
+    ties: bool,
+    dtype: torch.dtype = torch.float64,
+    num_rows: int = 3,
+    blocks: int = 2,
+) -> None:
+    x = random(num_rows, width).to(dtype)
+    x[0] *= 100 if num_rows > 1 else 1
     if ties:
         x = (2 * x).round()
     x.requires_grad_()
-    with few_blocks(2):
+    with few_blocks(blocks):
         values, columns = fr.softmax_topk(x, k)
         p, wanted = reference.softmax_topk(x.detach(), k)
         assert torch.equal(columns, wanted)
@@ -98,20 +113,41 @@ def softmax_topk(width: int, k: int, ties: bool, dtype: torch.dtype = torch.floa
     close(x.grad * width, expected * width)
 
 
+def softmax_topk_stray_columns() -> None:
+    """Columns that do not exist have no gradient and touch nothing."""
+    x, grad = random(2, 40), random(2, 3, seed=1)
+    columns = torch.tensor([[4, 9, 39], [0, 7, 8]])
+    max, sum = (
+        x.double().max(-1).values,
+        (x - x.max(-1, keepdim=True).values).double().exp().sum(-1),
+    )
+    statistics = torch.stack([max, sum], -1)
+    backward = torch.ops.fastmoe_route.softmax_topk_backward
+    expected = backward(grad.index_fill(1, torch.tensor([1]), 0.0), x, statistics, columns)
+    for stray in (-1, 40, 2**40):
+        spoiled = columns.index_fill(1, torch.tensor([1]), stray)
+        close(backward(grad, x, statistics, spoiled), expected)
+
+
 def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: object) -> None:
     num_columns = num_experts + options.get("num_null", 0)
     logits = random(num_tokens, num_columns)
-    if options.pop("has_nan", False):
-        logits[3::7, num_experts - 1] = torch.nan
     if options.pop("has_empty", False):
         logits[2] = -torch.inf
     if options.pop("all_equal", False):
         logits[:], logits[:, 0] = 1.0, 2.0
+    if options.pop("many_best", False):
+        logits[:], logits[:, 0:80:4] = -1.0, 1.0
+    if options.pop("has_nan", False):
+        logits[3::7, num_experts - 1] = torch.nan
+    if options.pop("few_finite", False):
+        logits[1::3, 1:] = -torch.inf
     for name, seed in (("bias", 5), ("noise", 6)):
         if name in options:
             options[name] = random(num_tokens, num_columns, seed=seed)
     if "mask" in options:
         options["mask"] = random(num_tokens, num_columns, seed=7) > -0.5
+        options["mask"][1, num_columns // 4 :] = False
     logits.requires_grad_()
 
     def loss(routing: fr.Routing) -> torch.Tensor:
@@ -140,87 +176,61 @@ def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: 
     close(logits.grad[clean], wanted[clean])
 
 
-def reroute(num_tokens: int, num_candidates: int, capacity: int, **options: object) -> None:
+def reroute(
+    num_tokens: int,
+    num_candidates: int,
+    capacity: int,
+    *,
+    ids: torch.dtype = torch.int32,
+    weights: torch.dtype = torch.float32,
+    **options: object,
+) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
-    experts = torch.randint(-1, 7, (num_tokens, num_candidates), generator=generator).int()
-    routing = experts, torch.rand(experts.shape, generator=generator)
+    experts = torch.randint(-1, 7, (num_tokens, num_candidates), generator=generator).to(ids)
+    experts[2, 0], experts[-1, -1] = 7, -2
+    experts[6:12, 1] = 32  # as 0 in the bits that a sort looks at
+    if ids == torch.int64:
+        experts[4, :3] = torch.tensor([2**32 + 3, 1, 3])
+    clean = experts.clone()
+    clean[(experts < 0) | (experts >= 7)] = -1
+    asked = torch.rand(experts.shape, generator=generator).to(weights)
+    made_with = dict(options)
     if "num_scopes" in options:
-        options["scope_ids"] = (torch.arange(num_tokens) % options["num_scopes"]).int()
+        made_with["scope_ids"], is_stray = scopes_of(num_tokens, options["num_scopes"])
+        options["scope_ids"] = made_with["scope_ids"].masked_fill(is_stray, 0)
+        clean[is_stray] = -1
     if options.get("overflow") == "local":
-        options["rank_of_expert"] = (torch.arange(7) % 2).int()
-        options["rank_of_token"] = (torch.arange(num_tokens) % 2).int()
-    made = fr.reroute(routing, 7, 2, capacity, **options)
-    expected = reference.reroute(routing, 7, 2, capacity, **options)
+        ranks = (torch.arange(7) % 2).int(), (torch.arange(num_tokens) % 2).int()
+        for chosen in (options, made_with):
+            chosen["rank_of_expert"], chosen["rank_of_token"] = ranks
+    made = fr.reroute((experts, asked), 7, 2, capacity, **made_with)
+    expected = reference.reroute((clean, asked), 7, 2, capacity, **options)
     assert torch.equal(made.experts, expected.experts)
     assert torch.equal(made.weights, expected.weights)
     assert torch.equal(made.demand, expected.demand)
 
 
-def expert_choice(num_scopes: int) -> None:
-    scores = random(300, 7).requires_grad_()
-    scopes = {"scope_ids": (torch.arange(300) % num_scopes).int(), "num_scopes": num_scopes}
-    options = scopes if num_scopes > 1 else {}
+def expert_choice(num_scopes: int, dtype: torch.dtype = torch.float32) -> None:
+    scores = random(300, 7).to(dtype).requires_grad_()
+    options, made_with = {}, {}
+    if num_scopes > 1:
+        scopes, is_stray = scopes_of(300, num_scopes)
+        made_with = {"scope_ids": scopes, "num_scopes": num_scopes}
+        options = made_with | {"scope_ids": scopes.masked_fill(is_stray, num_scopes)}
+        options["num_scopes"] = num_scopes + 1  # one of those that are in none
     with few_blocks(2, "keys_kernel"):
-        routing = fr.expert_choice(scores, 9, **options)
+        routing = fr.expert_choice(scores, 9, **made_with)
     expected = reference.expert_choice(scores, 9, **options)
-    assert torch.equal(routing.experts, expected.experts)
-    assert torch.equal(routing.demand, expected.demand)
+    if num_scopes > 1:
+        expected.experts[is_stray] = -1
+        assert torch.equal(routing.experts, expected.experts)
+    else:
+        assert torch.equal(routing.experts, expected.experts)
+        assert torch.equal(routing.demand, expected.demand)
+    taken = routing.experts >= 0
+    close(routing.weights[taken], scores[taken])
+    assert torch.equal(routing.demand, taken.sum(0).int())
     routing.weights.sum().backward()
-
-
-def experts(
-    dtype: torch.dtype,
-    has_bias: bool,
-    blocks: int,
-    width: int = 72,
-    allows_tf32: bool = False,
-    num_tokens: int = 70,
-) -> None:
-    ids = torch.randint(-1, 3, (num_tokens, 2), generator=torch.Generator().manual_seed(1))
-    weights = torch.rand(num_tokens, 2, generator=torch.Generator().manual_seed(2))
-    leaves = [
-        (random(num_tokens, width) / 8),
-        (random(3, width, 2 * width, seed=1) / 8),
-        (random(3, width, width, seed=2) / 8),
-    ]
-    if has_bias:
-        leaves += [random(3, 2 * width, seed=3), random(3, width, seed=4)]
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-    weights.requires_grad_()
-
-    def run(module: object) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        biases = {"bias_up": leaves[3], "bias_down": leaves[4]} if has_bias else {}
-        y = module.moe_mlp(leaves[0], (ids.int(), weights), leaves[1], leaves[2], **biases)
-        return y, torch.autograd.grad(y.float().square().sum(), [*leaves, weights])
-
-    expected, wanted = run(reference)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allows_tf32 else before)
-    try:
-        with few_blocks(blocks):
-            y, grads = run(fr)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    close(y, expected)
-    for mine, theirs in zip(grads, wanted, strict=True):
-        close(mine / theirs.abs().max(), theirs / theirs.abs().max())
-
-
-def many_groups(blocks: int) -> None:
-    """More experts than the threads of the kernel that lays out the groups, some without rows."""
-    counts = torch.arange(700) % 3
-    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    x = random(int(counts.sum()) + 5, 8).bfloat16().requires_grad_()
-    w = random(700, 8, 8, seed=1).bfloat16().requires_grad_()
-    bias = random(700, 8, seed=2).bfloat16().requires_grad_()
-    expected = reference.grouped_mm(x, w, offsets, bias=bias)
-    wanted = torch.autograd.grad(expected.float().square().sum(), (x, w, bias))
-    with few_blocks(blocks):
-        y = fr.grouped_mm(x, w, offsets, bias=bias)
-        grads = torch.autograd.grad(y.float().square().sum(), (x, w, bias))
-    close(y / 8, expected / 8)
-    for mine, theirs in zip(grads, wanted, strict=True):
-        close(mine / theirs.abs().max(), theirs / theirs.abs().max())
 
 
 FAR = 2**32 - 1
@@ -232,23 +242,55 @@ CASES: dict[str, Case] = {
     "plan, scopes": partial(plan, 300, 8, capacity=9, num_scopes=3),
     "plan, many experts": partial(plan, 400, 2500, align=4, capacity=1),
     "plan, 600 experts": partial(plan, 700, 600, align=4),
+    "plan, 300 experts": partial(plan, 700, 300),
+    "plan, many rows": partial(plan, 2400, 8, align=2),
+    "plan, nobody": partial(plan, 1100, 8, has_none=True),
+    "plan, by score, int32": partial(
+        plan, 300, 8, capacity=20, drop_policy="score", ids=torch.int32
+    ),
+    "plan, by score in float64": partial(
+        plan, 300, 8, capacity=20, drop_policy="score", weights=torch.float64
+    ),
+    "plan, by score in bfloat16": partial(
+        plan, 300, 8, capacity=20, drop_policy="score", weights=torch.bfloat16
+    ),
     "plan, max_rows": partial(plan, 700, 8, max_rows=500),
+    "plan, max_rows suffices": partial(plan, 700, 8, max_rows=1350),
+    "plan, max_rows cuts the last": partial(plan, 700, 8, max_rows=1399, has_strays=False),
+    "plan, max_rows cuts at a step": partial(plan, 700, 8, max_rows=544, has_strays=False),
+    **{
+        f"plan, max_rows {rows}, {name}": partial(plan, 700, 8, max_rows=rows, **options)
+        for rows in range(500, 507)
+        for name, options in (("capacity", {"capacity": 90}), ("scopes", {"num_scopes": 3}))
+    },
     "plan, many experts, max_rows": partial(plan, 400, 2500, max_rows=500),
     "permute 8": partial(permute, 8, 2),
     "permute 33": partial(permute, 33, FAR),
     "permute 8, float64": partial(permute, 8, 2, torch.float64),
+    "permute 8, no weights": partial(permute, 8, 2, of="rows", has_weights=False),
+    "permute 8, gradient of the rows": partial(permute, 8, 2, of="rows"),
+    "permute 8, gradient of the weights": partial(permute, 8, 2, of="weights"),
     "softmax 200": partial(softmax, 200, "three_pass", 1),
+    "softmax 200, every block": partial(softmax, 200, "online", FAR),
     "softmax 1500": partial(softmax, 1500, "three_pass", 2),
     "softmax 1499": partial(softmax, 1499, "online", 2),
     "softmax 1500, online": partial(softmax, 1500, "online", 2),
     "softmax 200, float64": partial(softmax, 200, "online", 1, torch.float64),
     "softmax 300, float64": partial(softmax, 300, "online", 2, torch.float64),
     "softmax 300, float64, three_pass": partial(softmax, 300, "three_pass", 2, torch.float64),
+    "softmax 301, float64": partial(softmax, 301, "online", 2, torch.float64),
+    "softmax 301, float64, three_pass": partial(softmax, 301, "three_pass", 2, torch.float64),
     "softmax 400": partial(softmax, 400, "online", FAR),
     "softmax_topk 300": partial(softmax_topk, 300, 4, False),
     "softmax_topk 3000": partial(softmax_topk, 3000, 40, True, torch.float32),
     "softmax_topk 9000": partial(softmax_topk, 9000, 5, False),
     "softmax_topk 9000, ties": partial(softmax_topk, 9000, 64, True),
+    "softmax_topk 100": partial(softmax_topk, 100, 64, False),
+    "softmax_topk 301": partial(softmax_topk, 301, 4, False),
+    "softmax_topk 3001, one row": partial(softmax_topk, 3001, 4, False, torch.float32, 1),
+    "softmax_topk 8200": partial(softmax_topk, 8200, 40, False, blocks=FAR),
+    "softmax_topk, merged twice": partial(softmax_topk, 262_154, 64, False, num_rows=1, blocks=FAR),
+    "softmax_topk, stray columns": softmax_topk_stray_columns,
     "gate 8": partial(gate, 40, 8, 2, 2, stats=True, normalize=True),
     "gate 64": partial(gate, 40, 64, 6, 2, stats=True, normalize=True),
     "gate 100, equal": partial(gate, 9, 100, 4, 1, stats=True, all_equal=True),
@@ -273,6 +315,31 @@ CASES: dict[str, Case] = {
         gate, 20, 40, 6, 1, score="sigmoid", bias=True, max_per_group=4, **GROUPED
     ),
     "gate, share of a group": partial(gate, 20, 40, 6, 1, num_groups=4, max_per_group=2),
+    "gate 128, many best": partial(gate, 9, 128, 2, 1, many_best=True),
+    "gate 128, many best and NaN": partial(gate, 40, 128, 2, 1, many_best=True, has_nan=True),
+    "gate 64, few finite": partial(gate, 9, 64, 4, 1, few_finite=True, stats=True),
+    "gate 20, groups": partial(gate, 20, 20, 4, 1, score="sigmoid", bias=True, **GROUPED),
+    "gate 20, everything": partial(gate, 20, 20, 4, 1, noise=True, mask=True, bias=True),
+    "gate, masked groups": partial(gate, 20, 40, 4, 1, mask=True, **GROUPED),
+    "gate, bias and NaN": partial(gate, 20, 40, 30, 1, bias=True, has_nan=True),
+    "gate, sigmoid and NaN": partial(
+        gate, 20, 40, 4, 1, score="sigmoid", has_nan=True, keep_scores=True
+    ),
+    "gate, threshold, normalized": partial(gate, 20, 40, 6, 1, threshold=0.03, normalize=True),
+    "gate 400, share of a group": partial(
+        gate, 40, 400, 6, 1, num_groups=4, max_per_group=2, stats=True
+    ),
+    "gate 64, K = 17": partial(gate, 20, 64, 17, 1, normalize=True, stats=True),
+    "gate 256, K = 41": partial(gate, 12, 256, 41, 1, score="sigmoid", normalize=True),
+    "gate 100, equal, K = 20": partial(gate, 9, 100, 20, 1, all_equal=True),
+    "gate 40, few finite, K = 17": partial(gate, 9, 40, 17, 1, few_finite=True, has_empty=True),
+    "gate 300, K = 70": partial(gate, 12, 300, 70, 1, stats=True),
+    "gate 300, equal, K = 35": partial(gate, 9, 300, 35, 1, all_equal=True),
+    "gate 70, masked, K = 33": partial(gate, 12, 70, 33, 1, mask=True, has_nan=True, stats=True),
+    "gate 520, softmax over wide groups": partial(
+        gate, 9, 520, 4, 1, softmax_over="group", stats=True, **GROUPED
+    ),
+    "gate 20, sigmoid, statistics": partial(gate, 20, 20, 4, 1, score="sigmoid", stats=True),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
     "gate 8000": partial(gate, 5, 8000, 4, 1, score="sigmoid", stats=True, **GROUPED),
@@ -281,13 +348,59 @@ CASES: dict[str, Case] = {
         reroute, 90, 5, 20, overflow="local", fill="turned_away", drop_policy="score"
     ),
     "reroute, scopes": partial(reroute, 90, 40, 9, fill="any", num_scopes=3),
+    "reroute, int64": partial(
+        reroute, 90, 5, 20, ids=torch.int64, weights=torch.bfloat16, drop_policy="score"
+    ),
     "expert_choice": partial(expert_choice, 1),
     "expert_choice, scopes": partial(expert_choice, 3),
+    "expert_choice, float64": partial(expert_choice, 1, torch.float64),
+    "expert_choice, bfloat16": partial(expert_choice, 1, torch.bfloat16),
+    "expert_choice, float16": partial(expert_choice, 1, torch.float16),
     "experts, bfloat16": partial(experts, torch.bfloat16, True, 1),
     "experts, float16": partial(experts, torch.float16, False, FAR),
     "experts, float32": partial(experts, torch.float32, True, 1),
     "experts, many rows": partial(experts, torch.bfloat16, False, 1, num_tokens=260),
     "experts, tf32": partial(experts, torch.float32, True, 1, 72, True),
     "experts, 33 wide": partial(experts, torch.bfloat16, True, 2, 33),
+    "experts, bfloat16, inference": partial(experts, torch.bfloat16, False, FAR, trains=False),
+    "experts, 33 wide, inference": partial(experts, torch.bfloat16, True, 2, 33, trains=False),
+    "experts, float32, 33 wide": partial(experts, torch.float32, True, 1, 33),
+    "experts, float32, 33 wide, ungated": partial(
+        experts, torch.float32, False, FAR, 33, activation="silu", weights_on="input"
+    ),
+    "experts, float32, 33 wide, interleaved": partial(
+        experts, torch.float32, False, FAR, 33, interleaved=True, trains=False
+    ),
+    "experts, float32, 33 wide, interleaved, biased": partial(
+        experts, torch.float32, True, FAR, 33, interleaved=True
+    ),
+    "experts, float32, 33 wide, unbiased": partial(experts, torch.float32, False, FAR, 33),
+    "experts, float32, 5 wide": partial(experts, torch.float32, False, FAR, 5),
+    "experts, float32, weights on input": partial(
+        experts, torch.float32, False, FAR, 24, weights_on="input"
+    ),
+    "experts, interleaved, unbiased": partial(
+        experts, torch.bfloat16, False, FAR, interleaved=True
+    ),
+    "experts, ungated, no holes": partial(
+        experts, torch.bfloat16, False, FAR, activation="silu", has_holes=False
+    ),
+    "experts, 33 wide, ungated, no holes": partial(
+        experts, torch.bfloat16, False, FAR, 33, activation="silu", has_holes=False
+    ),
+    "experts, interleaved": partial(experts, torch.bfloat16, True, FAR, interleaved=True),
+    "experts, ungated": partial(experts, torch.bfloat16, False, FAR, activation="gelu"),
+    "experts, ungated, biased": partial(experts, torch.bfloat16, True, FAR, activation="relu"),
+    "experts, 33 wide, ungated": partial(
+        experts, torch.float16, True, 2, 33, activation="relu", weights_on="input"
+    ),
+    "experts, weights on input": partial(experts, torch.bfloat16, True, FAR, weights_on="input"),
+    "experts, aligned": partial(experts, torch.bfloat16, True, FAR, align=128),
+    "experts, 33 wide, aligned": partial(experts, torch.bfloat16, True, 2, 33, align=4),
+    "experts, float32, 33 wide, aligned": partial(experts, torch.float32, True, 1, 33, align=4),
+    "experts, rows of no expert": rows_of_no_expert,
+    "experts, rows of stray slots": rows_of_stray_slots,
+    "experts, preactivations of padding": preactivations_of_padding,
+    "product, biased": biased_product,
     "many groups": partial(many_groups, 1),
 }

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import fastmoe_route as fr
 import torch
 import vm_backend
-from mutant_cases import CASES, few_blocks
+from mutant_cases import CASES
+from mutant_checks import few_blocks
 
 CALLS = (
     "plan",
@@ -29,11 +30,12 @@ CALLS = (
     "gate 64",
     "gate 300",
     "expert_choice, scopes",
+    "reroute, local, filled",
     "experts, bfloat16",
 )
 OPS = (
-    "plan_dispatch|permute|unpermute|softmax|softmax_topk|gate|expert_choice|moe_mlp|grouped_mm"
-    "|aoti_torch_empty"
+    "plan_dispatch|reroute|permute|unpermute|softmax|softmax_topk|gate|expert_choice|moe_mlp"
+    "|grouped_mm|aoti_torch_empty"
 )
 ERRORS = {
     2: "out of memory",
