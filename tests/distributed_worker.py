@@ -281,6 +281,14 @@ def experts_that_do_not_divide_are_refused() -> None:
     ):
         with refused(text):
             ExpertParallel(layer_of(), placement=placement)
+    for placement, text in (
+        ("near", "placement must be a Placement or a sequence of ranks, got 'near'"),
+        ([0.5] * E, "placement must be an int, got 0.5"),
+    ):
+        with refused(text, TypeError):
+            ExpertParallel(layer_of(), placement=placement)
+    with refused("rank_capacity_factor must be a number or None, got '1'", TypeError):
+        ExpertParallel(layer_of(), rank_capacity_factor="1")
 
 
 @check

@@ -146,6 +146,9 @@ def test_same_projects_and_freezes():
 
 # ---- errors ------------------------------------------------------------------------------------
 
+PAIRS = torch.ones(2, HIDDEN, 1), torch.ones(2, 1, 4)
+ROUTED = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -157,6 +160,24 @@ def test_same_projects_and_freezes():
         (
             lambda x: fr.lora_grouped_mm(x, torch.ones(2, 16, 1), torch.ones(2, 2, 4), None),
             r"lora_grouped_mm: lora_b must have shape \[2, 1, any\]",
+        ),
+        (
+            lambda x: fr.lora_grouped_mm(x, *PAIRS, (torch.zeros(2, 1).int(), torch.ones(2, 1))),
+            r"lora_grouped_mm: experts must have shape \[3, any\]",
+        ),
+        (
+            lambda x: fr.lora_grouped_mm(
+                x, *PAIRS, ROUTED, plan=fr.plan_dispatch(ROUTED[0][:2], 2)
+            ),
+            r"lora_grouped_mm: plan\.slot_to_row must have shape \[3, 1\]",
+        ),
+        (
+            lambda x: fr.lora_grouped_mm(x.bfloat16(), *PAIRS, ROUTED),
+            "lora_grouped_mm: lora_a must have the dtype of x, bfloat16, got float32 tensor",
+        ),
+        (
+            lambda x: fr.lora_grouped_mm(x.int(), *PAIRS, ROUTED),
+            "lora_grouped_mm: x must be float32 or",
         ),
         (
             lambda x: adapters.MixtureOfShards(10, 8, 2, num_shards=4),
@@ -171,5 +192,5 @@ def test_same_projects_and_freezes():
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(normal(3, HIDDEN))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,53 @@ def test_state_that_is_not_finite(method: Method) -> None:
             refuses(method, key, lambda b=bad: make(method.name).load_state_dict(b.state_dict()))
 
 
+@pytest.mark.parametrize("method", ROUTERS, **by_name)
+def test_calls_with_arguments_of_other_types(method: Method) -> None:
+    router, given = make(method.name), inputs()
+    for argument, value in (("seed", "a"), ("seed", 1.5), ("state", "a"), ("experts", 3)):
+        refuses(method, argument, lambda a=argument, v=value: router(**{**given, a: v}), " be a")
+    for argument in ("num_sequences", "num_scopes"):
+        refuses(method, argument, lambda a=argument: router(**{**given, a: 1.5}), " be an int")
+        refuses(method, argument, lambda a=argument: router(**{**given, a: 0}), " be at least 1")
+
+
+@pytest.mark.parametrize("method", ROUTERS, **by_name)
+def test_options_of_other_types(method: Method) -> None:
+    """No option of a method takes a value of another kind, or NaN, and fails at the first call."""
+    for option in inspect.signature(method.target).parameters.values():
+        if option.kind is option.KEYWORD_ONLY:
+            for value in ("no such choice", math.nan, object()):
+                refuses(
+                    method, option.name, lambda o=option, v=value: make(method.name, **{o.name: v})
+                )
+    for option in ("aux_coef", "z_coef", "capacity_factor", "min_capacity", "rounding"):
+        refuses(method, option, lambda o=option: make(method.name, **{o: math.nan}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deepseek_v3", {"num_groups": 3}),
+        ("deepseek_v3", {"num_groups": 2, "topk_groups": 3}),
+        ("base", {"assignment": "greedy"}),
+        ("switch", {"jitter": -0.1}),
+        ("sira", {"expert_dropout": 1.0}),
+        ("cigt", {"temperature": 0.0}),
+        ("ride", {"threshold": 1.1}),
+        ("duo_llm", {"costs": [1.0]}),
+        ("loc_moe", {"target": [1.0, 0.0]}),
+        ("dr_llm", {"width": 0}),
+        ("supernet_mixture", {"encoding_size": 0}),
+        ("mixture_of_routers", {"num_routers": 0}),
+        ("sparse_ot", {"gamma": 0.0}),
+        ("adapt_dhm", {"momentum": 1.5}),
+    ],
+)
+def test_options_out_of_range(name: str, options: dict[str, Any]) -> None:
+    method = next(method for method in ROUTERS if method.name == name)
+    refuses(method, list(options)[-1], lambda: fr.routers.build(name, HIDDEN, EXPERTS, **options))
+
+
 def test_tokens_that_do_not_divide() -> None:
     base = next(method for method in ROUTERS if method.name == "base")
     for num_tokens in (7, 9):
@@ -153,7 +202,10 @@ BAD: dict[str, dict[str, Call]] = {
         "alpha": lambda: losses.expert_router_coupling(X, torch.zeros(3, 4, 2), alpha=0.0),
         "noise": lambda: losses.expert_router_coupling(X, torch.zeros(3, 4, 2), noise=X[1:]),
     },
-    "activation_locality": {"activations": lambda: losses.activation_locality(X[0])},
+    "activation_locality": {
+        "activations": lambda: losses.activation_locality(X[0]),
+        "sharpness": lambda: losses.activation_locality(X, "steep"),
+    },
     "chunk_sparsity": {
         "activations": lambda: losses.chunk_sparsity(X[0]),
         "chunk": lambda: losses.chunk_sparsity(X, 0),
@@ -171,10 +223,14 @@ BAD: dict[str, dict[str, Call]] = {
     "adaptive_temperature_softmax": {
         "x": lambda: softmax_variants.adaptive_temperature_softmax([1.0])
     },
-    "softpick": {"x": lambda: softmax_variants.softpick([1.0])},
+    "softpick": {
+        "x": lambda: softmax_variants.softpick([1.0]),
+        "mask": lambda: softmax_variants.softpick(X, mask=X),
+        "eps": lambda: softmax_variants.softpick(X, eps=-1.0),
+    },
     "unified_max_softmax": {"low": lambda: softmax_variants.unified_max_softmax(X, 0.0, 2.0, 1.0)},
     "quantization_bias": {
-        "bits": lambda: softmax_variants.quantization_bias(X, 0),
+        "bits": lambda: softmax_variants.quantization_bias(X, 0.5),
         "p": lambda: softmax_variants.quantization_bias([1.0]),
     },
     "pairwise_softmax_loss": {
@@ -190,12 +246,17 @@ BAD: dict[str, dict[str, Call]] = {
             X[:, 0], X, X[:, 0], tau_weight=0.0
         ),
     },
-    "stablemax": {"x": lambda: softmax_variants.stablemax([1.0])},
+    "stablemax": {
+        "x": lambda: softmax_variants.stablemax([1.0]),
+        "dim": lambda: softmax_variants.stablemax(X, 2),
+    },
     "stablemax_cross_entropy": {
-        "target": lambda: softmax_variants.stablemax_cross_entropy(X, LABELS[1:])
+        "logits": lambda: softmax_variants.stablemax_cross_entropy(LABELS[None], LABELS),
+        "target": lambda: softmax_variants.stablemax_cross_entropy(X, LABELS[1:]),
     },
     "sample_classes": {
         "rate": lambda: softmax_variants.sample_classes(LABELS, 10, 0.0),
+        "labels": lambda: softmax_variants.sample_classes([0, 1], 10, 0.5),
         "num_classes": lambda: softmax_variants.sample_classes(LABELS, 0, 0.5),
     },
     "sharded_cross_entropy": {

@@ -235,6 +235,51 @@ def test_bounds_beyond_int64_are_no_bound() -> None:
     assert torch.equal(fr.expert_choice(LOGITS, 2**70).experts, fr.expert_choice(LOGITS, 3).experts)
 
 
+class Index:
+    """Anything that `operator.index` takes."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, Index])
+def test_integers_are_what_operator_index_takes(number: Callable[[int], Any]) -> None:
+    n = number
+    groups = fr.gate(
+        LOGITS, n(2), num_groups=n(2), topk_groups=n(1), max_per_group=n(1), min_k=n(1)
+    )
+    assert torch.equal(
+        groups.experts,
+        fr.gate(LOGITS, 2, num_groups=2, topk_groups=1, max_per_group=1).experts,
+    )
+    assert torch.equal(
+        fr.gate(LOGITS, n(1), num_null=n(1)).experts, fr.gate(LOGITS, 1, num_null=1).experts
+    )
+    # 3 * 200 slots do not fit into uint8: the product is taken of ints.
+    ids = torch.zeros(200, 3, dtype=torch.int32)
+    scopes = torch.zeros(200, dtype=torch.int32)
+    plan = fr.plan_dispatch(
+        *(ids, n(3)), capacity=n(200), align=n(2), scope_ids=scopes, num_scopes=n(1)
+    )
+    assert torch.equal(plan.kept, torch.tensor([200, 0, 0], dtype=torch.int32))
+    assert fr.expert_capacity(n(200), n(2), n(2), 1.0, min_capacity=n(1), multiple_of=n(4)) == 200
+    assert fr.softmax(LOGITS, n(1)).shape == LOGITS.shape
+    assert fr.softmax_topk(LOGITS, n(2))[1].shape == (LOGITS.shape[0], 2)
+    assert fr.expert_choice(LOGITS, n(2), num_scopes=n(1)).experts.shape == LOGITS.shape
+    assert fr.transport(LOGITS, "ksparse", iters=n(2), k=n(2)).shape == LOGITS.shape
+    layer = fr.nn.MoE(n(8), n(200), n(4), n(2), num_shared_experts=n(2))
+    assert layer(torch.zeros(3, 8)).shape == (3, 8)
+
+
+@pytest.mark.parametrize("value", [2.0, np.float64(2), True, np.True_, "2", torch.tensor(2)])
+def test_other_numbers_are_no_integers(value: Any) -> None:
+    with pytest.raises(TypeError, match="gate: top_k must be an int, got"):
+        fr.gate(LOGITS, value)
+
+
 def test_numpy_floats_are_numbers() -> None:
     scaled = fr.gate(LOGITS, 2, scale=np.float32(0.5), top_p=np.float64(0.9))
     assert torch.equal(scaled.weights, fr.gate(LOGITS, 2, scale=0.5, top_p=0.9).weights)

@@ -138,6 +138,7 @@ def test_placement_never_makes_it_worse(scipy):
         ),
         ((torch.full((3, 1), 4), 4, 2), r"experts must be in \[-1, 4\), got 4 to 4"),
         ((torch.zeros(3, dtype=torch.long), 4, 2), "experts must have 2 dimensions"),
+        ((torch.zeros(3, 1, dtype=torch.long), 4.0, 2), "num_experts must be an int, got 4.0"),
     ],
 )
 def test_placement_errors(arguments, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastmoe_route import losses
 from fastmoe_route.losses._beta import beta_cdf
-from tolerance import assert_bound
+from tolerance import assert_bound, assert_exact
 
 F64 = torch.float64
 
@@ -65,6 +65,15 @@ def test_cv_squared_literals():
     assert float(losses.cv_squared(torch.zeros(5))) == 0.0
     assert float(losses.cv_squared(torch.tensor([4, 0, 0, 0]))) == 3.0
     close(losses.cv_squared(torch.tensor([1.0, 3.0])), 0.25)
+
+
+def test_cv_squared_of_values_whose_squares_leave_the_range():
+    for scale in (1e-30, 1e30):
+        values = torch.tensor([1.0, 2.0], requires_grad=True)
+        loss = losses.cv_squared(values * scale)
+        assert_bound(loss, torch.tensor(1 / 9, dtype=torch.float64), 1e-6)
+        loss.backward()
+        assert_bound(values.grad, torch.tensor([-8 / 27, 4 / 27], dtype=torch.float64), 1e-6)
 
 
 def test_importance_of_scores_and_of_weights():
@@ -354,6 +363,22 @@ def test_gradient_is_finite_where_scores_underflow(loss):
     assert logits.grad.isfinite().all()
 
 
+def test_focal_loss_of_a_sure_token_has_a_gradient():
+    for gamma in (0.0, 0.5, 1.0, 2.0):
+        logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+        losses.focal(logits, torch.tensor([0]), gamma=gamma).backward()
+        assert_exact(logits.grad, torch.zeros(1, 3))
+
+
+def test_contrastive_does_not_look_at_tokens_without_an_expert():
+    logits = torch.eye(3)
+    logits[1] = -torch.inf
+    x = torch.eye(3) + 0.1
+    expected = losses.contrastive(x, fr.gate(logits, 1), torch.eye(3))
+    x[1] = torch.nan
+    assert_exact(losses.contrastive(x, fr.gate(logits, 1), torch.eye(3)), expected)
+
+
 def test_imitation_and_matching_leave_the_teacher_alone():
     teacher = skewed(seed=2).requires_grad_()
     student = skewed(seed=3).requires_grad_()
@@ -447,13 +472,50 @@ def test_one_expert():
         ),
         (
             lambda r: losses.imitation(torch.ones(2, 3), torch.ones(3)),
-            r"imitation: labels must have shape \[2\]",
+            r"imitation: experts must have shape \[2\]",
         ),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(fr.gate(torch.zeros(2, 3), 1))
+
+
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, z: losses.focal(z, LABELS, gamma=-1.0), "focal: gamma must be at least 0"),
+        (lambda r, z: losses.focal(z, LABELS + 2), r"focal: labels must be in \[-1, 2\], got 3"),
+        (lambda r, z: losses.focal(z, LABELS.float()), "focal: labels must be int32"),
+        (lambda r, z: losses.imitation(z, LABELS - 2), r"imitation: experts must be in .*, got -2"),
+        (lambda r, z: losses.tsallis_entropy(z, torch.inf), "tsallis_entropy: q must be finite"),
+        (lambda r, z: losses.prior_shaping(z, torch.ones(2)), "prior_shaping: concentration must"),
+        (
+            lambda r, z: losses.entropy_target(z, "8"),
+            "entropy_target: num_experts must be a number",
+        ),
+        (
+            lambda r, z: losses.locality(r, torch.tensor([0, 1, 2]), torch.ones(2) / 2),
+            r"locality: node_of_expert must be in \[0, 1\], got 2",
+        ),
+        (
+            lambda r, z: losses.locality(r, torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.0])),
+            "locality: target must be positive",
+        ),
+        (lambda r, z: losses.contrastive(z[:1], r, z), "contrastive: routing.experts must have"),
+        (lambda r, z: losses.contrastive(z, z, z), "contrastive: routing must be a Routing"),
+        (lambda r, z: losses.pool_balance([z]), "pool_balance: routing must be a Routing"),
+        (lambda r, z: losses.assigned_balance(z), "assigned_balance: routing must be a Routing"),
+        (lambda r, z: losses.kl_diversity([z, z[:1]]), "kl_diversity: logits must have shape"),
+        (lambda r, z: losses.commitment(z, 3), "commitment: codes must be a torch.Tensor"),
+    ],
+)
+def test_errors_that_name_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(fr.gate(torch.zeros(2, 3), 1, stats=True), torch.zeros(2, 3))
 
 
 def test_a_tensor_is_no_routing():

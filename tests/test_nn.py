@@ -165,7 +165,7 @@ def test_a_router_of_one_s_own(form):
     routing = fr.gate(router.score(x), 1)
     plan = None if form == "routing" else fr.plan_dispatch(routing.experts, E, capacity=1)
     assert_exact(layer(x), layer.experts(x, routing, plan))
-    assert (layer.aux_loss is not None) == (form == "routed")
+    assert (float(layer.aux_loss.detach()) != 0) == (form == "routed")
     assert (layer.stats.dropped is not None) == (form != "routing")
     layer(x).sum().backward()
     assert router.score.weight.grad.any()
@@ -177,6 +177,11 @@ def test_a_router_that_returns_something_else_is_named():
         TypeError, match=r"MoE: router must return a Routing, a pair .*, got Tensor"
     ):
         layer_of(router=OwnRouter("tensor"))(tokens(3))
+
+
+def test_top_k_of_a_router_of_one_s_own():
+    with pytest.raises(ValueError, match=r"top_k must be in \[1, 6\], got 0"):
+        fr.nn.MoE(H, WIDTH, E, 0, router=OwnRouter("routing"))
 
 
 def test_context_reaches_the_router_flat():
@@ -276,6 +281,23 @@ def test_checkpointing_and_autocast_train():
     assert layer.experts.w_up.grad.dtype == torch.float32
     error = (layer.experts.w_up.grad - expected).norm() / expected.norm()
     assert error < 0.05
+
+
+@pytest.mark.parametrize("name", names())
+def test_autocast_and_meta_with_every_router(name):
+    """The result has autocast's dtype; on the meta device a call tells the shape of its result."""
+    options = dict(ARGUMENTS.get(name, {}))
+    top_k = options.pop("top_k", None)
+    given = inputs()
+    x = given.pop("x")
+    del given["experts"]
+    layer = fr.nn.MoE(HIDDEN, WIDTH, EXPERTS, top_k, router=name, router_options=options)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer.eval()(x, **given)
+    assert y.dtype == torch.bfloat16
+    assert bool(y.isfinite().all())
+    given = {key: v.to("meta") if torch.is_tensor(v) else v for key, v in given.items()}
+    assert layer.to("meta")(x.to("meta"), **given).shape == x.shape
 
 
 # ---- registration ------------------------------------------------------------------------------
@@ -393,6 +415,10 @@ def test_per_expert_layouts_round_trip(layout, activation):
         ({"capacity_factor": "1"}, "capacity_factor must be a number or None, got '1'"),
         ({"router_options": {"aux_coef": "1"}}, "aux_coef must be a number, got '1'"),
         ({"router_options": {"jitters": 3}}, "jitters must be an argument of the method, got 3"),
+        ({"router_options": 3}, "MoE: router_options must be a mapping of arguments .*, got 3"),
+        ({"bias": 3}, "Experts: bias must be a bool, got 3"),
+        ({"shared_gate": 1}, "MoE: shared_gate must be a bool, got 1"),
+        ({"dtype": torch.int32}, "dtype must be a floating-point dtype or None, got torch.int32"),
         ({"init_std": -1.0}, r"init_std must be finite and at least 0, got -1\.0"),
         (
             {"router": routers.Switch(H, E, K), "capacity_factor": 1.0},
@@ -408,9 +434,23 @@ def test_bad_arguments(options, message):
 def test_bad_inputs_and_weights():
     with pytest.raises(ValueError, match=r"MoE: x must have shape \[any, 16\], got .* \[3, 15\]"):
         layer_of()(torch.zeros(3, 15))
+    stacked = layer_of().to_experts()
+    for name, wrong, message in (
+        ("down_proj", torch.zeros(H, WIDTH), "down_proj must have 3 dimensions"),
+        ("gate_up_proj", torch.zeros(E, 26, H), r"up projection must have shape \[6, 24, 16\]"),
+        ("down_proj", torch.zeros(E + 1, H, WIDTH), r"up projection must have shape \[7, 24, 16\]"),
+        ("gate_up_proj_bias", torch.zeros(E, WIDTH), "bias of the up projection must have shape"),
+        ("down_proj", [1.0], r"source\['down_proj'\] must be a torch.Tensor"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"from_experts: {message}"):
+            fr.nn.MoE.from_experts({**stacked, name: wrong}, K)
+    with pytest.raises(ValueError, match="from_experts: activation must be one of"):
+        fr.nn.MoE.from_experts(stacked, K, activation="swish")
     with pytest.raises(ValueError, match="source must hold gate_up_proj for swiglu"):
         fr.nn.MoE.from_experts({"down_proj": torch.zeros(2, 4, 3)})
     tensors = layer_of().to_experts("w1")
+    with pytest.raises(ValueError, match=r"from_experts: 2\.w1\.weight must have shape"):
+        fr.nn.MoE.from_experts({**tensors, "2.w1.weight": torch.zeros(WIDTH, H + 1)})
     del tensors["1.w3.weight"]
     with pytest.raises(ValueError, match=r"source must hold 1\.w3\.weight"):
         fr.nn.MoE.from_experts(tensors)
@@ -418,5 +458,6 @@ def test_bad_inputs_and_weights():
         layer_of().to_experts("fused")
     with pytest.raises(ValueError, match="layout must be stacked for experts with biases"):
         layer_of(bias=True).to_experts("w1")
-    with pytest.raises(TypeError, match="source must be an experts module"):
-        fr.nn.MoE.from_experts(torch.nn.Linear(2, 2))
+    for source in (torch.nn.Linear(2, 2), 3):
+        with pytest.raises(TypeError, match="source must be an experts module"):
+            fr.nn.MoE.from_experts(source)

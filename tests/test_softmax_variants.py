@@ -151,6 +151,20 @@ def test_adaptive_temperature_of_the_survey(h, beta):
     assert got == pytest.approx(beta, abs=1e-3)
 
 
+def test_adaptive_temperature_has_a_gradient_beside_masked_logits():
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    mask[:, 3] = True
+    x.requires_grad_()
+    y = sv.adaptive_temperature_softmax(x.masked_fill(mask, -torch.inf))
+    rest = sv.adaptive_temperature_softmax(x[:, ~mask[0]])
+    assert_bound(y[:, ~mask[0]].detach(), rest.detach(), 1e-15)
+    weights = torch.arange(12, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((y * weights).sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad((rest * weights[~mask[0]]).sum(), x)
+    assert_bound(grad, expected, 1e-13)
+
+
 def test_softpick_of_the_survey():
     close(sv.softpick(torch.tensor(ROW, dtype=F64)), [0.65937, 0.17733, 0, 0, 0], 1e-5)
     close(sv.softpick(torch.tensor(ROW, dtype=F64)).sum(), 0.8367, 1e-4)

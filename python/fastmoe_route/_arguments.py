@@ -5,7 +5,9 @@ Messages are built only in the failing branch, so the checks vanish under ``torc
 
 from __future__ import annotations
 
+import math
 import numbers
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ from torch.autograd import forward_ad
 _INT64_MAX = 2**63 - 1
 _FLOAT_MAX = sys.float_info.max
 _NUMBERS = (float, int, torch.SymInt, torch.SymFloat, numbers.Real)
+INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,8 +56,10 @@ def check_dtype(op: str, argument: str, value: Tensor, dtypes: Sequence[torch.dt
         fail(TypeError, op, argument, f"be {names}", describe(value))
 
 
-def check_shape(op: str, argument: str, value: Tensor, shape: Sequence[int]) -> None:
-    """Requires exactly ``shape``; -1 stands for any size."""
+def check_shape(op: str, argument: str, value: Any, shape: Sequence[int]) -> None:
+    """Requires a tensor of exactly ``shape``; -1 stands for any size."""
+    if not isinstance(value, Tensor):
+        fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
     ok = value.dim() == len(shape)
     if ok:
         for size, wanted in zip(value.shape, shape, strict=True):
@@ -65,21 +70,64 @@ def check_shape(op: str, argument: str, value: Tensor, shape: Sequence[int]) -> 
         fail(ValueError, op, argument, f"have shape {text}", describe(value))
 
 
+def check_rows(op: str, argument: str, value: Any, *dims: int) -> None:
+    """Requires a floating-point tensor with at least one dimension, or one of ``dims``."""
+    check_tensor(op, argument, value, *dims)
+    check_dtype(op, argument, value, FLOAT_DTYPES)
+    if value.dim() == 0:
+        fail(ValueError, op, argument, "have at least 1 dimension", describe(value))
+
+
 def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
     """Requires the device of ``like``."""
     if value.device != like.device:
         fail(ValueError, op, argument, f"be on {like.device}", value.device)
 
 
-def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> None:
-    """Requires an int in [low, high]; bools are refused."""
-    if type(value) is not int and (
-        isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))
-    ):
-        fail(TypeError, op, argument, "be an int", describe(value))
-    if value < low or (high is not None and value > high):
+def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> int:
+    """Requires an integer in [low, high], and returns it as an int.
+
+    Whatever `operator.index` takes is one, NumPy's integers included; bools are refused, and so are
+    tensors, whose value may be on a device.
+    """
+    number: int = value if type(value) is int else _index(op, argument, value)
+    if number < low or (high is not None and number > high):
         rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
-        fail(ValueError, op, argument, rule, value)
+        fail(ValueError, op, argument, rule, number)
+    return number
+
+
+def _index(op: str, argument: str, value: Any) -> int:
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)):
+        fail(TypeError, op, argument, "be an int", describe(value))
+    try:
+        return operator.index(value)
+    except TypeError:
+        fail(TypeError, op, argument, "be an int", describe(value))
+
+
+def check_ids(op: str, argument: str, ids: Any, low: int, high: int) -> None:
+    """Requires an integer tensor with values in [low, high], which are looked at on the CPU."""
+    check_tensor(op, argument, ids)
+    check_dtype(op, argument, ids, INT_DTYPES)
+    check_ends(op, argument, ids, low, high)
+
+
+def check_ends(op: str, argument: str, ids: Tensor, low: int, high: int) -> None:
+    """Requires whole values in [low, high], where looking costs no wait for a device."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+        for end in ids.aminmax():
+            check_int(op, argument, int(end), low, high)
+
+
+def check_divides(op: str, argument: str, value: Any, total: int, what: str) -> int:
+    """Requires a positive divisor of ``total``, which is ``what``, and returns it as an int."""
+    number = check_int(op, argument, value, 1)
+    if total % number != 0:
+        fail(ValueError, op, argument, f"divide the {what} {total}", number)
+    return number
 
 
 def check_float(
@@ -97,6 +145,31 @@ def check_float(
         fail(ValueError, op, argument, rule, value)
     if isinstance(value, int) and abs(value) > _FLOAT_MAX:
         fail(ValueError, op, argument, "be a number that a float can hold", value)
+
+
+def check_number(
+    op: str,
+    argument: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Requires a finite number in [low, high] and in (above, below), and returns it."""
+    check_float(op, argument, value)
+    if not (low <= value <= high and above < value < below):
+        rule = _range_rule(low, high, above, below) if abs(value) < math.inf else "be finite"
+        fail(ValueError, op, argument, rule, value)
+    return value  # type: ignore[no-any-return]
+
+
+def _range_rule(low: float, high: float, above: float, below: float) -> str:
+    if min(high, below) < math.inf:
+        left = f"({above}" if above >= low else f"[{low}"
+        return f"be in {left}, " + (f"{below})" if below <= high else f"{high}]")
+    return f"be above {above}" if above >= low else f"be at least {low}"
 
 
 def check_flag(op: str, argument: str, value: Any) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmoe_route._arguments import check_choice, fail
-from fastmoe_route.moe_mlp import GATED_ACTIVATIONS
+from fastmoe_route._arguments import check_choice, check_shape, check_tensor, fail
+from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 
 # The names of gate, up and down projection of a single expert.
 PER_EXPERT = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}
@@ -41,22 +41,38 @@ def read_weights(
     is_concatenated: bool,
 ) -> Weights:
     """Weights from a transformers module, or from tensors by name; see `MoE.from_experts`."""
-    if isinstance(source, nn.Module):
-        if not hasattr(source, "down_proj") or not hasattr(source, "is_transposed"):
-            rule = "be an experts module of transformers 5 or a mapping of tensors"
-            fail(TypeError, "from_experts", "source", rule, type(source).__name__)
-        from fastmoe_route.integrations.transformers.experts import activation_of
+    if isinstance(source, Mapping):
+        activation = "swiglu" if activation is None else activation
+        check_choice("from_experts", "activation", activation, ACTIVATIONS)
+        for name, value in source.items():
+            check_tensor("from_experts", f"source[{name!r}]", value)
+        if any(re.fullmatch(r"\d+\..*", name) for name in source):
+            return _checked(_read_per_expert(source, activation))
+        return _checked(_read_stacked(source, activation, is_transposed, is_concatenated))
+    if not hasattr(source, "down_proj") or not hasattr(source, "is_transposed"):
+        rule = "be an experts module of transformers 5 or a mapping of tensors"
+        fail(TypeError, "from_experts", "source", rule, type(source).__name__)
+    from fastmoe_route.integrations.transformers.experts import activation_of
 
-        own, interleaved = activation_of(source)
-        if own == "":
-            rule = "compute an activation of moe_mlp"
-            fail(ValueError, "from_experts", "source", rule, f"{type(source).__name__}'s own")
-        tensors = {name: value.detach() for name, value in source.named_parameters()}
-        return _read_stacked(tensors, own, bool(source.is_transposed), not interleaved)
-    activation = "swiglu" if activation is None else activation
-    if any(re.fullmatch(r"\d+\..*", name) for name in source):
-        return _read_per_expert(source, activation)
-    return _read_stacked(source, activation, is_transposed, is_concatenated)
+    own, interleaved = activation_of(source)
+    if own == "":
+        rule = "compute an activation of moe_mlp"
+        fail(ValueError, "from_experts", "source", rule, f"{type(source).__name__}'s own")
+    tensors = {name: value.detach() for name, value in source.named_parameters()}
+    return _read_stacked(tensors, own, bool(source.is_transposed), not interleaved)
+
+
+def _checked(weights: Weights) -> Weights:
+    """Weights whose shapes fit together: the down projection says what the others have to be."""
+    num_experts, hidden, width = weights.w_down.shape
+    up = width * (2 if weights.activation in GATED_ACTIVATIONS else 1)
+    check_shape("from_experts", "up projection", weights.w_up, (num_experts, up, hidden))
+    if weights.bias_up is not None:
+        check_shape("from_experts", "bias of the up projection", weights.bias_up, (num_experts, up))
+    if weights.bias_down is not None:
+        bias = weights.bias_down
+        check_shape("from_experts", "bias of the down projection", bias, (num_experts, hidden))
+    return weights
 
 
 def _read_stacked(
@@ -68,6 +84,8 @@ def _read_stacked(
             rule = f"hold {name} for {activation}"
             fail(ValueError, "from_experts", "source", rule, ", ".join(sorted(tensors)[:8]))
     w_up, w_down = tensors[up_name], tensors["down_proj"]
+    check_tensor("from_experts", up_name, w_up, 3)
+    check_tensor("from_experts", "down_proj", w_down, 3)
     if is_transposed:
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     bias_up, bias_down = tensors.get(f"{up_name}_bias"), tensors.get("down_proj_bias")
@@ -100,8 +118,13 @@ def _read_per_expert(tensors: Mapping[str, Tensor], activation: str) -> Weights:
             missing = next((key for key in keys if key not in tensors), None)
             if missing is not None:
                 fail(ValueError, "from_experts", "source", f"hold {missing}", "none")
+            for key in keys:
+                check_tensor("from_experts", key, tensors[key], 2)
+                check_shape("from_experts", key, tensors[key], tensors[keys[0]].shape)
             stacks.append(torch.stack([tensors[key] for key in keys]))
-        return Weights(torch.cat(stacks[:-1], dim=1), stacks[-1], activation)
+        *ups, w_down = stacks
+        check_shape("from_experts", f"0.{up}.weight", ups[-1][0], ups[0][0].shape)
+        return Weights(torch.cat(ups, dim=1), w_down, activation)
     known = ", ".join(f"{{e}}.{names[2]}.weight" for names in PER_EXPERT.values())
     fail(ValueError, "from_experts", "source", f"hold one of {known}", sorted(tensors)[:4])
 

@@ -112,12 +112,13 @@ class MixtureOfShards(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        counts = {"num_modules": num_modules, "rank": rank, "num_shards": num_shards}
-        for name, count in {**counts, "pool_size": pool_size}.items():
-            check_int("mixture_of_shards", name, count, 1)
-        check_int("mixture_of_shards", "num_private", num_private, 0, rank)
+        num_modules = check_int("mixture_of_shards", "num_modules", num_modules, 1)
+        rank = check_int("mixture_of_shards", "rank", rank, 1)
+        num_shards = check_int("mixture_of_shards", "num_shards", num_shards, 1)
+        pool_size = check_int("mixture_of_shards", "pool_size", pool_size, 1)
+        num_private = check_int("mixture_of_shards", "num_private", num_private, 0, rank)
         for name, size in (("hidden_size", hidden_size), ("out_size", out_size)):
-            if size % num_shards:
+            if check_int("mixture_of_shards", name, size, 1) % num_shards:
                 rule = f"be a multiple of num_shards {num_shards}"
                 fail(ValueError, "mixture_of_shards", name, rule, size)
         private = num_modules * num_private * num_shards

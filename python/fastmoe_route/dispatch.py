@@ -68,11 +68,11 @@ def expert_capacity(
     >>> expert_capacity(100, 8, 2, 1.25)
     32
     """
-    check_int("expert_capacity", "num_tokens", num_tokens, 0)
-    check_int("expert_capacity", "num_experts", num_experts, 1)
-    check_int("expert_capacity", "top_k", top_k, 0)
-    check_int("expert_capacity", "min_capacity", min_capacity, 1)
-    check_int("expert_capacity", "multiple_of", multiple_of, 1)
+    num_tokens = check_int("expert_capacity", "num_tokens", num_tokens, 0)
+    num_experts = check_int("expert_capacity", "num_experts", num_experts, 1)
+    top_k = check_int("expert_capacity", "top_k", top_k, 0)
+    min_capacity = check_int("expert_capacity", "min_capacity", min_capacity, 1)
+    multiple_of = check_int("expert_capacity", "multiple_of", multiple_of, 1)
     check_float("expert_capacity", "factor", factor, "be finite and at least 0")
     if not 0 <= factor < math.inf:
         fail(ValueError, "expert_capacity", "factor", "be finite and at least 0", factor)
@@ -140,22 +140,22 @@ def plan_dispatch(
     check_tensor("plan_dispatch", "experts", experts, 2)
     if experts.dtype not in _ID_DTYPES:
         check_dtype("plan_dispatch", "experts", experts, _ID_DTYPES)
-    check_int("plan_dispatch", "num_experts", num_experts, 1, _MAX_EXPERTS)
+    num_experts = check_int("plan_dispatch", "num_experts", num_experts, 1, _MAX_EXPERTS)
     if capacity is not None:
-        check_int("plan_dispatch", "capacity", capacity, 1)
+        capacity = check_int("plan_dispatch", "capacity", capacity, 1)
         capacity = at_most_int64(capacity)
     if max_rows is not None:
-        check_int("plan_dispatch", "max_rows", max_rows, 0)
+        max_rows = check_int("plan_dispatch", "max_rows", max_rows, 0)
         max_rows = at_most_int64(max_rows)
     if type(align) is not int or align != 1:
-        check_int("plan_dispatch", "align", align, 1, _INT32_LIMIT - 1)
+        align = check_int("plan_dispatch", "align", align, 1, _INT32_LIMIT - 1)
     policy = 0
     if drop_policy != "position":
         policy = check_choice("plan_dispatch", "drop_policy", drop_policy, _DROP_POLICIES)
     if policy or weights is not None:
         weights = _score_weights(experts, weights)
     if scope_ids is not None or type(num_scopes) is not int or num_scopes != 1:
-        _check_scopes(experts, scope_ids, num_scopes)
+        num_scopes = _check_scopes(experts, scope_ids, num_scopes)
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
     return DispatchPlan(
@@ -185,13 +185,14 @@ def _score_weights(experts: Tensor, weights: Tensor | None) -> Tensor:
     return weights.detach()
 
 
-def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) -> None:
-    check_int("plan_dispatch", "num_scopes", num_scopes, 1, _INT32_LIMIT)
+def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) -> int:
+    num_scopes = check_int("plan_dispatch", "num_scopes", num_scopes, 1, _INT32_LIMIT)
     if scope_ids is not None:
         check_tensor("plan_dispatch", "scope_ids", scope_ids, 1)
         check_shape("plan_dispatch", "scope_ids", scope_ids, experts.shape[:1])
         check_dtype("plan_dispatch", "scope_ids", scope_ids, (torch.int32,))
         check_device("plan_dispatch", "scope_ids", scope_ids, experts)
+    return num_scopes
 
 
 @torch.library.register_fake("fastmoe_route::plan_dispatch")

@@ -55,8 +55,8 @@ def expert_choice(
     """
     check_tensor("expert_choice", "scores", scores, 2)
     check_dtype("expert_choice", "scores", scores, FLOAT_DTYPES)
-    check_int("expert_choice", "capacity", capacity, 1)
-    check_int("expert_choice", "num_scopes", num_scopes, 1, 2**31 - 1)
+    capacity = check_int("expert_choice", "capacity", capacity, 1)
+    num_scopes = check_int("expert_choice", "num_scopes", num_scopes, 1, 2**31 - 1)
     if scope_ids is not None:
         check_tensor("expert_choice", "scope_ids", scope_ids)
         check_dtype("expert_choice", "scope_ids", scope_ids, (torch.int32,))

@@ -110,8 +110,8 @@ def gate(
         >>> routing.experts, routing.weights
         (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
-    num_experts = _num_experts(logits, num_null)
-    check_int("gate", "top_k", top_k, 1, num_experts)
+    num_experts, num_null = _num_experts(logits, num_null)
+    top_k = check_int("gate", "top_k", top_k, 1, num_experts)
     score_code = check_choice("gate", "score", score, SCORES)
     if normalize is not True and normalize is not False:
         check_flag("gate", "normalize", normalize)
@@ -127,17 +127,18 @@ def gate(
     ):
         over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
         group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
+        groups = (1, 0, 0)
         if num_groups != 1 or topk_groups is not None or max_per_group is not None:
-            _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
-        check_int("gate", "min_k", min_k, 0, top_k)
+            groups = _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
+        min_k = check_int("gate", "min_k", min_k, 0, top_k)
         check_flag("gate", "stats", stats)
         check_flag("gate", "keep_scores", keep_scores)
         if noise is not None:
             check_tensor("gate", "noise", noise, 2)
         arguments += (
-            *(_per_column("bias", bias, logits), num_groups, topk_groups or 0, group_code),
+            *(_per_column("bias", bias, logits), *groups[:2], group_code),
             *(_per_column("mask", mask, logits, torch.bool), _per_column("noise", noise, logits)),
-            *(over_group, min(max_per_group or 0, num_experts)),
+            *(over_group, min(groups[2], num_experts)),
             *_stop_rule("top_p", top_p, logits),
             *_stop_rule("threshold", threshold, logits),
             *(min_k, _per_token_count(k_per_token, logits), num_null),
@@ -157,18 +158,18 @@ def gate(
     )
 
 
-def _num_experts(logits: Tensor, num_null: int) -> int:
+def _num_experts(logits: Tensor, num_null: int) -> tuple[int, int]:
     if not isinstance(logits, Tensor) or logits.layout is not torch.strided or logits.dim() != 2:
         check_tensor("gate", "logits", logits, 2)
     if logits.dtype not in FLOAT_DTYPES:
         check_dtype("gate", "logits", logits, FLOAT_DTYPES)
     num_columns = logits.shape[1]
     if num_null != 0:
-        check_int("gate", "num_null", num_null, 0, num_columns - 1)
+        num_null = check_int("gate", "num_null", num_null, 0, num_columns - 1)
     num_experts = num_columns - num_null
     if num_experts < 1 or num_experts > MAX_EXPERTS:
         fail(ValueError, "gate", "logits", f"have 1 to {MAX_EXPERTS} experts", describe(logits))
-    return num_experts
+    return num_experts, num_null
 
 
 def _check_groups(
@@ -177,17 +178,19 @@ def _check_groups(
     topk_groups: int | None,
     max_per_group: int | None,
     num_null: int,
-) -> None:
-    check_int("gate", "num_groups", num_groups, 1)
+) -> tuple[int, int, int]:
+    """`num_groups`, `topk_groups` and `max_per_group` as the op takes them, 0 for None."""
+    num_groups = check_int("gate", "num_groups", num_groups, 1)
     if num_experts % num_groups != 0:
         rule = f"divide the number of experts {num_experts}"
         fail(ValueError, "gate", "num_groups", rule, num_groups)
     if num_null > 0 and (num_groups > 1 or max_per_group is not None):
         fail(ValueError, "gate", "num_null", "be 0 with groups", num_null)
     if topk_groups is not None:
-        check_int("gate", "topk_groups", topk_groups, 1, num_groups)
+        topk_groups = check_int("gate", "topk_groups", topk_groups, 1, num_groups)
     if max_per_group is not None:
-        check_int("gate", "max_per_group", max_per_group, 1)
+        max_per_group = check_int("gate", "max_per_group", max_per_group, 1)
+    return num_groups, topk_groups or 0, max_per_group or 0
 
 
 def _per_column(

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoe_route._arguments import check_float, check_shape, check_tensor, describe, fail
+from fastmoe_route._arguments import (
+    FLOAT_DTYPES,
+    autocast_dtype,
+    check_dtype,
+    check_float,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
+from fastmoe_route.moe_mlp import check_plan, check_routing
 from fastmoe_route.results import DispatchPlan, Routing
 
 
@@ -50,18 +60,22 @@ def lora_grouped_mm(
                 [70.]])
     """
     check_tensor("lora_grouped_mm", "x", x, 2)
-    check_tensor("lora_grouped_mm", "lora_a", lora_a, 3)
-    check_tensor("lora_grouped_mm", "lora_b", lora_b, 3)
+    check_dtype("lora_grouped_mm", "x", x, FLOAT_DTYPES)
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        check_tensor("lora_grouped_mm", name, value, 3)
+        if value.dtype != x.dtype and autocast_dtype(x) is None:
+            rule = f"have the dtype of x, {str(x.dtype).removeprefix('torch.')}"
+            fail(TypeError, "lora_grouped_mm", name, rule, describe(value))
     check_shape("lora_grouped_mm", "lora_a", lora_a, (-1, x.shape[1], -1))
     check_shape("lora_grouped_mm", "lora_b", lora_b, (lora_a.shape[0], lora_a.shape[2], -1))
-    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
-        rule = "be a Routing or a pair (experts, weights)"
-        fail(TypeError, "lora_grouped_mm", "routing", rule, describe(routing))
+    check_routing("lora_grouped_mm", x, routing)
     if scaling != 1.0:
         check_float("lora_grouped_mm", "scaling", scaling)
     experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, lora_a.shape[0])
+    else:
+        check_plan("lora_grouped_mm", x, plan, lora_a.shape[0], experts.shape[1])
     inner = grouped_mm(permute(x, plan), lora_a, plan.offsets)
     outer = grouped_mm(inner, lora_b, plan.offsets)
     return unpermute(outer, plan, weights * scaling if scaling != 1.0 else weights)

@@ -108,13 +108,13 @@ def moe_mlp(
         bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
     is_gated = code < len(GATED_ACTIVATIONS)
     if not _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated):
-        _check_routing(x, routing)
+        check_routing("moe_mlp", x, routing)
         _check_weights(x, w_up, w_down, bias_up, bias_down, is_gated)
     experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, w_up.shape[0])
     elif not _fits_plan(x, plan, w_up.shape[0], weights.shape[1]):
-        _check_plan(x, plan, w_up.shape[0], weights.shape[1])
+        check_plan("moe_mlp", x, plan, w_up.shape[0], weights.shape[1])
     weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     tensors = (x, weights, w_up, w_down, bias_up, bias_down)
     y: Tensor
@@ -188,20 +188,21 @@ def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
     )
 
 
-def _check_routing(x: Tensor, routing: Any) -> None:
+def check_routing(op: str, x: Tensor, routing: Any) -> None:
+    """Requires a `Routing`, or experts and weights, of the tokens `x`."""
     if not isinstance(routing, (tuple, list)) or len(routing) < 2:
         rule, kind = "be a Routing or a pair (experts, weights)", type(routing).__name__
         got = f"{kind} of {len(routing)}" if isinstance(routing, (tuple, list)) else kind
-        fail(TypeError, "moe_mlp", "routing", rule, got)
+        fail(TypeError, op, "routing", rule, got)
     experts, weights = routing[0], routing[1]
-    check_tensor("moe_mlp", "experts", experts, 2)
-    check_dtype("moe_mlp", "experts", experts, (torch.int32, torch.int64))
-    check_shape("moe_mlp", "experts", experts, (x.shape[0], -1))
-    check_device("moe_mlp", "experts", experts, x)
-    check_tensor("moe_mlp", "weights", weights, 2)
-    check_dtype("moe_mlp", "weights", weights, FLOAT_DTYPES)
-    check_shape("moe_mlp", "weights", weights, experts.shape)
-    check_device("moe_mlp", "weights", weights, x)
+    check_tensor(op, "experts", experts, 2)
+    check_dtype(op, "experts", experts, (torch.int32, torch.int64))
+    check_shape(op, "experts", experts, (x.shape[0], -1))
+    check_device(op, "experts", experts, x)
+    check_tensor(op, "weights", weights, 2)
+    check_dtype(op, "weights", weights, FLOAT_DTYPES)
+    check_shape(op, "weights", weights, experts.shape)
+    check_device(op, "weights", weights, x)
 
 
 def _check_weights(
@@ -238,19 +239,20 @@ def _check_weights(
         check_device("moe_mlp", name, value, x)
 
 
-def _check_plan(x: Tensor, plan: DispatchPlan, num_experts: int, top_k: int) -> None:
+def check_plan(op: str, x: Tensor, plan: Any, num_experts: int, top_k: int) -> None:
+    """Requires a `DispatchPlan` of these sizes."""
     if not isinstance(plan, tuple) or len(plan) < 3:
-        fail(TypeError, "moe_mlp", "plan", "be a DispatchPlan", describe(plan))
+        fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
     wanted = (
         ("plan.offsets", plan[0], (num_experts + 1,)),
         ("plan.row_to_slot", plan[1], (-1,)),
         ("plan.slot_to_row", plan[2], (x.shape[0], top_k)),
     )
     for name, value, shape in wanted:
-        check_tensor("moe_mlp", name, value)
-        check_dtype("moe_mlp", name, value, (torch.int32,))
-        check_shape("moe_mlp", name, value, shape)
-        check_device("moe_mlp", name, value, x)
+        check_tensor(op, name, value)
+        check_dtype(op, name, value, (torch.int32,))
+        check_shape(op, name, value, shape)
+        check_device(op, name, value, x)
 
 
 @torch.library.register_fake("fastmoe_route::moe_mlp")

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from fastmoe_route import routers
 from fastmoe_route._arguments import (
+    autocast_dtype,
     check_choice,
+    check_flag,
     check_float,
     check_int,
     check_shape,
@@ -81,14 +83,17 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("Experts", "hidden_size", hidden_size, 1)
-        check_int("Experts", "intermediate_size", intermediate_size, 1)
-        check_int("Experts", "num_experts", num_experts, 1)
+        hidden_size = check_int("Experts", "hidden_size", hidden_size, 1)
+        intermediate_size = check_int("Experts", "intermediate_size", intermediate_size, 1)
+        num_experts = check_int("Experts", "num_experts", num_experts, 1)
         check_choice("Experts", "activation", activation, ACTIVATIONS)
         if init_std is not None:
             check_float("Experts", "init_std", init_std, kind="a number or None")
             if not 0 <= init_std < float("inf"):
                 fail(ValueError, "Experts", "init_std", "be finite and at least 0", init_std)
+        check_flag("Experts", "bias", bias)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            fail(TypeError, "Experts", "dtype", "be a floating-point dtype or None", repr(dtype))
         self.activation = activation
         self.init_std = init_std
         up = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)
@@ -191,8 +196,8 @@ class MoE(nn.Module):
         router: the `Router`.
         experts: the `Experts`.
         shared: the shared `Experts`, as one, or None.
-        aux_loss: the sum of the auxiliary losses of the last training call, with its gradient;
-            None before. `fastmoe_route.nn.aux_loss(model)` adds them up.
+        aux_loss: the sum of the auxiliary losses of the last training call, with its gradient, 0
+            if the router has none; None before. `fastmoe_route.nn.aux_loss(model)` adds them up.
         stats: the `MoEStats` of that call, or None.
 
     Raises:
@@ -229,7 +234,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("MoE", "num_shared_experts", num_shared_experts, 0)
+        num_shared_experts = check_int("MoE", "num_shared_experts", num_shared_experts, 0)
+        check_flag("MoE", "shared_gate", shared_gate)
         if shared_gate and num_shared_experts == 0:
             fail(ValueError, "MoE", "shared_gate", "be False without shared experts", shared_gate)
         common: dict[str, Any] = {
@@ -240,6 +246,9 @@ class MoE(nn.Module):
             "dtype": dtype,
         }
         self.experts = Experts(hidden_size, intermediate_size, num_experts, **common)
+        if router_options is not None and not isinstance(router_options, Mapping):
+            rule = "be a mapping of arguments of the router"
+            fail(TypeError, "MoE", "router_options", rule, repr(router_options))
         options = dict(router_options or {})
         for name, factor in (
             ("capacity_factor", capacity_factor),
@@ -251,7 +260,7 @@ class MoE(nn.Module):
         self.shared: Experts | None = None
         self.shared_gate: nn.Linear | None = None
         if num_shared_experts:
-            width = num_shared_experts * intermediate_size
+            width = num_shared_experts * self.experts.w_down.shape[2]
             self.shared = Experts(hidden_size, width, 1, **common)
             if shared_gate:
                 self.shared_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
@@ -284,7 +293,7 @@ class MoE(nn.Module):
             y = y + self.apply_shared(flat)
         if self.training:
             self.record(routed)
-        y = y.view(*x.shape[:-1], hidden)
+        y = y.to(autocast_dtype(x) or x.dtype).view(*x.shape[:-1], hidden)
         return (y, routed) if return_routed else y
 
     @staticmethod
@@ -306,7 +315,7 @@ class MoE(nn.Module):
     def record(self, routed: Routed) -> None:
         """Keeps the losses and statistics of a training call."""
         losses = routed.losses
-        self.aux_loss = routed.aux_loss if losses else None
+        self.aux_loss = routed.aux_loss
         self.stats = MoEStats(
             routed.routing.demand,
             None if routed.plan is None else routed.plan.dropped,
@@ -470,7 +479,8 @@ def _router(
         rule = "be a name, a fastmoe_route.routers.Router, or a function of hidden states"
         fail(TypeError, "MoE", "router", rule, type(router).__name__)
     if not isinstance(router, Router):
-        router = _OwnRouter(hidden_size, num_experts, top_k or num_experts, router)
+        most = num_experts if top_k is None else top_k
+        router = _OwnRouter(hidden_size, num_experts, most, router)
     if options:
         rule = f"be None beside a router that is made already; give it {min(options)} there"
         fail(ValueError, "MoE", "router_options", rule, options)

@@ -118,14 +118,14 @@ def reroute(
     [[1], [2], [0]]
     """
     experts, weights = _candidates(routing)
-    check_int("reroute", "num_experts", num_experts, 1, _MAX_EXPERTS)
-    check_int("reroute", "top_k", top_k, 0, experts.shape[1])
-    check_int("reroute", "capacity", capacity, 1)
+    num_experts = check_int("reroute", "num_experts", num_experts, 1, _MAX_EXPERTS)
+    top_k = check_int("reroute", "top_k", top_k, 0, experts.shape[1])
+    capacity = check_int("reroute", "capacity", capacity, 1)
     overflow_code = check_choice("reroute", "overflow", overflow, _OVERFLOW)
     if fill not in _FILL:
         fail(ValueError, "reroute", "fill", "be None, 'turned_away' or 'any'", repr(fill))
     policy = check_choice("reroute", "drop_policy", drop_policy, _DROP_POLICIES)
-    check_int("reroute", "num_scopes", num_scopes, 1, _INT32_LIMIT)
+    num_scopes = check_int("reroute", "num_scopes", num_scopes, 1, _INT32_LIMIT)
     _check_ids("scope_ids", scope_ids, experts.shape[0], experts)
     if overflow == "local" and (rank_of_expert is None or rank_of_token is None):
         name = "rank_of_expert" if rank_of_expert is None else "rank_of_token"
@@ -354,7 +354,8 @@ def drop_counts(
     check_dtype("drop_counts", "experts", experts, _ID_DTYPES)
     check_shape("drop_counts", "experts", experts, plan.slot_to_row.shape)
     num_experts = plan.kept.shape[0]
-    check_int("drop_counts", "num_scopes", num_scopes, 1, (_INT32_LIMIT - 1) // num_experts)
+    most = (_INT32_LIMIT - 1) // num_experts
+    num_scopes = check_int("drop_counts", "num_scopes", num_scopes, 1, most)
     counts = num_scopes * num_experts
     is_slot = (experts >= 0) & (experts < num_experts)
     bins = experts.long()

@@ -65,7 +65,7 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
     if x.dtype not in FLOAT_DTYPES:
         check_dtype("softmax", "x", x, FLOAT_DTYPES)
     num_dims = x.dim() or 1
-    check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
+    dim = check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
     method_idx = check_choice("softmax", "method", method, _METHODS)
     if out is not None:
         return _softmax_into(x, dim, method_idx, out)
@@ -169,7 +169,7 @@ def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x.dim() == 0:
         fail(ValueError, "softmax_topk", "x", "have at least 1 dimension", describe(x))
     columns = x.shape[-1]
-    check_int("softmax_topk", "k", k, 1, min(columns, _MAX_K))
+    k = check_int("softmax_topk", "k", k, 1, min(columns, _MAX_K))
     rows = x if x.dim() == 2 else x.reshape(-1, columns)
     if needs_grad(x):
         values, _, indices = _ops.softmax_topk(rows, k)

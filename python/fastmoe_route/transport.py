@@ -102,7 +102,7 @@ def transport(
     check_tensor("transport", "scores", scores, 2)
     check_dtype("transport", "scores", scores, FLOAT_DTYPES)
     code = check_choice("transport", "method", method, METHODS)
-    check_int("transport", "iters", iters, 1, 2**31 - 1)
+    iters = check_int("transport", "iters", iters, 1, 2**31 - 1)
     num_tokens, num_experts = scores.shape
     if num_experts < 1:
         fail(ValueError, "transport", "scores", "have at least 1 expert", num_experts)
@@ -113,7 +113,7 @@ def transport(
             fail(ValueError, "transport", argument, "be positive", value)
     choices = {"bip": ("top_k", top_k), "ksparse": ("k", k)}
     argument, slots = choices.get(method, ("top_k", 1))
-    check_int("transport", argument, slots, 1, num_experts)
+    slots = check_int("transport", argument, slots, 1, num_experts)
     if marginal is not None:
         if method != "sinkhorn":
             fail(ValueError, "transport", "marginal", f"be None for {method}", "a tensor")
@@ -127,7 +127,7 @@ def transport(
         check_shape("transport", "scope_ids", scope_ids, (num_tokens,))
         check_device("transport", "scope_ids", scope_ids, scores)
     if num_scopes is not None:
-        check_int("transport", "num_scopes", num_scopes, 1)
+        num_scopes = check_int("transport", "num_scopes", num_scopes, 1)
         if scope_ids is None and num_scopes != 1:
             fail(ValueError, "transport", "scope_ids", "be given with num_scopes", None)
     if not (method == "sinkhorn" and needs_grad(scores)):

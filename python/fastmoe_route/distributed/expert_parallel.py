@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmoe_route._arguments import check_shape, check_tensor, fail
+from fastmoe_route._arguments import check_float, check_int, check_shape, check_tensor, fail
 from fastmoe_route.distributed.exchange import named
 from fastmoe_route.distributed.placement import Placement
 from fastmoe_route.distributed.sharding import Shards, Volume, run_sharded
@@ -78,9 +78,11 @@ class ExpertParallel(nn.Module):
             )
         if not isinstance(layer, MoE):
             fail(TypeError, "ExpertParallel", "layer", "be a fastmoe_route.nn.MoE", type(layer))
-        if rank_capacity_factor is not None and not 0 < rank_capacity_factor < float("inf"):
-            rule = "be positive or None"
-            fail(ValueError, "ExpertParallel", "rank_capacity_factor", rule, rank_capacity_factor)
+        if rank_capacity_factor is not None:
+            name, rule = "rank_capacity_factor", "be positive or None"
+            check_float("ExpertParallel", name, rank_capacity_factor, rule, "a number or None")
+            if not 0 < rank_capacity_factor < float("inf"):
+                fail(ValueError, "ExpertParallel", name, rule, rank_capacity_factor)
         self.group = process_group
         self.rank_capacity_factor = rank_capacity_factor
         self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -248,7 +250,12 @@ def _check_placement(
         return [e // share for e in range(num_experts)]
     if isinstance(placement, Placement):
         placement = placement.rank_of_expert
-    ranks = [int(rank) for rank in placement]
+    if isinstance(placement, Tensor):
+        placement = placement.tolist()
+    if not isinstance(placement, Sequence) or isinstance(placement, str):
+        rule = "be a Placement or a sequence of ranks"
+        fail(TypeError, "ExpertParallel", "placement", rule, repr(placement))
+    ranks = [check_int("ExpertParallel", "placement", rank, -(2**63)) for rank in placement]
     if len(ranks) != num_experts:
         rule = f"name a rank for each of {num_experts} experts"
         fail(ValueError, "ExpertParallel", "placement", rule, f"{len(ranks)} ranks")

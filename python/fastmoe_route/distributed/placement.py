@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     check_dtype,
     check_int,
+    check_number,
     check_shape,
     check_tensor,
     describe,
@@ -84,7 +85,12 @@ def plan_placement(
     >>> plan.rows_moved_before, plan.rows_moved
     (32, 16)
     """
-    trace = _check(experts, num_experts, num_ranks, sources, traffic_weight)
+    num_experts = check_int("plan_placement", "num_experts", num_experts, 1)
+    num_ranks = check_int("plan_placement", "num_ranks", num_ranks, 1)
+    max_pairs = check_int("plan_placement", "max_pairs", max_pairs, 0)
+    check_number("plan_placement", "traffic_weight", traffic_weight, 0, 1)
+    check_number("plan_placement", "time_limit", time_limit, above=0)
+    trace = _check(experts, num_experts, num_ranks, sources)
     default = tuple(e // (num_experts // num_ranks) for e in range(num_experts))
     before = _cost(trace, sources, default, num_experts, num_ranks)
     chosen, is_optimal = default, True
@@ -98,18 +104,12 @@ def plan_placement(
     return Placement(chosen, after[0], after[1], before[0], before[1], is_optimal)
 
 
-def _check(
-    experts: Any, num_experts: int, num_ranks: int, sources: Any, traffic_weight: float
-) -> Tensor:
+def _check(experts: Any, num_experts: int, num_ranks: int, sources: Any) -> Tensor:
     check_tensor("plan_placement", "experts", experts, 2)
     check_dtype("plan_placement", "experts", experts, (torch.int32, torch.int64))
-    check_int("plan_placement", "num_experts", num_experts, 1)
-    check_int("plan_placement", "num_ranks", num_ranks, 1)
     if num_experts % num_ranks != 0:
         rule = f"be a multiple of num_ranks {num_ranks}"
         fail(ValueError, "plan_placement", "num_experts", rule, num_experts)
-    if not 0 <= traffic_weight <= 1:
-        fail(ValueError, "plan_placement", "traffic_weight", "be in [0, 1]", traffic_weight)
     trace: Tensor = experts.detach().long().cpu()
     if trace.numel() and not -1 <= int(trace.min()) <= int(trace.max()) < num_experts:
         rule = f"be in [-1, {num_experts})"

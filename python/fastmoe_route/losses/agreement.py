@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoe_route._arguments import check_shape, check_tensor, fail
-from fastmoe_route.losses._statistics import probabilities
+from fastmoe_route._arguments import check_ids, check_number, check_shape, check_tensor, fail
+from fastmoe_route.losses._statistics import check_routing, probabilities
 from fastmoe_route.results import Routing
 
 
@@ -26,7 +26,7 @@ def imitation(logits: Tensor, experts: Tensor) -> Tensor:
     Returns:
         The mean over tokens with an expert, differentiable in `logits`; 0 if there are none.
     """
-    labels = _labels("imitation", logits, experts)
+    labels = _labels("imitation", logits, "experts", experts)
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
@@ -44,16 +44,21 @@ def focal(logits: Tensor, labels: Tensor, *, gamma: float = 2.0) -> Tensor:
     Returns:
         The mean over labelled rows, differentiable in `logits`.
     """
-    labels = _labels("focal", logits, labels)
+    check_number("focal", "gamma", gamma, 0)
+    labels = _labels("focal", logits, "labels", labels)
     log_p = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    each = -((-log_p.expm1()).clamp(min=0).pow(gamma)) * log_p
+    # At p = 1 a power below 1 has no derivative; the product has, and it is 0.
+    others = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)
+    each = -others.pow(gamma) * log_p
     return each.masked_fill(labels < 0, 0.0).sum() / (labels >= 0).sum().clamp(min=1)
 
 
-def _labels(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
+def _labels(loss: str, logits: Tensor, argument: str, labels: Tensor) -> Tensor:
     check_tensor(loss, "logits", logits, 2)
+    check_tensor(loss, argument, labels)
     labels = labels.reshape(-1) if labels.dim() == 2 else labels
-    check_shape(loss, "labels", labels, logits.shape[:1])
+    check_shape(loss, argument, labels, logits.shape[:1])
+    check_ids(loss, argument, labels, -1, logits.shape[1] - 1)
     return labels.long()
 
 
@@ -106,6 +111,7 @@ def consistency(logits: Tensor, other: Tensor) -> Tensor:
         A scalar, differentiable in both; 0 where both passes agree.
     """
     check_tensor("consistency", "logits", logits, 2)
+    check_tensor("consistency", "other", other, 2)
     check_shape("consistency", "other", other, logits.shape)
     log_p, log_q = logits.log_softmax(1), other.log_softmax(1)
     each = (log_p.exp() - log_q.exp()) * (log_p - log_q)
@@ -127,8 +133,10 @@ def kl_diversity(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
     """
     if not isinstance(logits, (list, tuple)) or not logits:
         fail(ValueError, "kl_diversity", "logits", "be a non-empty list of tensors", logits)
-    if not temperature > 0:
-        fail(ValueError, "kl_diversity", "temperature", "be above 0", temperature)
+    check_number("kl_diversity", "temperature", temperature, above=0)
+    for each in logits:
+        check_tensor("kl_diversity", "logits", each, 2)
+        check_shape("kl_diversity", "logits", each, logits[0].shape)
     log_p = torch.stack([each / temperature for each in logits]).log_softmax(-1)
     log_mean = log_p.logsumexp(0) - log_p.new_tensor(len(logits)).log()
     return -(log_p.exp() * (log_p - log_mean)).sum() / max(log_p[..., 0].numel(), 1)
@@ -152,12 +160,16 @@ def contrastive(
         A scalar, differentiable in `x` and `prototypes`; 0 without a slot.
     """
     check_tensor("contrastive", "x", x, 2)
+    check_number("contrastive", "temperature", temperature, above=0)
+    check_routing("contrastive", routing)
+    check_shape("contrastive", "routing.experts", routing.experts, (x.shape[0], -1))
+    check_tensor("contrastive", "prototypes", prototypes, 2)
     num_experts = routing.demand.shape[0]
     check_shape("contrastive", "prototypes", prototypes, (num_experts, x.shape[1]))
     k = routing.experts.shape[1]
     used = (routing.experts >= 0).reshape(-1, 1)
     slots = routing.experts.clamp(min=0).flatten().long()
-    tokens = x.repeat_interleave(k, dim=0) * used
+    tokens = x.repeat_interleave(k, dim=0).masked_fill(~used, 0.0)
     sums = x.new_zeros(prototypes.shape).index_add(0, slots, tokens)
     has_tokens = routing.demand > 0
     cosines = F.normalize(sums, dim=1) @ F.normalize(prototypes, dim=1).T
@@ -178,6 +190,8 @@ def commitment(x: Tensor, codes: Tensor, *, beta: float = 0.25) -> Tensor:
     Returns:
         A scalar, differentiable in both.
     """
+    check_tensor("commitment", "x", x)
+    check_tensor("commitment", "codes", codes)
     check_shape("commitment", "codes", codes, x.shape)
     pull = (x.detach() - codes).square() + beta * (x - codes.detach()).square()
     return pull.sum() / max(x.numel(), 1)
@@ -194,4 +208,5 @@ def budget(cost: Tensor, target: float) -> Tensor:
         A scalar, differentiable in `cost`; 0 at the target.
     """
     check_tensor("budget", "cost", cost)
+    check_number("budget", "target", target)
     return (cost.mean() - target).square() if cost.numel() else cost.sum()

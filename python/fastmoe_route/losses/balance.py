@@ -7,8 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_choice, check_int, check_shape, check_tensor, fail
-from fastmoe_route.losses._statistics import routings, shares, statistic, surprise
+from fastmoe_route._arguments import (
+    check_choice,
+    check_ids,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
+from fastmoe_route.losses._statistics import check_routing, routings, shares, statistic, surprise
 from fastmoe_route.results import Routing
 
 
@@ -37,6 +45,7 @@ def load_balancing(routing: Routing, *, alpha: float = 1.0) -> Tensor:
     tensor(0.0100)
     """
     score_sum = statistic("load_balancing", routing, "score_sum")
+    check_number("load_balancing", "alpha", alpha)
     num_tokens, num_experts = routing.experts.shape[0], score_sum.shape[0]
     f = shares(routing.demand, score_sum.dtype)
     return alpha * num_experts * (f * score_sum).sum() / max(num_tokens, 1)
@@ -75,9 +84,11 @@ def cv_squared(values: Tensor) -> Tensor:
     check_tensor("cv_squared", "values", values, 1)
     if not values.is_floating_point():
         values = values.float()
-    mean = values.mean()
-    variance = (values - mean).square().mean()
-    return variance / mean.square().clamp(min=torch.finfo(values.dtype).tiny)
+    if values.numel() == 0:
+        return values.sum()
+    # Squares of the ratios: those of the values leave the range of floats long before these do.
+    ratios = values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+    return (ratios - ratios.mean()).square().mean()
 
 
 def importance(routing: Routing, *, of: str = "scores") -> Tensor:
@@ -97,6 +108,7 @@ def importance(routing: Routing, *, of: str = "scores") -> Tensor:
     """
     if check_choice("importance", "of", of, ("scores", "weights")) == 0:
         return cv_squared(statistic("importance", routing, "score_sum"))
+    check_routing("importance", routing)
     return cv_squared(_weight_sum(routing))
 
 
@@ -127,10 +139,10 @@ def smooth_load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: i
         ValueError: shapes differ, `top_k` is out of range or `noise_std` is not positive.
     """
     check_tensor("smooth_load", "logits", logits, 2)
+    check_tensor("smooth_load", "noisy_logits", noisy_logits, 2)
     check_shape("smooth_load", "noisy_logits", noisy_logits, logits.shape)
-    check_int("smooth_load", "top_k", top_k, 1, logits.shape[1])
-    if not noise_std > 0:
-        fail(ValueError, "smooth_load", "noise_std", "be above 0", noise_std)
+    top_k = check_int("smooth_load", "top_k", top_k, 1, logits.shape[1])
+    check_number("smooth_load", "noise_std", noise_std, above=0)
     threshold = noisy_logits.topk(top_k, dim=1).values[:, -1:]
     load = torch.special.ndtr((logits - threshold) / noise_std).sum(0)
     return cv_squared(load / max(logits.shape[0], 1))
@@ -155,7 +167,7 @@ def null_balancing(routing: Routing, num_null: int) -> Tensor:
     Raises:
         ValueError: the routing has no statistics, or `num_null` is below 1.
     """
-    check_int("null_balancing", "num_null", num_null, 1)
+    num_null = check_int("null_balancing", "num_null", num_null, 1)
     score_sum = statistic("null_balancing", routing, "score_sum")
     num_tokens, num_slots = max(routing.experts.shape[0], 1), max(routing.experts.numel(), 1)
     f = routing.demand.to(score_sum.dtype) / num_slots
@@ -176,6 +188,7 @@ def assigned_balance(routing: Routing) -> Tensor:
     Returns:
         A scalar, differentiable through `weights`; 0 where all experts have equally many slots.
     """
+    check_routing("assigned_balance", routing)
     n = routing.demand.to(routing.weights.dtype)
     mean = n.mean().clamp(min=torch.finfo(n.dtype).tiny)
     return ((n - mean) / mean * _weight_sum(routing)).sum()
@@ -219,8 +232,12 @@ def locality(routing: Routing, node_of_expert: Tensor, target: Tensor) -> Tensor
         ValueError: a shape does not fit, or the routing has no statistics.
     """
     score_sum = statistic("locality", routing, "score_sum")
-    check_shape("locality", "node_of_expert", node_of_expert, score_sum.shape)
     check_tensor("locality", "target", target, 1)
+    check_ids("locality", "node_of_expert", node_of_expert, 0, target.shape[0] - 1)
+    check_shape("locality", "node_of_expert", node_of_expert, score_sum.shape)
+    looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and not bool((target > 0).all()):
+        fail(ValueError, "locality", "target", "be positive", target.tolist())
     per_node = score_sum.new_zeros(target.shape[0]).index_add(0, node_of_expert.long(), score_sum)
     share = per_node / per_node.sum().clamp(min=torch.finfo(per_node.dtype).tiny)
     return -(surprise(share) + share * target.to(share.dtype).log()).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_shape, check_tensor, describe, fail
+from fastmoe_route._arguments import check_number, check_shape, check_tensor
 from fastmoe_route.methods import register
 
 
@@ -44,8 +44,7 @@ def expert_router_coupling(
     num_experts, hidden = router.shape
     check_tensor("expert_router_coupling", "w_up", w_up, 3)
     check_shape("expert_router_coupling", "w_up", w_up, (num_experts, hidden, -1))
-    if not alpha > 0:
-        fail(ValueError, "expert_router_coupling", "alpha", "be above 0", describe(alpha))
+    check_number("expert_router_coupling", "alpha", alpha, above=0)
     if num_experts == 1:
         return (router * 0.0).sum()
     if noise is not None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_int, check_tensor, describe, fail
+from fastmoe_route._arguments import (
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 from fastmoe_route.losses._beta import beta_cdf
 from fastmoe_route.losses._statistics import probabilities, statistic, surprise
 from fastmoe_route.methods import register
@@ -81,8 +88,7 @@ def tsallis_entropy(p: Tensor, q: float = 1.1) -> Tensor:
         ValueError: `q` is not above 0.
     """
     check_tensor("tsallis_entropy", "p", p)
-    if not q > 0:
-        fail(ValueError, "tsallis_entropy", "q", "be above 0", q)
+    check_number("tsallis_entropy", "q", q, above=0)
     if q == 1:
         return surprise(p).sum(-1)
     powers = p.clamp(min=torch.finfo(p.dtype).tiny).pow(q).masked_fill(p == 0, 0.0)
@@ -102,8 +108,7 @@ def entropy_target(source: Routing | Tensor, num_experts: float) -> Tensor:
     Returns:
         A scalar, differentiable through `score_sum`.
     """
-    if not num_experts > 0:
-        fail(ValueError, "entropy_target", "num_experts", "be above 0", num_experts)
+    check_number("entropy_target", "num_experts", num_experts, above=0)
     entropy_now = usage_entropy(source)
     return (entropy_now - entropy_now.new_tensor(num_experts).log()).square()
 
@@ -131,6 +136,10 @@ def prior_shaping(source: Routing | Tensor, concentration: float | Tensor = 0.75
     num_tokens, num_experts = p.shape
     if num_experts < 2:
         fail(ValueError, "prior_shaping", "source", "have at least 2 experts", describe(p))
+    if isinstance(concentration, Tensor):
+        check_shape("prior_shaping", "concentration", concentration, (num_experts,))
+    else:
+        check_number("prior_shaping", "concentration", concentration, above=0)
     a = torch.as_tensor(concentration, dtype=p.dtype, device=p.device).expand(num_experts)
     if not torch.compiler.is_compiling() and not bool((a > 0).all()):
         fail(ValueError, "prior_shaping", "concentration", "be above 0", concentration)
@@ -155,6 +164,7 @@ def activation_locality(activations: Tensor, sharpness: float = 100.0) -> Tensor
         A scalar, differentiable; 0 for fewer than two tokens.
     """
     check_tensor("activation_locality", "activations", activations, 2, 3)
+    check_number("activation_locality", "sharpness", sharpness)
     scaled = sharpness * activations
     before, after = scaled[..., :-1, :], scaled[..., 1:, :]
     if before.numel() == 0:
@@ -180,7 +190,8 @@ def chunk_sparsity(activations: Tensor, chunk: int = 64, eps: float = 1e-5) -> T
         A scalar, differentiable; 0 (but for `eps`) where nothing is active.
     """
     check_tensor("chunk_sparsity", "activations", activations, 2)
-    check_int("chunk_sparsity", "chunk", chunk, 1)
+    chunk = check_int("chunk_sparsity", "chunk", chunk, 1)
+    check_number("chunk_sparsity", "eps", eps, 0)
     if activations.shape[0] == 0:
         return activations.sum()
     total = activations.sum(1, keepdim=True).clamp(min=torch.finfo(activations.dtype).tiny)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastmoe_route._arguments import fail
+from fastmoe_route._arguments import check_int, fail
 from fastmoe_route.methods import Method, find, methods
 from fastmoe_route.routers.adjacent import Cigt, Drmc, Magnet
 from fastmoe_route.routers.assignment import (
@@ -214,8 +214,10 @@ def build(
     method = find(name)
     if method.kind != "router":
         fail(ValueError, "routers", "name", "be a router", f"{name!r}, a {method.kind}")
+    hidden_size = check_int(name, "hidden_size", hidden_size, 1)
+    num_experts = check_int(name, "num_experts", num_experts, 1)
     if top_k is not None:
-        arguments["top_k"] = top_k
+        arguments["top_k"] = check_int(name, "top_k", top_k, 1, num_experts)
     router: Router = method.target(hidden_size, num_experts, **arguments)
     return router
 

@@ -49,7 +49,8 @@ class Magnet(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.threshold, self.entropy_coef = switch * math.log(num_experts), entropy_coef
+        self.threshold = self.check_number("switch", switch, 0) * math.log(num_experts)
+        self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
         self.register_buffer("specialises", torch.tensor(False))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -96,7 +97,7 @@ class Drmc(Router):
     ) -> None:
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.identity = identity
+        self.identity = self.check_flag("identity", identity)
         self.inner = Linear(2 * hidden_size, hidden_size, bias=True)
         self.score = Linear(hidden_size, num_experts, bias=True)
 
@@ -141,9 +142,8 @@ class Cigt(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not temperature > 0:
-            self.fail("temperature", "be above 0", temperature)
-        self.temperature, self.gain_coef = temperature, gain_coef
+        self.temperature = self.check_number("temperature", temperature, above=0)
+        self.gain_coef = self.check_number("gain_coef", gain_coef)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x) / self.temperature

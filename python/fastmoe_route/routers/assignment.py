@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, fail
+from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.assign_balanced import assign_balanced
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
@@ -56,7 +56,7 @@ class ExpertChoice(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         if token_cap is not None:
-            check_int(self.name, "token_cap", token_cap, top_k, num_experts)
+            token_cap = check_int(self.name, "token_cap", token_cap, top_k, num_experts)
         self.token_cap = token_cap
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -102,8 +102,9 @@ class Base(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "top_k", top_k, 1, 1)
-        self.assignment, self.keep_input = assignment, keep_input
+        top_k = check_int(self.name, "top_k", top_k, 1, 1)
+        check_choice(self.name, "assignment", assignment, ("auction", "exact"))
+        self.assignment, self.keep_input = assignment, self.check_flag("keep_input", keep_input)
         nn.init.orthogonal_(self.score.weight, gain=0.1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -149,8 +150,8 @@ class SBase(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "iters", iters, 1)
-        self.iters, self.temperature = iters, temperature
+        self.iters = check_int(self.name, "iters", iters, 1)
+        self.temperature = self.check_number("temperature", temperature, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -212,10 +213,11 @@ class StableMoE(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=2.0, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "top_k", top_k, 1, 1)
-        check_int(self.name, "vocab_size", vocab_size, 1)
-        check_int(self.name, "distil_size", distil_size, 1)
-        self.distil_coef, self.keep_input = distil_coef, keep_input
+        top_k = check_int(self.name, "top_k", top_k, 1, 1)
+        vocab_size = check_int(self.name, "vocab_size", vocab_size, 1)
+        distil_size = check_int(self.name, "distil_size", distil_size, 1)
+        self.distil_coef = self.check_number("distil_coef", distil_coef)
+        self.keep_input = self.check_flag("keep_input", keep_input)
         self.words = nn.Embedding(vocab_size, distil_size)
         self.word_score = Linear(distil_size, num_experts)
         self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
@@ -307,8 +309,7 @@ class PMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "patches", patches, 1)
-        self.patches = patches
+        self.patches = check_int(self.name, "patches", patches, 1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -357,9 +358,9 @@ class Rectify(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=1.0, eval_capacity_factor=1.0)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "num_ranks", num_ranks, 1, num_experts)
-        check_int(self.name, "scope_capacity", scope_capacity, 1)
-        self.num_ranks, self.fill, self.scope_capacity = num_ranks, fill, scope_capacity
+        num_ranks = check_int(self.name, "num_ranks", num_ranks, 1, num_experts)
+        self.scope_capacity = check_int(self.name, "scope_capacity", scope_capacity, 1)
+        self.num_ranks, self.fill = num_ranks, self.check_flag("fill", fill)
         ranks = torch.arange(num_experts, dtype=torch.int32) * num_ranks // num_experts
         self.register_buffer("rank_of_expert", ranks)
 
@@ -421,7 +422,7 @@ class UoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.eps = eps
+        self.eps = self.check_number("eps", eps, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route._arguments import check_choice, check_divides, check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -59,7 +59,7 @@ class BiasedRouter(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_choice(self.name, "rule", rule, ("sign", "proportional", "multiplicative"))
-        self.rate, self.rule = rate, rule
+        self.rate, self.rule = self.check_number("rate", rate, 0), rule
         start = 1.0 if rule == "multiplicative" else 0.0
         self.register_buffer("bias", torch.full((num_experts,), start))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64))
@@ -157,9 +157,13 @@ class DeepSeekV3(BiasedRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
+        what = "number of experts"
+        num_groups = check_divides(self.name, "num_groups", num_groups, num_experts, what)
+        if topk_groups is not None:
+            topk_groups = check_int(self.name, "topk_groups", topk_groups, 1, num_groups)
         self.num_groups = num_groups
         self.topk_groups = topk_groups
-        self.scale = scale
+        self.scale = self.check_number("scale", scale)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -213,8 +217,8 @@ class Bip(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "iters", iters, 1)
-        self.iters, self.carry = iters, carry
+        self.iters = check_int(self.name, "iters", iters, 1)
+        self.carry = self.check_flag("carry", carry)
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -265,9 +269,9 @@ class Ssr(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not 0 <= plan_share <= 1:
-            fail(ValueError, self.name, "plan_share", "be in [0, 1]", plan_share)
-        self.plan_share, self.temperature, self.iters = plan_share, temperature, iters
+        self.plan_share = self.check_number("plan_share", plan_share, 0, 1)
+        self.temperature = self.check_number("temperature", temperature, above=0)
+        self.iters = check_int(self.name, "iters", iters, 1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -330,10 +334,13 @@ class SparseOt(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_choice(self.name, "sparse", sparse, ("token", "expert"))
-        check_int(self.name, "iters", iters, 1)
+        iters = check_int(self.name, "iters", iters, 1)
         self.sparse = sparse
-        self.options: dict[str, Any] = {"iters": iters, "gamma": gamma}
-        self.options["learning_rate"] = learning_rate
+        self.options: dict[str, Any] = {
+            "iters": iters,
+            "gamma": self.check_number("gamma", gamma, above=0),
+            "learning_rate": self.check_number("learning_rate", learning_rate, above=0),
+        }
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_ends,
+    check_flag,
     check_float,
     check_int,
+    check_number,
     check_shape,
     check_tensor,
     fail,
@@ -131,16 +134,16 @@ class Router(nn.Module):
             name = min(unknown)
             value = dict(common)[name]
             fail(TypeError, self.name, name, "be an argument of the method", repr(value))
-        check_int(self.name, "hidden_size", hidden_size, 1)
-        check_int(self.name, "num_experts", num_experts, 1)
-        check_int(self.name, "top_k", top_k, 1, num_experts)
+        hidden_size = check_int(self.name, "hidden_size", hidden_size, 1)
+        num_experts = check_int(self.name, "num_experts", num_experts, 1)
+        top_k = check_int(self.name, "top_k", top_k, 1, num_experts)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.aux_coef = common.get("aux_coef", 0.0)
         self.z_coef = common.get("z_coef", 0.0)
         for argument in ("aux_coef", "z_coef"):
-            check_float(self.name, argument, getattr(self, argument))
+            self.check_number(argument, getattr(self, argument))
             if argument in self.unused and getattr(self, argument) != 0:
                 rule = "be 0: the method has no scores for that loss"
                 fail(ValueError, self.name, argument, rule, getattr(self, argument))
@@ -213,6 +216,10 @@ class Router(nn.Module):
             TypeError, ValueError: an argument that is missing or does not fit, by method and name;
                 a call that serve mode refuses.
         """
+        num_sequences = check_int(self.name, "num_sequences", num_sequences, 1)
+        num_scopes = check_int(self.name, "num_scopes", num_scopes, 1)
+        if seed is not None:
+            seed = check_int(self.name, "seed", seed, -(2**63), 2**63 - 1)
         context = Context(
             token_ids,
             sequence_ids,
@@ -299,6 +306,29 @@ class Router(nn.Module):
         self.serving = False
         return super().train(mode)
 
+    def check_number(
+        self, argument: str, value: Any, *limits: float, **open_limits: float
+    ) -> float:
+        """An argument that must be a finite number within limits, see `_arguments.check_number`."""
+        return check_number(self.name, argument, value, *limits, **open_limits)
+
+    def check_numbers(self, argument: str, values: Any) -> Tensor:
+        """An argument that must be a list of finite numbers, as a float32 tensor."""
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)):
+            fail(TypeError, self.name, argument, "be a list of numbers", repr(values))
+        return torch.tensor([self.check_number(argument, value) for value in values])
+
+    def check_flag(self, argument: str, value: Any) -> bool:
+        """An argument that must be a bool."""
+        check_flag(self.name, argument, value)
+        return value  # type: ignore[no-any-return]
+
+    def fail(self, argument: str, rule: str, got: object) -> NoReturn:
+        """Raises a ValueError that names this method."""
+        fail(ValueError, self.name, argument, rule, got)
+
     def check_finite(self, argument: str, value: Tensor) -> None:
         """Refuses a tensor that is not finite, where looking costs no wait for a device."""
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -306,9 +336,7 @@ class Router(nn.Module):
 
     def check_ids(self, argument: str, ids: Tensor, size: int) -> None:
         """Refuses ids outside `[0, size)`, where looking costs no wait for a device."""
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
-            for end in ids.aminmax():
-                check_int(self.name, argument, int(end), 0, size - 1)
+        check_ends(self.name, argument, ids, 0, size - 1)
 
     def extra_repr(self) -> str:
         """The sizes, for `print`."""
@@ -323,7 +351,7 @@ class Router(nn.Module):
                     fail(ValueError, self.name, argument, "be positive or None", factor)
         check_choice(self.name, "drop_policy", self.drop_policy, ("position", "score"))
         check_choice(self.name, "rounding", self.rounding, ROUNDINGS)
-        check_int(self.name, "min_capacity", self.min_capacity, 1)
+        self.min_capacity = check_int(self.name, "min_capacity", self.min_capacity, 1)
 
     def _check(self, x: Tensor, context: Context) -> None:
         name = self.name
@@ -340,12 +368,15 @@ class Router(nn.Module):
                 _check_per_token(name, argument, value, x)
         for argument in ("state", "attention_mass"):
             value = getattr(context, argument)
-            if value is not None and value.is_floating_point():
-                self.check_finite(argument, value)
-        check_int(name, "num_sequences", context.num_sequences, 1)
+            if value is not None:
+                check_tensor(name, argument, value)
+                if value.is_floating_point():
+                    self.check_finite(argument, value)
+        if context.experts is not None and not hasattr(context.experts, "each"):
+            rule = "be an Experts, such as layer.experts.tensors()"
+            fail(TypeError, name, "experts", rule, type(context.experts).__name__)
         if context.sequence_ids is not None:
             self.check_ids("sequence_ids", context.sequence_ids, context.num_sequences)
-        check_int(name, "num_scopes", context.num_scopes, 1)
         if context.scope_ids is not None:
             self.check_ids("scope_ids", context.scope_ids, context.num_scopes)
         if self.serving:

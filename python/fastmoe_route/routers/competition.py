@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._arguments import check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -45,10 +46,12 @@ class Competition(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not 0 <= rate <= 1:
-            self.fail("rate", "be in [0, 1]", rate)
-        self.rate = rate
-        self.coefs = (match_coef, diversity_coef, entropy_coef)
+        self.rate = self.check_number("rate", rate, 0, 1)
+        self.coefs = (
+            self.check_number("match_coef", match_coef),
+            self.check_number("diversity_coef", diversity_coef),
+            self.check_number("entropy_coef", entropy_coef),
+        )
 
     def response(self, outputs: Tensor) -> Tensor:
         """How strongly every expert answers, `[T, E, H] -> [T, E]`, positive."""
@@ -149,7 +152,8 @@ class S2MoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.sigma, self.uncertainty_coef = sigma, uncertainty_coef
+        self.sigma = self.check_number("sigma", sigma, 0)
+        self.uncertainty_coef = self.check_number("uncertainty_coef", uncertainty_coef)
         self.fuse = Linear(hidden_size, 1, bias=True)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -205,6 +209,7 @@ class MixtureOfRouters(LinearRouter):
         num_routers: int = 4,
         **common: Unpack[Common],
     ) -> None:
+        num_routers = check_int(self.name, "num_routers", num_routers, 1)
         super().__init__(hidden_size, num_experts, top_k, num_experts * num_routers, **common)
         self.main = Linear(hidden_size, num_routers)
         self.num_routers = num_routers
@@ -243,7 +248,7 @@ class LoRAMixer(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.entropy_coef = entropy_coef
+        self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)

@@ -51,8 +51,8 @@ class DynamicTopP(LinearRouter):
         super().__init__(
             hidden_size, num_experts, num_experts if top_k is None else top_k, **common
         )
-        self.top_p = top_p
-        self.entropy_coef = entropy_coef
+        self.top_p = self.check_number("top_p", top_p, 0)
+        self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         train = self.training and self.entropy_coef != 0
@@ -94,11 +94,11 @@ class AdaMoE(LinearRouter):
         null_coef: float = 0.01,
         **common: Unpack[Common],
     ) -> None:
-        self.num_null = num_experts if num_null is None else num_null
-        check_int("adamoe", "num_null", self.num_null, 0)
+        num_null = num_experts if num_null is None else num_null
+        self.num_null = check_int("adamoe", "num_null", num_null, 0)
         columns = num_experts + self.num_null
         super().__init__(hidden_size, num_experts, top_k, columns, **common)
-        self.null_coef = null_coef
+        self.null_coef = self.check_number("null_coef", null_coef)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         train = self.training and self.null_coef != 0
@@ -188,8 +188,7 @@ class DynaMoE(LinearRouter):
         super().__init__(
             hidden_size, num_experts, num_experts if top_k is None else top_k, **common
         )
-        if not 0 <= tau <= 1:
-            self.fail("tau", "be in [0, 1]", tau)
+        tau = self.check_number("tau", tau, 0, 1)
         # The guard keeps ceil from counting a rounding error of (1 - tau) * E as one more expert.
         self.num_active = max(1, math.ceil((1 - tau) * num_experts - 1e-9))
 
@@ -217,7 +216,7 @@ def expert_schedule(shape: str, num_layers: int, total: int) -> list[int]:
     [7, 6, 4, 3]
     """
     check_choice("expert_schedule", "shape", shape, SCHEDULES)
-    check_int("expert_schedule", "num_layers", num_layers, 1)
+    num_layers = check_int("expert_schedule", "num_layers", num_layers, 1)
     if total < num_layers:
         fail(ValueError, "expert_schedule", "total", f"be at least {num_layers}", total)
     n = num_layers
@@ -278,9 +277,14 @@ class DynMoLE(LinearRouter):
         super().__init__(
             hidden_size, num_experts, num_experts if top_k is None else top_k, **common
         )
-        self.q, self.top_p, self.entropy_coef = q, top_p, entropy_coef
-        self.min_k = min(min_k, self.top_k)
+        self.q, self.top_p = (
+            self.check_number("q", q, above=0),
+            self.check_number("top_p", top_p, 0),
+        )
+        self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
+        self.min_k = min(check_int(self.name, "min_k", min_k, 0), self.top_k)
         uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+        h_max = self.check_number("h_max", h_max, 0)
         self.h_max = h_max * float(losses.tsallis_entropy(uniform, q))
 
     def route(self, x: Tensor, context: Context) -> Routed:

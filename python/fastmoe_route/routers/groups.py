@@ -9,19 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, check_shape, fail
+from fastmoe_route._arguments import check_divides, check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
 from fastmoe_route.routers.parts import LinearRouter, assemble
 from fastmoe_route.routers.scores import Linear, wide
-
-
-def check_divides(name: str, argument: str, value: int, total: int, what: str) -> None:
-    """Requires a positive divisor of `total`."""
-    check_int(name, argument, value, 1)
-    if total % value != 0:
-        fail(ValueError, name, argument, f"divide the {what} {total}", value)
 
 
 @register("m6_t", row="R2", source="arXiv:2105.15082", verified="mem", invariance="C")
@@ -87,8 +80,9 @@ class Sam(LinearRouter):
     ) -> None:
         common = with_defaults(common, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_divides(self.name, "num_groups", num_groups, num_experts, "number of experts")
-        check_int(self.name, "top_k", top_k, 1, num_experts // num_groups)
+        what = "number of experts"
+        num_groups = check_divides(self.name, "num_groups", num_groups, num_experts, what)
+        top_k = check_int(self.name, "top_k", top_k, 1, num_experts // num_groups)
         self.num_groups = num_groups
         self.group_score = Linear(hidden_size, num_groups)
 
@@ -139,10 +133,11 @@ class Smile(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "top_k", top_k, 1, 1)
-        check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
-        self.node_coef = node_coef
-        self.device_coef = device_coef
+        top_k = check_int(self.name, "top_k", top_k, 1, 1)
+        what = "number of experts"
+        num_nodes = check_divides(self.name, "num_nodes", num_nodes, num_experts, what)
+        self.node_coef = self.check_number("node_coef", node_coef)
+        self.device_coef = self.check_number("device_coef", device_coef)
         self.node_score = Linear(hidden_size, num_nodes)
         self.device_score = Linear(hidden_size, num_experts // num_nodes)
 
@@ -199,9 +194,11 @@ class LocMoE(Router):
         common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_divides(self.name, "num_experts", num_experts, hidden_size, "hidden size")
-        check_divides(self.name, "num_nodes", num_nodes, num_experts, "number of experts")
-        self.locality_coef = locality_coef
-        shares = torch.full((num_nodes,), 1 / num_nodes) if target is None else torch.tensor(target)
+        what = "number of experts"
+        num_nodes = check_divides(self.name, "num_nodes", num_nodes, num_experts, what)
+        self.locality_coef = self.check_number("locality_coef", locality_coef)
+        even = [1 / num_nodes] * num_nodes
+        shares = self.check_numbers("target", even if target is None else target)
         if shares.shape != (num_nodes,) or not bool((shares > 0).all()):
             rule = f"hold {num_nodes} positive shares"
             fail(ValueError, self.name, "target", rule, target)
@@ -264,7 +261,7 @@ def angle_capacity(cosine: float, hidden_size: int, num_experts: int) -> float:
     """
     if not 0 <= cosine <= 1:
         fail(ValueError, "angle_capacity", "cosine", "be in [0, 1]", cosine)
-    check_int("angle_capacity", "hidden_size", hidden_size, 1)
-    check_int("angle_capacity", "num_experts", num_experts, 1)
+    hidden_size = check_int("angle_capacity", "hidden_size", hidden_size, 1)
+    num_experts = check_int("angle_capacity", "num_experts", num_experts, 1)
     power = hidden_size * cosine**2 / (2 - cosine**2) - math.log(num_experts)
     return float(max(math.ceil(math.exp(power)), 1)) if power < 700 else math.inf

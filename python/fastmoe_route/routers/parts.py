@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import fail
 from fastmoe_route.gate import gate
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Router
@@ -42,10 +41,6 @@ class LinearRouter(Router):
             return routing
         score_sum = logits.softmax(1).sum(0)[: self.num_experts]
         return routing._replace(score_sum=score_sum, logsumexp=logits.logsumexp(1))
-
-    def fail(self, argument: str, rule: str, got: object) -> None:
-        """Raises a ValueError that names this method."""
-        fail(ValueError, self.name, argument, rule, got)
 
 
 def sequences(context: Context, x: Tensor) -> tuple[Tensor, int]:

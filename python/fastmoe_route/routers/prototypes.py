@@ -51,7 +51,8 @@ class VQMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.discrete, self.commit_coef = discrete, commit_coef
+        self.discrete = self.check_flag("discrete", discrete)
+        self.commit_coef = self.check_number("commit_coef", commit_coef)
         self.codes = nn.Parameter(torch.randn(num_experts, hidden_size))
         self.share = Linear(hidden_size, 2)
 
@@ -117,11 +118,13 @@ class ProMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "num_experts", num_experts, 2)
-        check_int(self.name, "top_k", top_k, 1, num_experts - 1)
+        num_experts = check_int(self.name, "num_experts", num_experts, 2)
+        top_k = check_int(self.name, "top_k", top_k, 1, num_experts - 1)
         check_choice(self.name, "score", score, ("softmax", "sigmoid", "identity"))
-        self.score_name, self.unconditional = score, unconditional
-        self.contrast_coef, self.temperature = contrast_coef, temperature
+        self.score_name = score
+        self.unconditional = check_int(self.name, "unconditional", unconditional, 0)
+        self.contrast_coef = self.check_number("contrast_coef", contrast_coef)
+        self.temperature = self.check_number("temperature", temperature, above=0)
         prototypes = torch.randn(num_experts - 1, hidden_size) * hidden_size**-0.5
         self.prototypes = nn.Parameter(prototypes)
 
@@ -212,7 +215,7 @@ class Glider(Phatgoose):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.alpha = alpha
+        self.alpha = self.check_number("alpha", alpha)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.local(x)
@@ -257,9 +260,7 @@ class Centroids(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not 0 <= rate <= 1:
-            fail(ValueError, self.name, "rate", "be in [0, 1]", rate)
-        self.rate = rate
+        self.rate = self.check_number("rate", rate, 0, 1)
         self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
         self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
         self.register_buffer("counts", torch.zeros(num_experts))
@@ -386,10 +387,11 @@ class AdaptDHM(Centroids):
         momentum: float = 0.95,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, rate=1 - momentum, **common)
+        rate = 1 - self.check_number("momentum", momentum, 0, 1)
+        super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
         if top_k != 1:
             fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
-        self.temperature = temperature
+        self.temperature = self.check_number("temperature", temperature, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x).detach()

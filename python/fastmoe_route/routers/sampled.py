@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -46,7 +48,8 @@ class Grin(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.epsilon, self.jitter = epsilon, jitter
+        self.epsilon = epsilon if epsilon == math.inf else self.check_number("epsilon", epsilon, 0)
+        self.jitter = self.check_number("jitter", jitter, 0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         if self.training and self.jitter > 0:
@@ -93,7 +96,7 @@ class BinaryGate(LinearRouter):
     ) -> None:
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.stochastic = stochastic
+        self.stochastic = self.check_flag("stochastic", stochastic)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
@@ -142,8 +145,8 @@ class ReMix(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "rank", rank, 1)
-        self.weight = 2.0 / (top_k * rank) ** (0.5 if rs else 1.0)
+        rank = check_int(self.name, "rank", rank, 1)
+        self.weight = 2.0 / (top_k * rank) ** (0.5 if self.check_flag("rs", rs) else 1.0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
@@ -185,9 +188,7 @@ class SiRA(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=1.2, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not 0 <= expert_dropout < 1:
-            self.fail("expert_dropout", "be in [0, 1)", expert_dropout)
-        self.expert_dropout = expert_dropout
+        self.expert_dropout = self.check_number("expert_dropout", expert_dropout, 0, below=1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         mask = None

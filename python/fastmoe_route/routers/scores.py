@@ -5,6 +5,9 @@ All of them give a token the same bits whatever other tokens share the batch.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +34,13 @@ def gelu(x: Tensor) -> Tensor:
     return x * (torch.erf(x * 2**-0.5) + 1) / 2
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operators take the dtypes they are given; the meta device has no autocast at all."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in float32 (float64 for float64), never in an autocast dtype.
 
@@ -46,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[T, E]`.
     """
     x = wide(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         offsets = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
         y = grouped_mm(x, weight.to(x.dtype).t()[None], offsets)
     return y if bias is None else y + bias.to(y.dtype)

@@ -55,7 +55,8 @@ class GraphOfTokens(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_choice(self.name, "similarity", similarity, ("gaussian", "dot", "identity"))
-        self.similarity, self.sigma, self.causal = similarity, sigma, causal
+        self.similarity, self.causal = similarity, self.check_flag("causal", causal)
+        self.sigma = self.check_number("sigma", sigma, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
@@ -263,6 +264,7 @@ class SupernetMixture(Merging):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
+        encoding_size = check_int(self.name, "encoding_size", encoding_size, 1)
         self.encoding_size = encoding_size
         self.score = Linear(encoding_size, num_experts, bias=True)
 
@@ -306,8 +308,8 @@ class Mhr(Merging):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "num_tasks", num_tasks, 1)
-        check_int(self.name, "num_heads", num_heads, 1)
+        num_tasks = check_int(self.name, "num_tasks", num_tasks, 1)
+        num_heads = check_int(self.name, "num_heads", num_heads, 1)
         self.table = nn.Parameter(torch.empty(num_tasks, num_heads, num_experts))
         nn.init.uniform_(self.table, -1e-3, 1e-3)
 

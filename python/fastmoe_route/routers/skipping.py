@@ -53,7 +53,7 @@ class SkippingRouter(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, num_columns, **common)
-        self.identity = identity
+        self.identity = self.check_flag("identity", identity)
 
     def residual(self, x: Tensor) -> Tensor | None:
         """The weight of the input in the output, `[T]` ones, or None."""
@@ -105,11 +105,12 @@ class DuoLLM(SkippingRouter):
         super().__init__(hidden_size, num_experts, top_k, columns, identity=identity, **common)
         if top_k != 1:
             self.fail("top_k", "be 1: a token takes one path", top_k)
-        self.random = random
+        self.random = self.check_flag("random", random)
         self.forced: Tensor | None = None
-        self.register_buffer("costs", torch.tensor([*(costs or [1.0] * num_experts), 0.0]))
-        if self.costs.shape[0] != columns:
-            self.fail("costs", f"have {num_experts} entries", len(costs or ()))
+        paths = self.check_numbers("costs", [1.0] * num_experts if costs is None else costs)
+        if paths.shape != (num_experts,):
+            self.fail("costs", f"have {num_experts} entries", len(paths))
+        self.register_buffer("costs", torch.cat([paths, paths.new_zeros(1)]))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
@@ -162,7 +163,8 @@ class MindSkip(SkippingRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
-        self.tau, self.skip_coef = tau, skip_coef
+        self.tau = self.check_number("tau", tau)
+        self.skip_coef = self.check_number("skip_coef", skip_coef)
         self.decide = Linear(hidden_size, 1, bias=True)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -213,8 +215,8 @@ class DrLLM(SkippingRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
-        check_int(self.name, "num_windows", num_windows, 1)
-        self.num_windows = num_windows
+        self.num_windows = check_int(self.name, "num_windows", num_windows, 1)
+        width = check_int(self.name, "width", width, 1)
         self.inner = Linear(hidden_size, width, bias=True)
         self.outer = Linear(width, 3, bias=True)
 
@@ -293,9 +295,8 @@ class Ftp(SkippingRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
-        if not 0 <= sparsity <= 1:
-            self.fail("sparsity", "be in [0, 1]", sparsity)
-        self.sparsity = sparsity
+        self.sparsity = self.check_number("sparsity", sparsity, 0, 1)
+        width = check_int(self.name, "width", width, 1)
         self.inner = Linear(4, width, bias=True)
         self.outer = Linear(width, 1, bias=True)
 
@@ -348,7 +349,8 @@ class DynamicTokenRouting(SkippingRouter):
     ) -> None:
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
-        self.budget, self.budget_coef = budget, budget_coef
+        self.budget = self.check_number("budget", budget, 0, 1)
+        self.budget_coef = self.check_number("budget_coef", budget_coef)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         train = self.training and self.budget_coef != 0
@@ -399,7 +401,7 @@ class Flextron(LinearRouter):
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, top_k, **common)
         if static is not None:
-            check_int(self.name, "static", static, 1, top_k)
+            static = check_int(self.name, "static", static, 1, top_k)
         self.static = static
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -500,7 +502,7 @@ class Ride(LinearRouter):
     ) -> None:
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, top_k, **common)
-        self.threshold = threshold
+        self.threshold = self.check_number("threshold", threshold, 0, 1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)

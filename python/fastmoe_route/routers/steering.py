@@ -64,7 +64,7 @@ def rewire(
     Returns:
         The loss before the last step.
     """
-    check_int("rewire", "steps", steps, 1)
+    steps = check_int("rewire", "steps", steps, 1)
     deltas = [router.delta for router in routers]
     value = math.nan
     for _ in range(steps):
@@ -110,7 +110,7 @@ class MultilingualSteer(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_choice(self.name, "mode", mode, ("soft", "hard"))
-        self.mode, self.strength = mode, strength
+        self.mode, self.strength = mode, self.check_number("strength", strength)
         self.register_buffer("steered", torch.zeros(num_experts, dtype=torch.bool))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -207,8 +207,8 @@ def rerouted(
     Returns:
         The new weights, a constant.
     """
-    check_int("rerouted", "k", k, 1, references.shape[0])
-    check_int("rerouted", "steps", steps, 0)
+    k = check_int("rerouted", "k", k, 1, references.shape[0])
+    steps = check_int("rerouted", "steps", steps, 0)
     similarity = torch.nn.functional.cosine_similarity(query[None], references, dim=1)
     near, ids = similarity.topk(k)
     share = near.clamp(min=0) / near.clamp(min=0).sum().clamp(min=1e-20)

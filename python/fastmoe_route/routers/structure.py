@@ -30,6 +30,7 @@ from fastmoe_route.routers.scores import (
     segment_softmax,
     sigmoid,
     wide,
+    without_autocast,
 )
 from fastmoe_route.softmax import softmax
 
@@ -75,11 +76,11 @@ class XMoE(Router):
         factor = 1.25 if top_k == 1 else 1.0
         common = with_defaults(common, capacity_factor=factor, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "score_size", score_size, 1)
-        if not temperature > 0:
-            fail(ValueError, self.name, "temperature", "be positive", temperature)
+        score_size = check_int(self.name, "score_size", score_size, 1)
+        temperature = self.check_number("temperature", temperature, above=0)
         check_choice(self.name, "second", second, ("best", "random", "gumbel"))
-        self.normalize_tokens, self.second = normalize_tokens, second
+        self.normalize_tokens = self.check_flag("normalize_tokens", normalize_tokens)
+        self.second = second
         self.project = Linear(hidden_size, score_size)
         directions = F.normalize(torch.randn(num_experts, score_size), dim=1) * 1.5
         self.embeddings = nn.Parameter(directions)
@@ -140,7 +141,7 @@ class HyperRouter(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "hyper_size", hyper_size, 1)
+        hyper_size = check_int(self.name, "hyper_size", hyper_size, 1)
         self.embedding = nn.Parameter(torch.randn(hyper_size))
         size = num_experts * (hidden_size + 1)
         self.hyper = nn.Sequential(
@@ -149,7 +150,7 @@ class HyperRouter(Router):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """`W` `[E, H]` and `b` `[E]`."""
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        with without_autocast(self.embedding.device):
             made = self.hyper(self.embedding)
         split = self.num_experts * self.hidden_size
         return made[:split].view(self.num_experts, self.hidden_size), made[split:]
@@ -187,9 +188,11 @@ class RMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        check_int(self.name, "state_size", state_size, 1)
+        state_size = check_int(self.name, "state_size", state_size, 1)
         self.state_size = state_size
         self.enter = Linear(hidden_size, state_size)
+        if cell is not None and not isinstance(cell, nn.Module):
+            fail(TypeError, self.name, "cell", "be the cell of another layer or None", repr(cell))
         self.cell = Recurrent(state_size) if cell is None else cell
         self.leave = Linear(state_size, num_experts)
 
@@ -232,7 +235,7 @@ class YuanAttention(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        self.normalize = normalize
+        self.normalize = self.check_flag("normalize", normalize)
         self.project = Linear(hidden_size, 3 * num_experts)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -281,8 +284,10 @@ class BlockFFN(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.locality_coef, self.chunk_coef = locality_coef, chunk_coef
-        self.chunk, self.eps = chunk, eps
+        self.locality_coef = self.check_number("locality_coef", locality_coef)
+        self.chunk_coef = self.check_number("chunk_coef", chunk_coef)
+        self.chunk = check_int(self.name, "chunk", chunk, 1)
+        self.eps = self.check_number("eps", eps, above=0)
         self.gain = nn.Parameter(torch.ones(num_experts))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -312,7 +317,7 @@ class Finedeep(Router):
         num_experts: `E`, over all sub-layers.
         top_k: not looked at: all experts run.
         sublayers: `M`, divides `E`.
-        common: see `Common`.
+        common: see `Common`; capacity does not apply.
     """
 
     unused = ("aux_coef", "z_coef")
@@ -327,7 +332,7 @@ class Finedeep(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "sublayers", sublayers, 1)
+        sublayers = check_int(self.name, "sublayers", sublayers, 1)
         if num_experts % sublayers != 0:
             rule = f"divide the number of experts {num_experts}"
             fail(ValueError, self.name, "sublayers", rule, sublayers)
@@ -386,14 +391,12 @@ class Smear(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if not 0 <= dropout < 1:
-            fail(ValueError, self.name, "dropout", "be in [0, 1)", dropout)
-        self.dropout = dropout
+        self.dropout = self.check_number("dropout", dropout, 0, below=1)
         self.norm = nn.LayerNorm(hidden_size)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         ids, number = sequences(context, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             normed = self.norm(wide(x).to(self.norm.weight.dtype))
         p = softmax(self.score(segment_mean(normed, ids, number)))
         if self.training and self.dropout > 0:
@@ -442,8 +445,7 @@ class SoftMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_int(self.name, "slots", slots, 1)
-        self.slots = slots
+        self.slots = slots = check_int(self.name, "slots", slots, 1)
         self.prototypes = nn.Parameter(torch.randn(num_experts * slots, hidden_size))
         self.scale = nn.Parameter(torch.ones(()))
 

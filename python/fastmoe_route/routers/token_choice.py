@@ -45,7 +45,7 @@ class Switch(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.jitter = jitter
+        self.jitter = self.check_number("jitter", jitter, 0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         if self.training and self.jitter > 0:
@@ -123,10 +123,10 @@ class Tutel(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         common = with_defaults(common, capacity_factor=1.0, rounding="per_choice")
-        if batch_prioritized:
+        if self.check_flag("batch_prioritized", batch_prioritized):
             common = {**common, "drop_policy": "score"}
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gate_noise = gate_noise
+        self.gate_noise = self.check_number("gate_noise", gate_noise, 0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -245,9 +245,10 @@ class MaskMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        check_int(self.name, "vocab_size", vocab_size, 1)
-        check_int(self.name, "num_frequent", num_frequent, 0, vocab_size)
-        check_int(self.name, "visible", visible, 1)
+        vocab_size = check_int(self.name, "vocab_size", vocab_size, 1)
+        num_frequent = check_int(self.name, "num_frequent", num_frequent, 0, vocab_size)
+        visible = check_int(self.name, "visible", visible, 1)
+        table_seed = check_int(self.name, "table_seed", table_seed, -(2**63), 2**63 - 1)
         generator = torch.Generator().manual_seed(table_seed)
         place = torch.rand(vocab_size, num_experts, generator=generator).argsort(1).argsort(1)
         seen = torch.where(torch.arange(vocab_size) < num_frequent, visible, 1)

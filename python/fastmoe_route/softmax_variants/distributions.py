@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import (
-    FLOAT_DTYPES,
     check_choice,
     check_dtype,
+    check_float,
+    check_ids,
     check_int,
+    check_number,
+    check_rows,
     check_shape,
     check_tensor,
+    describe,
     fail,
 )
 from fastmoe_route.methods import register
@@ -39,8 +43,7 @@ def two_pass_softmax(x: Tensor) -> Tensor:
     Returns:
         The shape of `x`, rows (last dimension) sum to 1; differentiable.
     """
-    check_tensor("two_pass_softmax", "x", x)
-    check_dtype("two_pass_softmax", "x", x, FLOAT_DTYPES)
+    check_rows("two_pass_softmax", "x", x)
     return softmax(x, method="two_pass")
 
 
@@ -60,7 +63,7 @@ def normalizer(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `m` and `d`, both `[...]`.
     """
-    check_tensor("normalizer", "x", x)
+    check_rows("normalizer", "x", x)
     if x.shape[-1] == 0:
         return x.new_full(x.shape[:-1], -torch.inf), x.new_zeros(x.shape[:-1])
     m = x.amax(-1)
@@ -82,6 +85,9 @@ def merge_normalizers(
     Returns:
         `(m, d)` of both.
     """
+    for argument, value in (("one", one), ("other", other)):
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            fail(TypeError, "merge_normalizers", argument, "be a pair (m, d)", describe(value))
     (m1, d1), (m2, d2) = one, other
     m = torch.maximum(m1, m2)
     at = _finite(m)
@@ -123,8 +129,8 @@ def sparse_softmax(x: Tensor, k: int = 10) -> Tensor:
     >>> sparse_softmax(torch.tensor([0.0, 1.0, 1.0]), 2)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    check_tensor("sparse_softmax", "x", x)
-    check_int("sparse_softmax", "k", k, 1, x.shape[-1])
+    check_rows("sparse_softmax", "x", x)
+    k = check_int("sparse_softmax", "k", k, 1, x.shape[-1])
     columns = _top_columns(x, k)
     return torch.zeros_like(x).scatter(-1, columns, x.gather(-1, columns).softmax(-1))
 
@@ -149,9 +155,10 @@ def sparse_softmax_loss(
     Returns:
         A scalar, differentiable; the gradient is 0 outside the sum and the target.
     """
-    check_tensor("sparse_softmax_loss", "x", x, 2)
+    check_rows("sparse_softmax_loss", "x", x, 2)
     check_shape("sparse_softmax_loss", "target", target, x.shape[:1])
-    check_int("sparse_softmax_loss", "k", k, 1, x.shape[1])
+    check_ids("sparse_softmax_loss", "target", target, 0, x.shape[1] - 1)
+    k = check_int("sparse_softmax_loss", "k", k, 1, x.shape[1])
     columns, own = _top_columns(x, k), target.long()[:, None]
     if include_target:
         missing = (columns != own).all(1)
@@ -176,14 +183,15 @@ def adaptive_temperature_softmax(x: Tensor) -> Tensor:
     Returns:
         The shape of `x`, differentiable (through `beta` too).
     """
-    check_tensor("adaptive_temperature_softmax", "x", x)
+    check_rows("adaptive_temperature_softmax", "x", x)
     p = x.softmax(-1)
     spread = -(p * (p + 1e-9).log()).sum(-1, keepdim=True)
     beta = torch.full_like(spread, -0.037)
     for coefficient in (0.481, -2.3, 4.917, -1.791):
         beta = beta * spread + coefficient
     beta = torch.where(spread > 0.5, beta.clamp(min=1.0), torch.ones_like(beta))
-    return softmax(beta * x)
+    masked = x == -torch.inf  # in the product it would make the gradient of beta NaN
+    return softmax((beta * x.masked_fill(masked, 0.0)).masked_fill(masked, -torch.inf))
 
 
 @register("softpick", row="X5", source="arXiv:2504.20966", verified="code")
@@ -202,7 +210,11 @@ def softpick(x: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6) -> Ten
     Returns:
         The shape of `x`, differentiable. Rows without a positive entry are exactly 0.
     """
-    check_tensor("softpick", "x", x)
+    check_rows("softpick", "x", x)
+    check_number("softpick", "eps", eps, 0)
+    if mask is not None:
+        check_tensor("softpick", "mask", mask)
+        check_dtype("softpick", "mask", mask, (torch.bool,))
     allowed = x > -torch.inf if mask is None else mask & (x > -torch.inf)
     safe = x.masked_fill(~allowed & ~x.isnan(), 0.0)  # gives the exact value 0 below
     m = safe.detach().amax(-1, keepdim=True).clamp(min=0.0) if x.shape[-1] else 0.0
@@ -233,7 +245,9 @@ def unified_max_softmax(
     Raises:
         ValueError: the range is empty.
     """
-    check_tensor("unified_max_softmax", "x", x)
+    check_rows("unified_max_softmax", "x", x)
+    for name, value in (("phi", phi), ("low", low), ("high", high)):
+        check_number("unified_max_softmax", name, value)
     if not low < high:
         fail(ValueError, "unified_max_softmax", "low", f"be below high, {high}", low)
     offset = x.detach() - phi
@@ -257,7 +271,8 @@ def stablemax(x: Tensor, dim: int = -1) -> Tensor:
     Returns:
         The shape of `x`, differentiable once everywhere (`s` is continuous with its derivative).
     """
-    check_tensor("stablemax", "x", x)
+    check_rows("stablemax", "x", x)
+    dim = check_int("stablemax", "dim", dim, -x.dim(), x.dim() - 1)
     s = _stable_scale(x)
     s = s / s.detach().amax(dim, keepdim=True)  # so that the sum of huge values is finite
     return s / s.sum(dim, keepdim=True)
@@ -278,8 +293,9 @@ def stablemax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar in the dtype of `logits`, differentiable (arXiv:2501.04697).
     """
-    check_tensor("stablemax_cross_entropy", "logits", logits, 2)
+    check_rows("stablemax_cross_entropy", "logits", logits, 2)
     check_shape("stablemax_cross_entropy", "target", target, logits.shape[:1])
+    check_ids("stablemax_cross_entropy", "target", target, 0, logits.shape[1] - 1)
     p = stablemax(logits.double(), 1).gather(1, target.long()[:, None])
     return -p.log().mean().to(logits.dtype)
 
@@ -303,11 +319,10 @@ def noisy_sparse_softmax(
     Returns:
         The shape of `x`, differentiable, exactly 0 outside the `k`.
     """
-    check_tensor("noisy_sparse_softmax", "x", x)
-    if not temperature > 0:
-        fail(ValueError, "noisy_sparse_softmax", "temperature", "be above 0", temperature)
+    check_rows("noisy_sparse_softmax", "x", x)
+    check_number("noisy_sparse_softmax", "temperature", temperature, above=0)
     if k is not None:
-        check_int("noisy_sparse_softmax", "k", k, 1, x.shape[-1])
+        k = check_int("noisy_sparse_softmax", "k", k, 1, x.shape[-1])
     z = (x if noise is None else x + noise) / temperature
     return softmax(z) if k is None else sparse_softmax(z, k)
 
@@ -333,11 +348,11 @@ def temperature_schedule(
     (2.0, 2.0)
     """
     is_cosine = check_choice("temperature_schedule", "shape", shape, ("exponential", "cosine")) == 1
-    check_int("temperature_schedule", "step", step, 0)
-    check_int("temperature_schedule", "num_steps", num_steps, 1)
+    step = check_int("temperature_schedule", "step", step, 0)
+    num_steps = check_int("temperature_schedule", "num_steps", num_steps, 1)
     for name, value in (("start", start), ("end", end)):
-        if not (value > 0 or (is_cosine and name == "end" and value == 0)):
-            fail(ValueError, "temperature_schedule", name, "be above 0", value)
+        may_end = is_cosine and name == "end"
+        check_number("temperature_schedule", name, value, 0, above=-1 if may_end else 0)
     done = min(step / num_steps, 1.0)
     if is_cosine:
         return float(end + (start - end) * (1 + math.cos(math.pi * done)) / 2)
@@ -360,10 +375,10 @@ def entropy_temperature(x: Tensor, share: float, iters: int = 60) -> Tensor:
         `[..., 1]`, without gradient. A row whose entries are all equal has no such temperature and
         gets a large one.
     """
-    check_tensor("entropy_temperature", "x", x)
+    check_rows("entropy_temperature", "x", x)
     check_int("entropy_temperature", "N", x.shape[-1], 2)
-    if not 0 < share < 1:
-        fail(ValueError, "entropy_temperature", "share", "be in (0, 1)", share)
+    check_number("entropy_temperature", "share", share, above=0, below=1)
+    iters = check_int("entropy_temperature", "iters", iters, 1)
     x = x.detach()
     span = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)).clamp(min=1e-30)
     low, high = torch.full_like(span, -20.0), torch.full_like(span, 20.0)
@@ -390,9 +405,8 @@ def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
     Returns:
         `[..., V]`, rows sum to 1.
     """
-    check_tensor("polytope_weights", "losses", losses)
-    if not epsilon >= 0:
-        fail(ValueError, "polytope_weights", "epsilon", "be at least 0", epsilon)
+    check_rows("polytope_weights", "losses", losses)
+    check_number("polytope_weights", "epsilon", epsilon, 0)
     if epsilon == 0:
         best = torch.zeros_like(losses)
         return best.scatter(-1, _top_columns(-losses, 1), 1.0)
@@ -413,8 +427,8 @@ def quantize_probabilities(p: Tensor, bits: int = 8, bias: Tensor | float = 0.0)
     Returns:
         The shape of `p`; gradient 0.
     """
-    check_tensor("quantize_probabilities", "p", p)
-    check_int("quantize_probabilities", "bits", bits, 1, 23)
+    check_rows("quantize_probabilities", "p", p)
+    bits = check_int("quantize_probabilities", "bits", bits, 1, 23)
     levels = 2**bits - 1
     quantized: Tensor = (p * levels).round() / levels + bias
     return quantized
@@ -437,8 +451,8 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     Returns:
         The bias, with `dims` kept as size 1.
     """
-    check_tensor("quantization_bias", "p", p)
-    check_int("quantization_bias", "bits", bits, 1, 23)
+    check_rows("quantization_bias", "p", p)
+    bits = check_int("quantization_bias", "bits", bits, 1, 23)
     error = p - quantize_probabilities(p, bits)
     return error.mean(tuple(range(p.dim())) if dims is None else dims, keepdim=True)
 
@@ -458,11 +472,17 @@ def early_exit(stage_logits: list[Tensor], thresholds: list[float]) -> Tensor:
     Raises:
         ValueError: the lists do not fit together.
     """
-    for logits in stage_logits[1:]:
+    for argument, value in (("stage_logits", stage_logits), ("thresholds", thresholds)):
+        if not isinstance(value, (list, tuple)):
+            fail(TypeError, "early_exit", argument, "be a list", describe(value))
+    for logits in stage_logits:
+        check_rows("early_exit", "stage_logits", logits)
         check_shape("early_exit", "stage_logits", logits, (*stage_logits[0].shape[:-1], -1))
     if not stage_logits or len(thresholds) != len(stage_logits) - 1:
         rule = f"have {max(len(stage_logits) - 1, 0)} entries, one less than stages"
         fail(ValueError, "early_exit", "thresholds", rule, len(thresholds))
+    for threshold in thresholds:
+        check_float("early_exit", "thresholds", threshold)
     sure = [
         logits.softmax(-1).amax(-1) >= threshold
         for logits, threshold in zip(stage_logits, thresholds, strict=False)
@@ -488,10 +508,9 @@ def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
     Returns:
         A scalar, differentiable in `p` and `threshold`.
     """
-    check_tensor("entropy_tolerance", "p", p)
+    check_rows("entropy_tolerance", "p", p)
     check_shape("entropy_tolerance", "threshold", threshold, p.shape[:1])
-    if not tolerance >= 0:
-        fail(ValueError, "entropy_tolerance", "tolerance", "be at least 0", tolerance)
+    check_number("entropy_tolerance", "tolerance", tolerance, 0)
     h = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
     h = h.reshape(p.shape[0], -1).mean(1)
     off = h / math.log(max(p.shape[-1], 2)) - threshold

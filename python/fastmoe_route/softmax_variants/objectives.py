@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoe_route._arguments import (
+    INT_DTYPES,
     check_choice,
+    check_dtype,
+    check_ids,
     check_int,
+    check_number,
+    check_rows,
     check_shape,
     check_tensor,
     describe,
@@ -46,11 +51,10 @@ def pairwise_softmax_loss(
     Returns:
         A scalar, differentiable.
     """
-    check_tensor("pairwise_softmax_loss", "negative", negative, 2)
+    check_rows("pairwise_softmax_loss", "negative", negative, 2)
     check_shape("pairwise_softmax_loss", "positive", positive, negative.shape[:1])
     code = check_choice("pairwise_softmax_loss", "surrogate", surrogate, SURROGATES)
-    if not tau > 0:
-        fail(ValueError, "pairwise_softmax_loss", "tau", "be above 0", tau)
+    check_number("pairwise_softmax_loss", "tau", tau, above=0)
     d = negative - positive[:, None]
     if code < 3:
         s = (d.tanh() + 1, (d + 1).relu(), d.atan() + 1)[code]
@@ -83,12 +87,11 @@ def topk_softmax_loss(
     Returns:
         A scalar, differentiable in the scores.
     """
-    check_tensor("topk_softmax_loss", "negative", negative, 2)
+    check_rows("topk_softmax_loss", "negative", negative, 2)
     check_shape("topk_softmax_loss", "positive", positive, negative.shape[:1])
     check_shape("topk_softmax_loss", "quantile", quantile, positive.shape)
     for name, value in (("tau", tau), ("tau_weight", tau_weight)):
-        if not value > 0:
-            fail(ValueError, "topk_softmax_loss", name, "be above 0", value)
+        check_number("topk_softmax_loss", name, value, above=0)
     weight = ((positive - quantile.detach()) / tau_weight).sigmoid()
     return (weight * ((negative - positive[:, None]) / tau).logsumexp(1)).mean()
 
@@ -111,9 +114,10 @@ def sample_classes(
     Returns:
         int64 ids, ascending, without repetition; always with every class of the batch.
     """
-    check_int("sample_classes", "num_classes", num_classes, 1)
-    if not 0 < rate <= 1:
-        fail(ValueError, "sample_classes", "rate", "be in (0, 1]", rate)
+    check_tensor("sample_classes", "labels", labels, 1)
+    check_dtype("sample_classes", "labels", labels, INT_DTYPES)
+    num_classes = check_int("sample_classes", "num_classes", num_classes, 1)
+    check_number("sample_classes", "rate", rate, high=1, above=0)
     mine = labels[(labels >= 0) & (labels < num_classes)].long()
     rank = torch.rand(num_classes, generator=generator).to(labels.device)
     rank[mine] = 2.0  # before every other class
@@ -138,10 +142,11 @@ def sharded_cross_entropy(
         The mean over rows, the same on every rank; differentiable in this rank's logits
         (arXiv:2203.15565).
     """
-    check_tensor("sharded_cross_entropy", "logits", logits, 2)
+    check_rows("sharded_cross_entropy", "logits", logits, 2)
     check_shape("sharded_cross_entropy", "labels", labels, logits.shape[:1])
     if group is None and logits.shape[1] == 0:
         fail(ValueError, "sharded_cross_entropy", "logits", "have a class", describe(logits))
+    check_ids("sharded_cross_entropy", "labels", labels, -1, logits.shape[1] - 1)
     loss: Tensor = _ShardedCrossEntropy.apply(logits, labels.long(), group)
     return loss
 
