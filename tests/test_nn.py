@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastmoe_route import reference, routers
+from fastmoe_route.integrations.transformers import explain, patch_routers, unpatch_routers
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from router_cases import ARGUMENTS, EXPERTS, HIDDEN, inputs, names
 from tolerance import assert_bound, assert_exact, assert_has_power
@@ -429,6 +430,14 @@ def test_per_expert_layouts_round_trip(layout, activation):
 def test_bad_arguments(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         layer_of(**options)
+
+
+def test_functions_of_models_want_a_module():
+    for function in (fr.nn.aux_loss, routers.update, patch_routers, unpatch_routers, explain):
+        with pytest.raises(
+            TypeError, match=f"{function.__name__}: model must be a torch.nn.Module"
+        ):
+            function(3)
 
 
 def test_bad_inputs_and_weights():

@@ -242,6 +242,20 @@ def _arguments(name: str) -> dict[str, object]:
     return ARGUMENTS.get(name, {})
 
 
+@pytest.mark.parametrize("name", names())
+def test_a_model_in_16_bits_keeps_its_statistics(name: str) -> None:
+    given = inputs()
+    x = given.pop("x").bfloat16()
+    given["experts"] = fr.routers.Experts(*(w.bfloat16() for w in given["experts"][:2]))
+    router = make(name).train().bfloat16()
+    routed = router(x, **given)
+    router.update()
+    assert routed.routing.weights.dtype == torch.float32
+    assert router.mix(x, routed, given["experts"]).dtype == torch.bfloat16
+    for key, buffer in router.named_buffers(recurse=False):
+        assert buffer.dtype not in (torch.bfloat16, torch.float16), key
+
+
 def test_a_class_of_ones_own_needs_no_registration() -> None:
     class Mine(fr.routers.Router):
         def route(self, x: Tensor, context: fr.routers.Context) -> fr.routers.Routed:

@@ -241,6 +241,20 @@ def test_loss_free_update_uses_finished_batches_only() -> None:
     assert router.load.sum() == 0
 
 
+def test_a_bias_moves_in_a_model_of_16_bits() -> None:
+    """A step of 1e-3 is less than half a place of a bfloat16 bias of 0.5."""
+    model = torch.nn.Sequential(make("loss_free")).bfloat16()
+    (router,) = model
+    router.bias.fill_(0.5)
+    for _ in range(10):
+        router.train()(inputs()["x"].bfloat16())
+        router.update()
+    assert router.bias.dtype == torch.float32
+    moved = (router.bias - 0.5).abs()
+    assert 0.005 < moved.max().item() < 0.0105
+    assert model.double()[0].bias.dtype == torch.float64
+
+
 def test_update_reaches_every_router_of_a_model() -> None:
     model = torch.nn.Sequential(make("loss_free"), torch.nn.Linear(4, 4), make("switch"))
     model[0](tokens(64))

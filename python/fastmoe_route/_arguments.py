@@ -172,6 +172,12 @@ def _range_rule(low: float, high: float, above: float, below: float) -> str:
     return f"be above {above}" if above >= low else f"be at least {low}"
 
 
+def check_module(op: str, argument: str, value: Any) -> None:
+    """Requires a module of torch."""
+    if not isinstance(value, torch.nn.Module):
+        fail(TypeError, op, argument, "be a torch.nn.Module", repr(value))
+
+
 def check_flag(op: str, argument: str, value: Any) -> None:
     """Requires a bool."""
     # torch.compile turns what was computed from floats into a SymBool.

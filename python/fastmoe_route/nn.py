@@ -35,6 +35,7 @@ from fastmoe_route._arguments import (
     check_flag,
     check_float,
     check_int,
+    check_module,
     check_shape,
     check_tensor,
     fail,
@@ -429,6 +430,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     Returns:
         A float32 scalar to add to the loss; 0 if no layer has one. Differentiable.
     """
+    check_module("aux_loss", "model", model)
     total = torch.zeros(())
     for module in model.modules():
         if isinstance(module, MoE) and module.aux_loss is not None:

@@ -172,7 +172,7 @@ def contrastive(
     tokens = x.repeat_interleave(k, dim=0).masked_fill(~used, 0.0)
     sums = x.new_zeros(prototypes.shape).index_add(0, slots, tokens)
     has_tokens = routing.demand > 0
-    cosines = F.normalize(sums, dim=1) @ F.normalize(prototypes, dim=1).T
+    cosines = F.normalize(sums, dim=1) @ F.normalize(prototypes.to(sums.dtype), dim=1).T
     labels = torch.arange(num_experts, device=x.device).masked_fill(~has_tokens, -1)
     return imitation(cosines / temperature, labels)
 

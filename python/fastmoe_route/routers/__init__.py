@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastmoe_route._arguments import check_int, fail
+from fastmoe_route._arguments import check_int, check_module, fail
 from fastmoe_route.methods import Method, find, methods
 from fastmoe_route.routers.adjacent import Cigt, Drmc, Magnet
 from fastmoe_route.routers.assignment import (
@@ -238,6 +238,7 @@ def update(model: nn.Module) -> int:
     >>> update(build("loss_free", 16, 4))
     1
     """
+    check_module("update", "model", model)
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.update()

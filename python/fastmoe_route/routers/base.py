@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 import torch
@@ -29,6 +29,8 @@ from fastmoe_route.methods import Method
 from fastmoe_route.results import DispatchPlan, Routing
 from fastmoe_route.routers.capacity import ROUNDINGS, Capacity, capacity_plan
 from fastmoe_route.routers.experts import Experts
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Context(NamedTuple):
@@ -305,6 +307,16 @@ class Router(nn.Module):
         """Training or evaluation; ends serve mode."""
         self.serving = False
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # Buffers add up steps and counts that 16 bits would lose, whatever the parameters are.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype in _HALVES and buffer.dtype not in _HALVES:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def check_number(
         self, argument: str, value: Any, *limits: float, **open_limits: float

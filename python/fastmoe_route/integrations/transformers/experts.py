@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoe_route._arguments import FLOAT_DTYPES
+from fastmoe_route._arguments import FLOAT_DTYPES, check_module
 from fastmoe_route._environment import logger
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
@@ -102,6 +102,7 @@ def explain(model: nn.Module) -> dict[str, str]:
         By module name: `fused NAME`, NAME being an activation of `moe_mlp`; `own activation`, for
         the module's own function between two grouped products; or `refused: WHY`.
     """
+    check_module("explain", "model", model)
     found = {}
     for name, module in model.named_modules():
         if all(hasattr(module, flag) for flag in _FLAGS):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoe_route._arguments import check_module
 from fastmoe_route._environment import logger
 from fastmoe_route.gate import gate
 
@@ -206,6 +207,7 @@ def patch_routers(model: nn.Module | None = None) -> list[str]:
     """
     if model is None:
         return _patch_classes()
+    check_module("patch_routers", "model", model)
     patched = []
     for name, module in model.named_modules():
         forward = _fused_forward(module)
@@ -221,6 +223,7 @@ def patch_routers(model: nn.Module | None = None) -> list[str]:
 
 def unpatch_routers(model: nn.Module) -> list[str]:
     """Takes back `patch_routers(model)`, and returns the names of the modules it was taken from."""
+    check_module("unpatch_routers", "model", model)
     unpatched = []
     for name, module in model.named_modules():
         own = module.__dict__.get("forward")
