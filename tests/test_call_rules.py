@@ -98,8 +98,16 @@ def test_forward_mode_is_an_error_and_never_zero(name: str) -> None:
         torch.autograd.forward_ad.dual_level(),
     ):
         FLOAT_OPS[name](torch.autograd.forward_ad.make_dual(x, x))
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match=f"{name}: derivatives must be taken by torch.autograd"):
         torch.func.jvp(FLOAT_OPS[name], (x,), (x,))
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
+def test_transforms_of_torch_func_are_refused_by_name(name: str) -> None:
+    """`vmap` loops over the operator; derivatives by transforms are an error that says so."""
+    x = torch.arange(12.0).view(3, 4).sin()
+    with pytest.raises(NotImplementedError, match=f"{name}: derivatives must be taken by"):
+        torch.func.grad(lambda t: FLOAT_OPS[name](t).square().sum())(x)
 
 
 # ---- symbolic sizes ----------------------------------------------------------------------------

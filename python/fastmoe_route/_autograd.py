@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoe_route._arguments import fail
+
 _library = torch.library.Library("fastmoe_route", "IMPL")
 
 
@@ -39,8 +41,15 @@ def register_autograd(
     """
     operator = getattr(torch.ops.fastmoe_route, name).default
     function = _function(name, operator, backward, setup_context, once)
+
+    def autograd(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            rule, got = "be taken by torch.autograd", "a transform of torch.func"
+            fail(NotImplementedError, name, "derivatives", rule, got)
+        return function.apply(*args)
+
     # mypy: torch.library is untyped there.
-    _library.impl(name, lambda *args: function.apply(*args), "Autograd")
+    _library.impl(name, autograd, "Autograd")
     return _call(function, operator)
 
 

@@ -85,6 +85,7 @@ def gate(
         group_score: a group's rank is its best key (`max`) or the sum of its two best (`top2_sum`).
         max_per_group: at most this many experts are taken from one group.
         top_p: stop after the choice that lifts the sum of chosen scores above this; float or `[T]`.
+            `torch.compile` makes a new graph for each float, as for those of torch's operators.
         threshold: stop at the first key not above this; float or `[T]`.
         min_k: real experts that `top_p` and `threshold` leave untouched.
         k_per_token: int32 `[T]`, slots to fill per token instead of `top_k`, clamped to
