@@ -114,7 +114,17 @@ def test_trip_to_a_gpu_keeps_strides_and_writes_back() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "most"),
-    [(64, 8, 290), (128, 8, 345), (256, 8, 350), (256, 32, 950), (4096, 64, 30_000)],
+    [
+        (8, 2, 22),
+        (16, 4, 48),
+        (32, 8, 120),
+        (64, 8, 290),
+        (64, 16, 400),
+        (128, 8, 345),
+        (256, 8, 350),
+        (256, 32, 950),
+        (4096, 64, 30_000),
+    ],
 )
 def test_a_row_of_the_gate_takes_few_instructions(
     counted: None, num_experts: int, top_k: int, most: int, normalize: bool

@@ -1,8 +1,8 @@
-// gate on CUDA: a warp per row, one read of the logits.
+// gate on CUDA: a warp per row, a lane per row where rows are short, one read of the logits.
 //
-// Who owns what. A block owns a tile of rows, whose size depends on T only; its warps take the tile's rows in turn.
-// Rows of the common case stay in registers (gate_fast.cuh); the others lie in the warp's own memory (gate_score.cuh),
-// lane l having columns l, l + 32, ...
+// Who owns what. A block owns a tile of rows, whose size depends on the shape only; its warps take the tile's rows in
+// turn. Rows of the common case stay in registers, of a warp (gate_fast.cuh) or of one lane (gate_lanes.cuh); the
+// others lie in the warp's own memory (gate_score.cuh), lane l having columns l, l + 32, ...
 // Phases of a row, as on the CPU: load -> scores -> ordered integer keys -> groups -> selection and stop rules ->
 // weights -> statistics. Selection is exact (gate_select.cuh): K extractions, or from K = 16 on a radix selection.
 //
@@ -13,6 +13,7 @@
 // bit for bit; otherwise it compares scores, which agree to a few ulp. Arithmetic is float32; float64 is for the CPU.
 // Bytes: logits once, outputs once, and with statistics 4 E per tile, written and read.
 #include "cuda/gate_fast.cuh"
+#include "cuda/gate_lanes.cuh"
 #include "cuda/gate_score.cuh"
 #include "cuda/gate_select.cuh"
 
@@ -322,8 +323,9 @@ class GateRow {
   bool has_nan_;
 };
 
-// kPerLane > 0: rows take the way of gate_fast.cuh first, with so many logits a lane.
-template <class T, int kPerLane>
+// kWarpRows: rows that a warp has in flight. Of one row, kPerLane > 0: it takes the way of gate_fast.cuh first, with so
+// many logits a lane. Of 32: they take that of gate_lanes.cuh.
+template <class T, int kPerLane, int kWarpRows>
 __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateCall call) {
   const RowMemory& m = call.memory;
   const int warp = warp_index();
@@ -335,6 +337,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   __syncthreads();
 
   const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
+  const auto run_general = [&](unsigned t) { GateRow<T>(call, warp_memory(m, warp), demand).run(t); };
   unsigned tile = blockIdx.x;
   do {
     const unsigned begin = tile * call.rows_per_tile;
@@ -343,15 +346,22 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
       for (int e = own_lane(); e < call.num_experts; e += kWarp) sums_of(warp)[e] = 0.0f;
       __syncwarp();  // not every way of a row has the columns lie by lanes alike
     }
-    for (unsigned t = begin + static_cast<unsigned>(warp); t < end; t += static_cast<unsigned>(m.num_warps)) {
-      if constexpr (kPerLane > 0) {
+    const unsigned step = static_cast<unsigned>(m.num_warps) * kWarpRows;
+    for (unsigned t = begin + static_cast<unsigned>(warp) * kWarpRows; t < end; t += step) {
+      if constexpr (kWarpRows > 1) {
+        float* const sums = call.tile_sums != nullptr ? sums_of(warp) : nullptr;
+        unsigned left = choose_by_lanes<T, kPerLane>(call.fast, t, end, demand, sums);
+        for (; left != 0; left &= left - 1) run_general(t + static_cast<unsigned>(__ffs(static_cast<int>(left)) - 1));
+      } else if constexpr (kPerLane > 0) {
         FastRow<T, kPerLane> fast(call.fast, demand);
         if (fast.choose(t, m)) {
           if (call.tile_sums != nullptr) fast.add_statistics(t, sums_of(warp));
           continue;
         }
+        run_general(t);
+      } else {
+        run_general(t);
       }
-      GateRow<T>(call, warp_memory(m, warp), demand).run(t);  // made here: rows of the fast way do not pay for it
     }
     if (call.tile_sums == nullptr) continue;  // to the condition below
     __syncthreads();
@@ -419,30 +429,40 @@ GateCall call_of(const GateArgs& a) {
   return call;
 }
 
-// Logits a lane of a fast row has, or 0 if the call needs the general way.
+// How rows of a call are taken: the template arguments of gate_kernel.
+struct Way {
+  int per_lane, warp_rows;
+};
 template <class T>
-int fast_per_lane(const GateCall& call) {
+Way way_of(const GateCall& call) {
+  constexpr Way kGeneral{0, 1};
   const GateArgs& a = call.a;
   const bool is_plain = call.logit_keys && a.mask.data == nullptr && a.noise.data == nullptr && a.scores == nullptr &&
                         a.k_per_token.data == nullptr && !call.has_top_p && !call.has_threshold;
   const bool is_free = a.topk_groups == a.shape.num_groups && a.max_per_group >= a.shape.top_k;
-  if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return 0;
+  if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return kGeneral;
+  const auto lies_in_packs = [&](int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(a.logits.data) % bytes == 0 && a.logits.stride_row * sizeof(T) % bytes == 0 &&
+           call.num_columns * sizeof(T) % bytes == 0;
+  };
+  if (call.num_columns <= kLanesMostColumns && a.shape.score != Score::kSqrtSoftplus && lies_in_packs(16))
+    return {call.num_columns <= 8 ? 8 : call.num_columns <= 16 ? 16 : kLanesMostColumns, kWarp};
   const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
-  if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return 0;
-  const int64_t pack_bytes = per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16;
-  const bool is_aligned = reinterpret_cast<uintptr_t>(a.logits.data) % pack_bytes == 0 &&
-                          a.logits.stride_row * sizeof(T) % pack_bytes == 0 &&
-                          call.num_columns * sizeof(T) % pack_bytes == 0;
-  return is_aligned ? per_lane : 0;
+  if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return kGeneral;
+  return lies_in_packs(per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16) ? Way{per_lane, 1} : kGeneral;
 }
 
 template <class T>
-CudaStatus launch_gate(const GateCall& call, const CudaQueue& queue) {
-  switch (fast_per_lane<T>(call)) {
-    case 2: return launch_rows<GateCall>(gate_kernel<T, 2>, call, call.memory, queue);
-    case 4: return launch_rows<GateCall>(gate_kernel<T, 4>, call, call.memory, queue);
-    case 8: return launch_rows<GateCall>(gate_kernel<T, 8>, call, call.memory, queue);
-    default: return launch_rows<GateCall>(gate_kernel<T, 0>, call, call.memory, queue);
+CudaStatus launch_gate(const GateCall& call, const Way& way, const CudaQueue& queue) {
+  const auto launch = [&](auto kernel) { return launch_rows<GateCall>(kernel, call, call.memory, queue); };
+  switch (way.per_lane * way.warp_rows) {
+    case 2: return launch(gate_kernel<T, 2, 1>);
+    case 4: return launch(gate_kernel<T, 4, 1>);
+    case 8: return launch(gate_kernel<T, 8, 1>);
+    case 8 * kWarp: return launch(gate_kernel<T, 8, kWarp>);
+    case 16 * kWarp: return launch(gate_kernel<T, 16, kWarp>);
+    case 32 * kWarp: return launch(gate_kernel<T, 32, kWarp>);
+    default: return launch(gate_kernel<T, 0, 1>);
   }
 }
 
@@ -458,13 +478,15 @@ CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
     return status_of(cudaMemsetAsync(a.score_sum, 0, call.num_experts * sizeof(float), queue.stream));
   }
   call.num_tokens = static_cast<unsigned>(num_tokens);
-  call.rows_per_tile = static_cast<unsigned>(ceil_div(ceil_div(num_tokens, kMaxTiles), kGateWarps) * kGateWarps);
+  const Way way = way_of<T>(call);
+  const int64_t block_rows = kGateWarps * way.warp_rows;
+  call.rows_per_tile = static_cast<unsigned>(ceil_div(ceil_div(num_tokens, kMaxTiles), block_rows) * block_rows);
   call.num_tiles = static_cast<unsigned>(ceil_div(num_tokens, call.rows_per_tile));
   if (a.score_sum != nullptr) {
     call.tile_sums = static_cast<float*>(queue.scratch(int64_t{call.num_tiles} * call.num_experts * sizeof(float)));
   }
   call.memory = plan_rows(call.row_words(), ceil_div(call.num_experts, 4) * 4, call.num_tiles, queue);
-  status = launch_gate<T>(call, queue);
+  status = launch_gate<T>(call, way, queue);
   if (status.code != 0 || a.score_sum == nullptr) return status;
   sum_tiles_kernel<<<num_blocks(call.num_experts, kWarp), kSumThreads, 0, queue.stream>>>(
       call.tile_sums, call.num_tiles, call.num_experts, static_cast<float*>(a.score_sum));

@@ -2,8 +2,8 @@
 // or stop rules. What it does not take (a NaN, an infinity, fewer numbers than K) goes the general way of gate.cu, with
 // the same choice; which way a row goes depends on the row alone.
 //
-// A lane has kPerLane logits, in packs of up to 16 bytes. For K < kRadixK it shows its best and keeps its second best:
-// K picks, one redux each, move on whoever shows what was picked. They are right if exactly K logits reach the last
+// A lane has kPerLane logits, in packs of up to 16 bytes. For K up to kMostPicks it shows its best and keeps its second
+// best: K picks, one redux each, move on whoever shows what was picked. They are right if exactly K logits reach the last
 // value picked: a tie between lanes moves two on, a lane with three of the K best shows nothing in time, and either
 // leaves more than K there. Such rows, and larger K, bisect for the K-th largest key (FastRow::select), which takes
 // ties by column; the chosen ones then lie side by side in shared memory and are ranked by counting.
@@ -79,6 +79,8 @@ class FastRow {
  public:
   static constexpr int kMostColumns = kWarp * kPerLane;
   static constexpr int kPack = kPerLane * sizeof(T) <= 16 ? kPerLane : 16 / sizeof(T);
+  // Where lanes show all they have, only ties fail; elsewhere many of the K best are likely to meet in a lane.
+  static constexpr int kMostPicks = kPerLane == 2 ? kWarp : kRadixK - 1;
 
   __device__ FastRow(const FastArgs& args, int* demand) : a_(args), demand_(demand) {}
 
@@ -108,12 +110,12 @@ class FastRow {
 
     const int k = a_.top_k;
     int floor;
-    if (k < kRadixK) {
+    if (k <= kMostPicks) {
       Picks picks{first_key, second_key, largest};
       if (k == 8) {  // the usual K, saving the count
         picks.take(std::make_integer_sequence<int, 8>{});
       } else {
-        picks.take_up_to(k, std::make_integer_sequence<int, kRadixK - 1>{});
+        picks.take_up_to(k, std::make_integer_sequence<int, kMostPicks>{});
       }
       if (write_picks(t, k, first, second, picks)) return true;
       floor = picks.best;
@@ -121,7 +123,7 @@ class FastRow {
       floor = __reduce_min_sync(kAllLanes, k > kWarp ? second_key : first_key);
     }
     floor = floor > kMinusInfinity ? floor : kMinusInfinity + 1;
-    if (k < kRadixK) raise(k, &floor, &largest);
+    if (k <= kMostPicks) raise(k, &floor, &largest);
     return select(t, k, floor, largest, reinterpret_cast<uint64_t*>(warp_memory(memory, warp_index())));
   }
 
