@@ -375,6 +375,32 @@ def test_gradient_at_minus_infinity_is_exactly_zero():
         assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("score", SCORES)
+def test_gradient_of_a_row_with_nan_and_minus_infinity(score, normalize, stats):
+    clean = torch.randn(6, 21)
+    clean[:, 5] = -INF
+    spoiled = clean.clone()
+    spoiled[3, 7] = NAN
+
+    def gradient(logits):
+        logits = logits.clone().requires_grad_()
+        routing = fr.gate(logits, 3, score=score, normalize=normalize, stats=stats)
+        total = (routing.weights * torch.tensor([1.0, 2.0, 3.0])).sum()
+        total = total + routing.logsumexp.sum() if stats else total
+        total.backward()
+        return routing.experts, logits.grad
+
+    _, wanted = gradient(clean)
+    experts, got = gradient(spoiled)
+    assert_exact(got[[0, 1, 2, 4, 5]], wanted[[0, 1, 2, 4, 5]])  # no row sees another
+    assert (got[:, 5] == 0).all()
+    assert got[3, 7].isnan() or (score == "identity" and not stats)  # whose slope is 1
+    if score == "softmax":
+        assert got[3, experts[3].long()].isnan().all()
+
+
 def test_integer_results_and_unused_outputs_need_no_gradient():
     logits = torch.randn(4, 8, requires_grad=True)
     routing = fr.gate(logits, 2, stats=True)

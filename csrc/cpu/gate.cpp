@@ -86,13 +86,12 @@ class Gate {
   // Logits, scores and keys of row t, with what may not be chosen disallowed.
   void prepare(GateRow<V>& row, int64_t t) const {
     prefetch(t + 2 * kBatch);
-    const RowOf<V> loaded = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
-    row.logits = loaded.z, row.max = loaded.max, row.is_plain = loaded.is_plain, row.has_nan = loaded.has_nan;
+    load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row);
     if (adds_plain_bias_ && row.is_plain && row.max < INFINITY) {
       form_biased_keys(row, t);
     } else {
-      if (needs_.scores) row.sum = form_scores(row.logits, row.max, row.has_nan, row.scores);
-      else if (needs_.softmax_sum) row.sum = exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+      if (needs_.scores) row.sum = form_scores(row.z, row.max, row.has_nan, row.scores);
+      else if (needs_.softmax_sum) row.sum = exponentials<V>(row.z, num_columns_, row.max, row.has_nan, nullptr);
       row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
       form_keys(row, t);
       if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
@@ -122,7 +121,7 @@ class Gate {
       experts[num_chosen] = column;
       ++demand_[column];
       if (!needs_.weigh_keys)
-        row.taken_scores[num_chosen] = needs_.scores ? row.scores[column] * row.factor : row.logits[column];
+        row.taken_scores[num_chosen] = needs_.scores ? row.scores[column] * row.factor : row.z[column];
       ++num_chosen;
     }
     row.num_chosen = num_chosen;
@@ -163,7 +162,7 @@ class Gate {
   // keys = ordered(score(logits + noise) + bias), or ordered(logits + noise) where that orders the same. NaN is last
   // of the allowed; -inf logits and masked columns are not allowed.
   void form_keys(GateRow<V>& row, int64_t t) const {
-    const Float* z = row.logits;
+    const Float* z = row.z;
     row.key_scores = row.scores;
     if (a_.noise.data != nullptr) {
       add_noise(row, row_of<Float>(a_.noise, t));
@@ -185,7 +184,7 @@ class Gate {
     const V minus_inf = V::all(-INFINITY);
     for (int64_t i = plain; i < padded_; i += V::kLanes) {
       const V key = select(is_nan(V::load(z + i)), nan, V::load(source + i));
-      select(V::load(row.logits + i) == minus_inf, KeyVec::all(kDisallowed), ordered_keys(key)).store(row.keys + i);
+      select(V::load(row.z + i) == minus_inf, KeyVec::all(kDisallowed), ordered_keys(key)).store(row.keys + i);
     }
     apply_mask(row, t);
   }
@@ -212,7 +211,7 @@ class Gate {
     row.key_scores = row.scores;
     row.factor = 1;
     const auto pass = [&](const auto& of) {
-      const Float* z = row.logits;
+      const Float* z = row.z;
       Float* scores = row.scores;
       Key* keys = row.keys;
       for (int64_t i = 0; i < padded_; i += V::kLanes) {
@@ -232,7 +231,7 @@ class Gate {
   }
 
   void add_noise(GateRow<V>& row, const Float* noise) const {
-    for (int64_t i = 0; i < num_columns_; ++i) row.noisy[i] = row.logits[i] + noise[i * a_.noise.stride_col];
+    for (int64_t i = 0; i < num_columns_; ++i) row.noisy[i] = row.z[i] + noise[i * a_.noise.stride_col];
     for (int64_t i = num_columns_; i < padded_; ++i) row.noisy[i] = -static_cast<Float>(INFINITY);
   }
 
@@ -251,7 +250,7 @@ class Gate {
     const int64_t part = shape_.softmax_over_group && shape_.num_groups > 1 ? group_size_ : num_columns_;
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       bool has_nan = false;
-      for (int64_t i = begin; i < begin + part; ++i) has_nan |= row.logits[i] != row.logits[i];
+      for (int64_t i = begin; i < begin + part; ++i) has_nan |= row.z[i] != row.z[i];
       for (int64_t i = begin; has_nan && i < begin + part; ++i) row.scores[i] = static_cast<Float>(NAN);
     }
   }
@@ -401,7 +400,7 @@ class Gate {
 
   Float sum_of_exponentials(const GateRow<V>& row) const {
     return shape_.score == Score::kSoftmax ? row.sum
-                                           : exponentials<V>(row.logits, num_columns_, row.max, row.has_nan, nullptr);
+                                           : exponentials<V>(row.z, num_columns_, row.max, row.has_nan, nullptr);
   }
 
   // logsumexp of rows t ... of the batch. A row without an allowed column takes no part in the statistics.

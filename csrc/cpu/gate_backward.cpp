@@ -41,6 +41,28 @@ struct BackwardRow {
   Float *taken_z, *taken_scores, *grad_taken;
 };
 
+// From the gradients g of the weights to those of the chosen scores: scale (g - mean) / sum if the weights are divided
+// by the sum of the scores, with mean the sum of g times the weights before they are scaled; scale g otherwise.
+template <class V>
+struct ScoreGradient {
+  using Float = typename Arithmetic<V>::Float;
+  Float sum = 1;
+  V mean = V::zero(), factor;
+
+  // The sums over lanes of `scores` and of `dots`, scores times g, are the row's.
+  ScoreGradient(const GateShape& shape, V scores, V dots) {
+    Float divisor = 1;
+    if (shape.normalize) {
+      sum = reduce_add(scores);
+      const bool is_floored = sum < static_cast<Float>(kWeightFloor);
+      divisor = is_floored ? static_cast<Float>(kWeightFloor) : sum;
+      if (!is_floored) mean = V::all(reduce_add(dots) / divisor);
+    }
+    factor = V::all(static_cast<Float>(shape.scale) / divisor);
+  }
+  V of(V grad_weights) const { return (grad_weights - mean) * factor; }
+};
+
 template <class V>
 class GateBackward {
  public:
@@ -88,7 +110,7 @@ class GateBackward {
   }
 
   void read(Row& row, int64_t t) const {
-    row.logits = load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer);
+    load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
     row.experts = a_.experts + t * shape_.top_k;
     row.grad_weights = row_of(a_.grad_weights, t, shape_.top_k);
     int64_t j = 0;
@@ -119,50 +141,56 @@ class GateBackward {
     if (i < num_columns_) f(i).store(out + i, lanes_at<V>(i, num_columns_));
   }
 
+  // The chosen logits from slot j on; past them, a logit whose score is 0.
+  V taken_z(const Row& row, int64_t j) const {
+    const Float none = shape_.score == Score::kIdentity ? 0 : -static_cast<Float>(INFINITY);
+    return V::load(row.taken_z + j, lanes_at<V>(j, row.num_chosen), none);
+  }
+
+  // Calls use(j, scores, their gradients) for vectors of chosen slots, the scores from j on being score_of(j), 0 past
+  // the chosen. Returns the sum of the scores where the weights are divided by it.
+  template <class ScoreOf, class Use>
+  Float weigh_chosen(const Row& row, const ScoreOf& score_of, const Use& use) const {
+    const int64_t count = row.num_chosen;
+    if (count == 0) return 1;
+    const auto grad_weights = [&](int64_t j) { return V::load(row.grad_weights + j, lanes_at<V>(j, count)); };
+    if (count <= V::kLanes) {  // all in registers
+      const V scores = score_of(0), grads = grad_weights(0);
+      const ScoreGradient<V> gradient(shape_, scores, scores * grads);
+      use(0, scores, gradient.of(grads));
+      return gradient.sum;
+    }
+    V total = V::zero(), dots = V::zero();
+    for (int64_t j = 0; j < count; j += V::kLanes) {
+      const V scores = score_of(j);
+      total = total + scores;
+      dots = fma(scores, grad_weights(j), dots);
+    }
+    const ScoreGradient<V> gradient(shape_, total, dots);
+    for (int64_t j = 0; j < count; j += V::kLanes) use(j, score_of(j), gradient.of(grad_weights(j)));
+    return gradient.sum;
+  }
+
+  // grad_taken = what the weights give to the chosen logits of an elementwise score.
+  void weigh_elementwise(const Row& row) const {
+    weigh_chosen(
+        row, [&](int64_t j) { return elementwise_score(shape_.score, taken_z(row, j)); },
+        [&](int64_t j, V, V grad) {
+          (grad * elementwise_slope(shape_.score, taken_z(row, j))).store(row.grad_taken + j);
+        });
+  }
+
   // grad_taken = the gradients at the chosen, all others being zero. False where the general formula has to be used:
   // NaN, and for softmax +inf or scores near the floor.
   bool sparse(const Row& row) const {
     if (row.num_chosen == 0) return true;
     if (row.logits.has_nan) return false;
-    // Past the chosen, a logit whose score is 0.
-    const Float none = shape_.score == Score::kIdentity ? 0 : -static_cast<Float>(INFINITY);
+    if (!is_softmax_) return weigh_elementwise(row), true;
     const V shift = V::all(row.logits.max);
-    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-      const V z = V::load(row.taken_z + j, lanes_at<V>(j, row.num_chosen), none);
-      (is_softmax_ ? exp_nonpositive(z - shift) : elementwise_score(shape_.score, z)).store(row.taken_scores + j);
-    }
-    const Float sum = form_grad_taken(row);
-    if (is_softmax_ && !(sum > static_cast<Float>(kSafeSum))) return false;
-    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-      const V slope =
-          is_softmax_ ? V::load(row.taken_scores + j) : elementwise_slope(shape_.score, V::load(row.taken_z + j));
-      (V::load(row.grad_taken + j) * slope).store(row.grad_taken + j);
-    }
-    return true;
-  }
-
-  // grad_taken = the gradients of taken_scores, which are 0 up to a whole vector. Returns the sum of these where the
-  // weights are divided by it.
-  Float form_grad_taken(const Row& row) const {
-    Float sum = 1, mean = 0, divisor = 1;
-    if (shape_.normalize) {
-      V total = V::zero(), dot = V::zero();
-      for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-        const V score = V::load(row.taken_scores + j);
-        total = total + score;
-        dot = fma(score, V::load(row.grad_weights + j, lanes_at<V>(j, row.num_chosen)), dot);
-      }
-      sum = reduce_add(total);
-      const bool is_floored = sum < static_cast<Float>(kWeightFloor);
-      divisor = is_floored ? static_cast<Float>(kWeightFloor) : sum;
-      mean = is_floored ? 0 : reduce_add(dot) / divisor;
-    }
-    const V factor = V::all(static_cast<Float>(shape_.scale) / divisor);
-    for (int64_t j = 0; j < row.num_chosen; j += V::kLanes) {
-      const V over_mean = V::load(row.grad_weights + j, lanes_at<V>(j, row.num_chosen)) - V::all(mean);
-      (over_mean * factor).store(row.grad_taken + j);
-    }
-    return sum;
+    const Float sum = weigh_chosen(
+        row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift); },
+        [&](int64_t j, V scores, V grad) { (grad * scores).store(row.grad_taken + j); });
+    return sum > static_cast<Float>(kSafeSum);
   }
 
   // grad_z = the gradients of all columns; room for whole vectors.
@@ -196,47 +224,60 @@ class GateBackward {
     return grad_scores_;
   }
 
-  // scores_ over `divisor` are the scores: sets taken_scores and their gradients.
-  void take_scores(const Row& row, Float divisor) const {
-    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]] / divisor;
-    for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
-    form_grad_taken(row);
+  void softmax_backward(const Row& row, const Float* of_scores, const Float* of_logsumexp, Float* grad_z) const {
+    if (num_parts_ > 1) return groups_backward(row, of_scores, grad_z);
+    const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
+    const Float divisor = sum == 0 ? 1 : sum;
+    const V shift = V::all(shift_of(row.logits.max));
+    V dots = V::zero();
+    weigh_chosen(
+        row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift) / V::all(divisor); },
+        [&](int64_t j, V scores, V grad) {
+          scores.store(row.taken_scores + j), grad.store(row.grad_taken + j);
+          dots = fma(scores, grad, dots);
+        });
+    const Float of_row = of_logsumexp != nullptr ? *of_logsumexp : 0;
+    part_backward(row, 0, num_columns_, 1 / divisor, of_row - reduce_add(dots), of_scores, grad_z);
   }
 
-  void softmax_backward(const Row& row, const Float* of_scores, const Float* of_logsumexp, Float* grad_z) const {
+  void groups_backward(const Row& row, const Float* of_scores, Float* grad_z) const {
     const int64_t part = num_columns_ / num_parts_;
-    Float divisor = 1;
-    if (num_parts_ == 1) {
-      const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
-      divisor = sum == 0 ? 1 : sum;
-    } else {
-      for (int64_t i = 0; i < num_columns_; i += part) {
-        const Float sum = exponentials<V>(row.logits.z + i, part, max_of(row.logits.z + i, part), false, scores_ + i);
-        scale_by<V>(scores_ + i, part, inverse_of(sum));
-      }
+    for (int64_t i = 0; i < num_columns_; i += part) {
+      const Float sum = exponentials<V>(row.logits.z + i, part, max_of(row.logits.z + i, part), false, scores_ + i);
+      scale_by<V>(scores_ + i, part, inverse_of(sum));
     }
-    take_scores(row, divisor);
-    const Float factor = 1 / divisor;
+    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]];
+    for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
+    weigh_chosen(
+        row, [&](int64_t j) { return V::load(row.taken_scores + j); },
+        [&](int64_t j, V, V grad) { grad.store(row.grad_taken + j); });
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
-      const auto is_here = [&](int64_t j) { return row.experts[j] >= begin && row.experts[j] < begin + part; };
-      Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
-      Float of_chosen[2] = {0, 0};
+      Float of_chosen = 0;
       for (int64_t j = 0; j < row.num_chosen; ++j)
-        if (is_here(j)) of_chosen[j % 2] += row.taken_scores[j] * row.grad_taken[j];
-      mean += of_chosen[0] + of_chosen[1];
-      const Float over_mean = of_logsumexp != nullptr ? *of_logsumexp - mean : -mean;
-      const V shift = V::all(over_mean);
-      const V by = V::all(factor);
-      for (int64_t i = begin; i < begin + part; i += V::kLanes) {
-        const int lanes = lanes_at<V>(i, begin + part);
-        const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes) + shift : shift;
-        (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
-      }
-      // Formed anew: a sum of two products would lose what cancels between the gradient and the mean.
-      for (int64_t j = 0; j < row.num_chosen; ++j) {
-        const Float other = of_scores != nullptr ? of_scores[row.experts[j]] : 0;
-        if (is_here(j)) grad_z[row.experts[j]] = row.taken_scores[j] * (other + row.grad_taken[j] + over_mean);
-      }
+        if (row.experts[j] >= begin && row.experts[j] < begin + part)
+          of_chosen += row.taken_scores[j] * row.grad_taken[j];
+      part_backward(row, begin, part, 1, -of_chosen, of_scores, grad_z);
+    }
+  }
+
+  // Columns [begin, begin + part) of a softmax whose probabilities are `factor` scores_. `of_row`: the gradient of
+  // logsumexp less what the chosen add to the mean.
+  void part_backward(const Row& row, int64_t begin, int64_t part, Float factor, Float of_row, const Float* of_scores,
+                     Float* grad_z) const {
+    const Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
+    const Float over_mean = of_row - mean;
+    const V shift = V::all(over_mean);
+    const V by = V::all(factor);
+    for (int64_t i = begin; i < begin + part; i += V::kLanes) {
+      const int lanes = lanes_at<V>(i, begin + part);
+      const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes) + shift : shift;
+      (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
+    }
+    // Formed anew: a sum of two products would lose what cancels between the gradient and the mean.
+    for (int64_t j = 0; j < row.num_chosen; ++j) {
+      const int64_t e = row.experts[j];
+      const Float other = of_scores != nullptr ? of_scores[e] : 0;
+      if (e >= begin && e < begin + part) grad_z[e] = row.taken_scores[j] * (other + row.grad_taken[j] + over_mean);
     }
   }
 
@@ -253,16 +294,14 @@ class GateBackward {
   }
 
   void elementwise_backward(const Row& row, const Float* of_scores, Float* grad_z) const {
-    for (int64_t i = 0; row.num_chosen > 0 && i < padded_; i += V::kLanes)
-      elementwise_score(shape_.score, V::load(row.logits.z + i)).store(scores_ + i);
-    take_scores(row, 1);
+    weigh_elementwise(row);
+    const bool has_slopes = of_scores != nullptr || row.logits.has_nan;  // 0 times a slope of NaN is NaN
     for (int64_t i = 0; i < padded_; i += V::kLanes) {
-      const V slope = elementwise_slope(shape_.score, V::load(row.logits.z + i));
-      slope.store(scores_ + i);
-      const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at<V>(i, num_columns_)) : V::zero();
-      (grad * slope).store(grad_z + i);
+      V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at<V>(i, num_columns_)) : V::zero();
+      if (has_slopes) grad = grad * elementwise_slope(shape_.score, V::load(row.logits.z + i));
+      grad.store(grad_z + i);
     }
-    for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += scores_[row.experts[j]] * row.grad_taken[j];
+    for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += row.grad_taken[j];
   }
 
   GateBackwardArgs a_;
@@ -271,7 +310,7 @@ class GateBackward {
   bool is_softmax_;
   int64_t num_parts_;
   bool is_sparse_;
-  Float *scores_, *grad_scores_, *grad_z_;  // of columns; scores or their slopes
+  Float *scores_, *grad_scores_, *grad_z_;  // of columns
   Row rows_[kBatch];
 };
 

@@ -34,9 +34,9 @@ struct GateNeeds {
   }
 };
 
-// What one row needs while it is in flight.
+// What one row needs while it is in flight: its logits, z, lie in `buffer` or where they came from.
 template <class V>
-struct GateRow {
+struct GateRow : RowOf<V> {
   using Float = typename Arithmetic<V>::Float;
   using Key = typename Arithmetic<V>::Key;
   Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
@@ -44,15 +44,11 @@ struct GateRow {
   int32_t *group_order, *group_count;
   int32_t* first_columns;   // of each vector of keys
   int64_t num_keys;         // whole vectors, in rising order of columns; those of closed groups may be left out
-  const Float* logits;      // in `buffer`, or where they came from
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
-  Float max;                // largest logit that is a number
   int64_t num_taken;        // columns selected
   int64_t num_chosen;       // experts among them, up to a stop rule
   Float sum;                // of exp(logit - max)
   Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
-  bool is_plain;            // every logit is finite
-  bool has_nan;
 
   // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
   int64_t carve(char* memory, const GateShape& shape) {

@@ -119,36 +119,37 @@ inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, 
 
 // The n logits of a row, in `buffer` unless they can stay where they are.
 template <class V, class T>
-inline RowOf<V> load_logits(const T* row, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer) {
+inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer,
+                        RowOf<V>& row) {
   using Float = typename Arithmetic<V>::Float;
-  RowOf<V> result{buffer, 0, true, false};
+  row.z = buffer;
+  row.has_nan = false;
   if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(row[i * stride]);
-    scan(static_cast<const Float*>(buffer), n, buffer, result);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(from[i * stride]);
+    scan(static_cast<const Float*>(buffer), n, buffer, row);
   } else if constexpr (std::is_same_v<T, Float>) {
     const bool stays = n % V::kLanes == 0;
-    if (stays) result.z = row;
-    scan(row, n, stays ? nullptr : buffer, result);
+    if (stays) row.z = from;
+    scan(from, n, stays ? nullptr : buffer, row);
   } else {
-    scan(row, n, buffer, result);
+    scan(from, n, buffer, row);
   }
-  if (result.is_plain) return result;
+  if (row.is_plain) return;
   auto nan = is_nan(V::zero());
-  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(result.z + i));
-  result.has_nan = nan.lanes() != 0;
-  return result;
+  for (int64_t i = 0; i < n; i += V::kLanes) nan = nan | is_nan(V::load(row.z + i));
+  row.has_nan = nan.lanes() != 0;
 }
 
 // load_logits by the dtype of the logits.
 template <class V>
-inline RowOf<V> load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
-                         typename Arithmetic<V>::Float* buffer) {
+inline void load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
+                     typename Arithmetic<V>::Float* buffer, RowOf<V>& row) {
   const auto load = [&](auto type) {
     using T = decltype(type);
-    return load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer);
+    load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer, row);
   };
   if constexpr (V::kLanes == 1) {
-    return load(double{});
+    load(double{});
   } else {
     switch (dtype) {
       case DType::kBFloat16: return load(BFloat16{});
@@ -166,6 +167,12 @@ inline Float max_of(const Float* z, int64_t n) {
   return best;
 }
 
+// What exponentials take from every logit of a row whose largest number is max_z.
+template <class Float>
+inline Float shift_of(Float max_z) {
+  return max_z == -static_cast<Float>(INFINITY) ? 0 : max_z;
+}
+
 // out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
 // the caller says that there may be one. Nothing past n is written.
 template <class V>
@@ -174,7 +181,7 @@ inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::
                                                   typename Arithmetic<V>::Float* out) {
   using Float = typename Arithmetic<V>::Float;
   const V minus_inf = V::all(-INFINITY);
-  const V shift = V::all(max_z == -static_cast<Float>(INFINITY) ? 0 : max_z);
+  const V shift = V::all(shift_of(max_z));
   // Inlined apart, so that the loops over plain rows ask nothing.
   const auto pass = [&](const auto& of, const auto& keep) {
     V even = V::zero(), odd = V::zero();

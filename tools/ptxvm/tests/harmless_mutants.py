@@ -52,13 +52,6 @@ HARMLESS = (
         "the epilogue's barriers around a bias, in the kernel that never has one: not reached",
         ("C::run_tile( call.params, shared, {static_cast<int>(p.m)",),
     ),
-    Harmless(
-        "order",
-        "gate.cu",
-        "needed from 8,193 rows on, where a warp has two rows between barriers of its block,"
-        " statistics of a slow one before a fast one: more rows than a call here has",
-        ("__syncwarp(); // the next row writes what lanes have read of each other here",),
-    ),
     Harmless("guard", "block.cuh", ONE_LANE, ("if (lane_index() == 0) partial[warp] = value;",)),
     Harmless(
         "guard",
