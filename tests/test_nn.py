@@ -270,11 +270,12 @@ def test_checkpointing_and_autocast_train():
     from torch.utils.checkpoint import checkpoint
 
     layer, x = layer_of(), tokens(6)
-    layer(x).sum().backward()
-    expected = layer.experts.w_up.grad.clone()
+    (layer(x).sum() + fr.nn.aux_loss(layer)).backward()
+    expected, of_router = layer.experts.w_up.grad.clone(), layer.router.score.weight.grad.clone()
     layer.zero_grad()
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    (checkpoint(layer, x, use_reentrant=False).sum() + fr.nn.aux_loss(layer)).backward()
     assert_exact(layer.experts.w_up.grad, expected)
+    assert_exact(layer.router.score.weight.grad, of_router)
     layer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
