@@ -300,6 +300,9 @@ def test_autocast_and_meta_with_every_router(name):
     assert bool(y.isfinite().all())
     given = {key: v.to("meta") if torch.is_tensor(v) else v for key, v in given.items()}
     assert layer.to("meta")(x.to("meta"), **given).shape == x.shape
+    # There is no value to wait for there, so a step of training waits for none.
+    (layer.train()(x.to("meta"), **given).sum() + fr.nn.aux_loss(layer)).backward()
+    assert routers.update(layer) == 1
 
 
 # ---- registration ------------------------------------------------------------------------------
