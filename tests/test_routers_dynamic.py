@@ -269,7 +269,7 @@ def test_flextron_widths_are_nested(activation):
     used = (tokens.routing.experts >= 0).sum(1)
     assert torch.equal(used.int(), tokens.extra["width"])
     with pytest.raises(
-        ValueError, match="slice_experts: num_slices must divide the width 32, got 5"
+        ValueError, match="num_slices must divide the width 32, got 5"
     ):
         routers.slice_experts(w_up, w_down, 5, activation)
 
