@@ -321,8 +321,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     add("--no-plot", action="store_true", help="write no plot")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
+    for name in ("steps", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
     try:
         chosen = [find(name) for name in options.routers]

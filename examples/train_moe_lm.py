@@ -394,8 +394,9 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     add("--seed", type=int, default=0, help="seed of weights and batches")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
+    for name in ("steps", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not 1 <= options.top_k <= options.experts:
         parser.error(f"--top-k must be in [1, {options.experts}], got {options.top_k}")
     if options.heads < 1 or options.hidden % options.heads:

@@ -293,6 +293,8 @@ def experts_that_do_not_divide_are_refused() -> None:
 
 @check
 def methods_that_read_experts_are_refused() -> None:
+    with refused("layer must have a router that needs no experts, which are on other ranks, got"):
+        ExpertParallel(fr.nn.MoE(H, WIDTH, E, router="finedeep"))
     parallel = ExpertParallel(layer_of())
     router = parallel.layer.router
     router.mix = lambda x, routed, experts: experts.each(x)

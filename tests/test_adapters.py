@@ -180,6 +180,24 @@ ROUTED = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
             "lora_grouped_mm: x must be float32 or",
         ),
         (
+            lambda x: adapters.freeze_experts(PAIRS[0], torch.tensor([True, False])),
+            "freeze_experts: weight must require a gradient",
+        ),
+        (
+            lambda x: adapters.freeze_experts(
+                torch.ones(2, 3, requires_grad=True), torch.tensor([1, 0])
+            ),
+            "freeze_experts: frozen must be bool",
+        ),
+        (
+            lambda x: adapters.precondition_update(x.T, torch.eye(HIDDEN), -1.0),
+            r"precondition_update: damping must be at least 0, got -1\.0",
+        ),
+        (
+            lambda x: adapters.QueryableLora(8, 8, scaling=float("nan")),
+            "queryable_lora: scaling must be a number that a float can hold, got nan",
+        ),
+        (
             lambda x: adapters.MixtureOfShards(10, 8, 2, num_shards=4),
             "mixture_of_shards: hidden_size must be a multiple of num_shards 4, got 10",
         ),

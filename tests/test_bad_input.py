@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastmoe_route import adapters, audit, losses, softmax_variants
 from fastmoe_route.methods import Method, methods
+from fastmoe_route.routers import estimators
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, TOKENS, VOCABULARY, inputs, make
 
 Call = Callable[[], Any]
@@ -185,6 +186,31 @@ def test_decisions_and_tasks_out_of_range() -> None:
         router = make(name, num_tasks=4) if name == "mhr" else make(name)
         state = torch.tensor([0, bad, 1])
         refuses(method, "state", lambda r=router, s=state: r(**{**inputs(), "state": s}))
+
+
+Z = torch.zeros(3, 4)
+LATER: dict[str, Call] = {
+    "slice_experts: activation": lambda: fr.routers.slice_experts(Z, Z, 1, "swish"),
+    "slice_experts: w_up": lambda: fr.routers.slice_experts(Z, torch.zeros(3, 4), 3, "swiglu"),
+    "slice_experts: num_slices": lambda: fr.routers.slice_experts(Z.T, Z, 2, "relu"),
+    "task_experts: task_frequency": lambda: fr.routers.task_experts(3, Z[0]),
+    "task_experts: tau": lambda: fr.routers.task_experts(Z[0], Z[0], "a"),
+    "rewire: routers": lambda: fr.routers.rewire([make("switch")], lambda: Z.sum()),
+    "angle_capacity: cosine": lambda: fr.routers.angle_capacity("a", 4, 4),
+    "smoe_dropout: progress": lambda: make("smoe_dropout").set_progress("a"),
+    "uni_pool: progress": lambda: make("uni_pool").lock(torch.ones(EXPERTS, dtype=bool), math.nan),
+    "sparsemixer: epsilon": lambda: estimators.sparsemixer(Z, -1.0),
+    "sparsemixer: uniform": lambda: estimators.sparsemixer(Z, gumbel=Z),
+    "sparsemixer: gumbel": lambda: estimators.sparsemixer(Z, gumbel=Z[:1], uniform=Z[:, 0]),
+    "ordered_log_prob: experts": lambda: estimators.ordered_log_prob(Z, torch.full((3, 1), 4)),
+    "isolation: router": lambda: audit.isolation(Z, Z, Z, inputs()["experts"]),
+}
+
+
+@pytest.mark.parametrize("start", LATER)
+def test_functions_around_routers(start: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{start} must"):
+        LATER[start]()
 
 
 # ---- losses, softmax, adapters, audits ---------------------------------------------------------

@@ -215,3 +215,10 @@ def test_sparsemixer_masks_by_relative_distance():
 def test_rloo_needs_two_draws():
     with pytest.raises(ValueError, match="rloo: losses must hold at least 2 draws, got"):
         est.rloo(torch.zeros(1), torch.zeros(1))
+
+
+def test_no_draw_takes_no_expert_away():
+    z = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = z.softmax(1)[0]
+    found = est.ordered_log_prob(z, torch.tensor([[2, -1, 0]]))
+    assert_bound(found, (q[2].log() + (q[0] / (1 - q[2])).log())[None], 1e-12)

@@ -270,11 +270,12 @@ def test_checkpointing_and_autocast_train():
     from torch.utils.checkpoint import checkpoint
 
     layer, x = layer_of(), tokens(6)
-    layer(x).sum().backward()
-    expected = layer.experts.w_up.grad.clone()
+    (layer(x).sum() + fr.nn.aux_loss(layer)).backward()
+    expected, of_router = layer.experts.w_up.grad.clone(), layer.router.score.weight.grad.clone()
     layer.zero_grad()
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    (checkpoint(layer, x, use_reentrant=False).sum() + fr.nn.aux_loss(layer)).backward()
     assert_exact(layer.experts.w_up.grad, expected)
+    assert_exact(layer.router.score.weight.grad, of_router)
     layer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -299,6 +300,9 @@ def test_autocast_and_meta_with_every_router(name):
     assert bool(y.isfinite().all())
     given = {key: v.to("meta") if torch.is_tensor(v) else v for key, v in given.items()}
     assert layer.to("meta")(x.to("meta"), **given).shape == x.shape
+    # There is no value to wait for there, so a step of training waits for none.
+    (layer.train()(x.to("meta"), **given).sum() + fr.nn.aux_loss(layer)).backward()
+    assert routers.update(layer) == 1
 
 
 # ---- registration ------------------------------------------------------------------------------

@@ -102,6 +102,20 @@ def test_a_scope_alone_has_the_same_bits(name: str) -> None:
         assert same_bits(layer(router, rows(given, index)), wanted[index])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", names())
+def test_a_broken_token_spoils_no_other_request(name: str, value: float) -> None:
+    given = inputs()
+    arguments = {"eval_capacity_factor": 1.0} if BY_NAME[name].invariance == "C" else {}
+    router = make(name, **arguments).serve()
+    others = given["sequence_ids"] != given["sequence_ids"][3]
+    if BY_NAME[name].invariance in ("I", "B*"):
+        others = torch.arange(TOKENS) != 3
+    wanted = layer(router, given)
+    given["x"][3] = value
+    assert same_bits(layer(router, given)[others], wanted[others])
+
+
 @pytest.mark.parametrize("name", names())
 def test_serve_mode_refuses_what_mixes_requests(name: str) -> None:
     arguments = {"eval_capacity_factor": 1.0} if BY_NAME[name].invariance == "C" else {}

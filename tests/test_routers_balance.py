@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import fastmoe_route as fr
 import numpy as np
 import pytest
@@ -413,6 +415,19 @@ def test_kmeans_separates_two_clusters() -> None:
     router(x)
     router.update()
     assert torch.equal(router.centroids, before)
+
+
+def test_kmeans_trains_in_one_graph() -> None:
+    router, given = make("kmeans").train(), inputs()
+    twin = copy.deepcopy(router)
+    torch._dynamo.reset()
+    compiled = torch.compile(router, fullgraph=True, backend="eager")
+    for _ in range(2):
+        wanted, got = twin(**given), compiled(**given)
+        assert torch.equal(got.routing.experts, wanted.routing.experts)
+        twin.update()
+        router.update()
+    assert torch.equal(router.centroids, twin.centroids)
 
 
 def test_router_row_and_expert_input_weights_share_a_direction() -> None:

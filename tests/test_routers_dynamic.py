@@ -268,7 +268,7 @@ def test_flextron_widths_are_nested(activation):
     tokens = make("flextron").eval()(x)
     used = (tokens.routing.experts >= 0).sum(1)
     assert torch.equal(used.int(), tokens.extra["width"])
-    with pytest.raises(ValueError, match="slice_experts: num_slices must divide 32, got 5"):
+    with pytest.raises(ValueError, match="num_slices must divide the width 32, got 5"):
         routers.slice_experts(w_up, w_down, 5, activation)
 
 

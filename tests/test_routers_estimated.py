@@ -185,7 +185,9 @@ def test_graph_of_tokens():
         router.aux_coef = 1.0
         routed = router(**given).routing
         p = router.score(given["x"]).softmax(1)
-        s = router._similarity(given["x"], fr.routers.Context(sequence_ids=given["sequence_ids"]))
+        s = router._similarity(given["x"], fr.routers.Context(sequence_ids=given["sequence_ids"]))[
+            0
+        ]
         close(s.sum(1), torch.ones(24), 1e-12)
         assert (s[:8, 8:] == 0).all()
         mixed = s @ p.double()

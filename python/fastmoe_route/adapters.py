@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastmoe_route._arguments import check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import (
+    check_dtype,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 from fastmoe_route.lora_grouped_mm import lora_grouped_mm
 from fastmoe_route.methods import register
 from fastmoe_route.results import DispatchPlan, Routing
@@ -171,7 +179,8 @@ class QueryableLora(nn.Module):
         sizes = {"hidden_size": hidden_size, "out_size": out_size}
         for name, size in {**sizes, "rank": rank, "num_atoms": num_atoms}.items():
             check_int("queryable_lora", name, size, 1)
-        self.rank, self.scaling = rank, scaling
+        self.rank = rank
+        self.scaling = check_number("queryable_lora", "scaling", scaling)
         self.lora_a = nn.Parameter(torch.randn(hidden_size, rank) * hidden_size**-0.5)
         self.lora_b = nn.Parameter(torch.zeros(rank, out_size))
         self.query = nn.Parameter(torch.randn(2 * rank, rank) * rank**-0.5)
@@ -239,8 +248,7 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
         `[H, r]`, orthonormal columns.
     """
     check_tensor("kept_directions", "inputs", inputs, 2)
-    if not 0 < energy <= 1:
-        fail(ValueError, "kept_directions", "energy", "be in (0, 1]", energy)
+    check_number("kept_directions", "energy", energy, high=1, above=0)
     _, s, v = torch.linalg.svd(inputs, full_matrices=False)
     share = s.square().cumsum(0) / s.square().sum()
     rank = int((share < energy).sum()) + 1
@@ -261,6 +269,7 @@ def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3)
     """
     check_tensor("precondition_update", "grad", grad, 2)
     check_shape("precondition_update", "covariance", covariance, (grad.shape[0], grad.shape[0]))
+    check_number("precondition_update", "damping", damping, 0)
     eye = torch.eye(grad.shape[0], dtype=grad.dtype, device=grad.device)
     step: Tensor = torch.linalg.solve(covariance + damping * eye, grad)
     return step
@@ -276,7 +285,11 @@ def freeze_experts(weight: Tensor, frozen: Tensor) -> RemovableHandle:
     Returns:
         A handle whose `remove` thaws them.
     """
+    check_tensor("freeze_experts", "weight", weight)
+    if not weight.requires_grad:
+        fail(ValueError, "freeze_experts", "weight", "require a gradient", describe(weight))
     check_shape("freeze_experts", "frozen", frozen, weight.shape[:1])
+    check_dtype("freeze_experts", "frozen", frozen, (torch.bool,))
     shape = (-1, *[1] * (weight.dim() - 1))
     handle: RemovableHandle = weight.register_hook(
         lambda grad: grad.masked_fill(frozen.view(shape), 0.0)

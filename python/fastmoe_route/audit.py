@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_shape, check_tensor
+from fastmoe_route._arguments import check_shape, check_tensor, fail
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Routed, Router
 from fastmoe_route.routers.experts import Experts
@@ -66,6 +66,8 @@ def isolation(
     Raises:
         ValueError: the shapes do not fit, or serve mode refuses the call.
     """
+    if not isinstance(router, Router):
+        fail(TypeError, "isolation", "router", "be a Router", repr(router))
     check_tensor("isolation", "victim", victim, 2)
     check_shape("isolation", "attackers", attackers, (-1, victim.shape[1]))
 

@@ -199,6 +199,8 @@ class MoE(nn.Module):
         shared: the shared `Experts`, as one, or None.
         aux_loss: the sum of the auxiliary losses of the last training call, with its gradient, 0
             if the router has none; None before. `fastmoe_route.nn.aux_loss(model)` adds them up.
+            Checkpoints with `use_reentrant=True` run the call without gradients, so that this loss
+            has none either; those with `False` keep it.
         stats: the `MoEStats` of that call, or None.
 
     Raises:

@@ -78,6 +78,9 @@ class ExpertParallel(nn.Module):
             )
         if not isinstance(layer, MoE):
             fail(TypeError, "ExpertParallel", "layer", "be a fastmoe_route.nn.MoE", type(layer))
+        if "experts" in layer.router.method.needs:
+            rule = "have a router that needs no experts, which are on other ranks"
+            fail(ValueError, "ExpertParallel", "layer", rule, layer.router.name)
         if rank_capacity_factor is not None:
             name, rule = "rank_capacity_factor", "be positive or None"
             check_float("ExpertParallel", name, rank_capacity_factor, rule, "a number or None")

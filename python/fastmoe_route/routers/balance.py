@@ -242,7 +242,8 @@ class Ssr(LinearRouter):
     With probability `plan_share` a training step takes the `top_k` largest of
     `transport(softmax(z), "sinkhorn")`, renormalised, as weights, differentiable through the
     iterations; all other calls are softmax, top-k, renormalised. Those few steps look at later
-    tokens. The call that a plan decided has `extra["planned"]` 1.
+    tokens. The call that a plan decided has `extra["planned"]` 1. The draw is the host's: in
+    training, `torch.compile` breaks its graph there.
 
     Defaults: two experts, temperature 0.05, 100 iterations (the paper stops at a tolerance of
     1e-4, which would wait for the device), `plan_share` 1e-3.

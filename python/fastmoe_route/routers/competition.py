@@ -90,7 +90,8 @@ class CompeteSMoEv2(Competition):
     outputs) and `usage` (negative entropy of the mean `softmax(z)`). All other steps and evaluation
     are `topk_softmax`. A competition needs `experts` and costs `E / K` times the work.
 
-    The paper's schedule of competitions is a rate here, with torch's generator.
+    The paper's schedule of competitions is a rate here, drawn on the host with torch's generator:
+    in training, `torch.compile` breaks its graph there.
 
     Args:
         hidden_size: `H`.

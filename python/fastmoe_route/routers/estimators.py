@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoe_route._arguments import check_shape, check_tensor, describe, fail
+from fastmoe_route._arguments import (
+    check_ids,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -41,13 +49,14 @@ def ordered_log_prob(logits: Tensor, experts: Tensor) -> Tensor:
     """
     check_tensor("ordered_log_prob", "logits", logits, 2)
     check_shape("ordered_log_prob", "experts", experts, (logits.shape[0], -1))
+    check_ids("ordered_log_prob", "experts", experts, -1, logits.shape[1] - 1)
     used, chosen = experts >= 0, experts.clamp(min=0).long()
     left, total = logits, logits.new_zeros(logits.shape[0])
     for j in range(experts.shape[1]):
         own = chosen[:, j : j + 1]
         step = logits.gather(1, own)[:, 0] - left.logsumexp(1)
         total = total + torch.where(used[:, j], step, torch.zeros_like(step))
-        left = left.scatter(1, own, -torch.inf)
+        left = torch.where(used[:, j : j + 1], left.scatter(1, own, -torch.inf), left)
     return total
 
 
@@ -153,6 +162,14 @@ def sparsemixer(
         int64 `[T]` experts and their weights `[T]`, differentiable in `logits`.
     """
     check_tensor("sparsemixer", "logits", logits, 2)
+    if epsilon != math.inf:
+        check_number("sparsemixer", "epsilon", epsilon, 0)
+    if (gumbel is None) != (uniform is None):
+        name = "gumbel" if gumbel is None else "uniform"
+        fail(ValueError, "sparsemixer", name, "be given together with the other", None)
+    if gumbel is not None:
+        check_shape("sparsemixer", "gumbel", gumbel, logits.shape)
+        check_shape("sparsemixer", "uniform", uniform, logits.shape[:1])
     z = logits.detach()
     best, argmax = z.max(1, keepdim=True)
     barred = (best - z) / torch.maximum(z.abs(), best) > 2 * epsilon

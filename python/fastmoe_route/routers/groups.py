@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_divides, check_int, check_shape, fail
+from fastmoe_route._arguments import check_divides, check_int, check_number, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -259,8 +259,7 @@ def angle_capacity(cosine: float, hidden_size: int, num_experts: int) -> float:
     >>> angle_capacity(0.1, 512, 8), angle_capacity(0.05, 512, 8)
     (2.0, 1.0)
     """
-    if not 0 <= cosine <= 1:
-        fail(ValueError, "angle_capacity", "cosine", "be in [0, 1]", cosine)
+    check_number("angle_capacity", "cosine", cosine, 0, 1)
     hidden_size = check_int("angle_capacity", "hidden_size", hidden_size, 1)
     num_experts = check_int("angle_capacity", "num_experts", num_experts, 1)
     power = hidden_size * cosine**2 / (2 - cosine**2) - math.log(num_experts)

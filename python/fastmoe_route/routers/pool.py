@@ -62,8 +62,7 @@ class UniPool(LinearRouter):
         check_tensor(self.name, "owned", owned, 1)
         check_shape(self.name, "owned", owned, (self.num_experts,))
         check_dtype(self.name, "owned", owned, (torch.bool,))
-        if not 0 <= progress <= 1:
-            fail(ValueError, self.name, "progress", "be in [0, 1]", progress)
+        self.check_number("progress", progress, 0, 1)
         rest = (1 + math.cos(math.pi * progress)) / 2
         self.share.copy_(torch.where(owned, 1.0, rest))
 

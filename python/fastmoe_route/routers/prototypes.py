@@ -339,7 +339,9 @@ class KMeans(Centroids):
         nearest = unit @ unit[0]
         for _ in range(1, self.num_experts):
             picked.append(nearest.argmin())
-            nearest = torch.maximum(nearest, unit @ unit[picked[-1]])
+            # An index of no dimension would wait for its value on the host.
+            far = unit.index_select(0, picked[-1][None])[0]
+            nearest = torch.maximum(nearest, unit @ far)
         first = tokens[torch.stack(picked)].to(self.centroids.dtype)
         self.centroids.copy_(torch.where(self.is_placed, self.centroids, first))
         self.is_placed.fill_(True)

@@ -62,13 +62,22 @@ class GraphOfTokens(LinearRouter):
         z = self.score(x)
         p = z.softmax(1)
         if self.similarity != "identity":
-            p = (self._similarity(x, context) @ p.double()).to(z.dtype)
+            p = self._mixed(p.double(), x, context).to(z.dtype)
         routing = gate(p, self.top_k, score="identity", normalize=True)
         if self.stats:
             routing = routing._replace(score_sum=p.sum(0), logsumexp=z.logsumexp(1))
         return self.routed(routing, context)
 
-    def _similarity(self, x: Tensor, context: Context) -> Tensor:
+    def _mixed(self, p: Tensor, x: Tensor, context: Context) -> Tensor:
+        """The means; NaN for those who see one, and for nobody else: 0 times NaN is NaN."""
+        similarity, barred = self._similarity(x, context)
+        is_broken = p.isnan().any(1)
+        sees_broken = (is_broken & ~barred).any(1)
+        mixed = similarity @ p.masked_fill(is_broken[:, None], 0.0)
+        return mixed.masked_fill(sees_broken[:, None], torch.nan)
+
+    def _similarity(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """`S` `[T, T]`, and which of its entries are 0 since a token may not look there."""
         x, ids = x.double(), sequences(context, x)[0]
         dot = x @ x.T
         if self.similarity == "gaussian":
@@ -80,7 +89,7 @@ class GraphOfTokens(LinearRouter):
         barred = ids[:, None] != ids
         if self.causal:
             barred = barred | torch.ones_like(barred).triu(1)
-        return logits.masked_fill(barred, -torch.inf).softmax(1)
+        return logits.masked_fill(barred, -torch.inf).softmax(1), barred
 
 
 @register(

@@ -11,9 +11,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, check_shape
+from fastmoe_route._arguments import (
+    check_choice,
+    check_divides,
+    check_int,
+    check_shape,
+    check_tensor,
+)
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
+from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.estimators import straight_through
 from fastmoe_route.routers.experts import Experts
@@ -434,14 +441,16 @@ def slice_experts(w_up: Tensor, w_down: Tensor, num_slices: int, activation: str
         Experts of width `I / E`, in the order of the neurons.
 
     Raises:
-        ValueError: `E` does not divide `I`.
+        ValueError: `E` does not divide `I`, or a shape or the activation does not fit.
     """
+    code = check_choice("slice_experts", "activation", activation, ACTIVATIONS)
+    check_tensor("slice_experts", "w_down", w_down, 2)
     inner, hidden = w_down.shape
-    if num_slices < 1 or inner % num_slices:
-        raise ValueError(f"slice_experts: num_slices must divide {inner}, got {num_slices}")
-    halves = w_up.shape[1] // inner
-    up = w_up.view(hidden, halves, num_slices, -1).permute(2, 0, 1, 3)
-    down = w_down.view(num_slices, -1, hidden)
+    halves = 2 if code < len(GATED_ACTIVATIONS) else 1
+    check_shape("slice_experts", "w_up", w_up, (hidden, halves * inner))
+    num_slices = check_divides("slice_experts", "num_slices", num_slices, inner, "width")
+    up = w_up.reshape(hidden, halves, num_slices, -1).permute(2, 0, 1, 3)
+    down = w_down.reshape(num_slices, -1, hidden)
     return Experts(up.reshape(num_slices, hidden, -1), down, activation)
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_int, check_shape
+from fastmoe_route._arguments import (
+    check_choice,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -65,6 +72,9 @@ def rewire(
         The loss before the last step.
     """
     steps = check_int("rewire", "steps", steps, 1)
+    for router in routers:
+        if not isinstance(router, Rewiring):
+            fail(TypeError, "rewire", "routers", "be Rewiring routers", repr(router))
     deltas = [router.delta for router in routers]
     value = math.nan
     for _ in range(steps):
@@ -137,6 +147,8 @@ def task_experts(task_frequency: Tensor, general_frequency: Tensor, tau: float =
     Returns:
         bool `[E]`, `task - general > tau` (arXiv:2510.04694).
     """
+    check_tensor("task_experts", "task_frequency", task_frequency, 1)
+    check_number("task_experts", "tau", tau)
     check_shape("task_experts", "general_frequency", general_frequency, task_frequency.shape)
     return task_frequency - general_frequency > tau
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import overflow
-from fastmoe_route._arguments import check_int, fail
+from fastmoe_route._arguments import check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
@@ -193,8 +193,7 @@ class SMoEDropout(LinearRouter):
 
     def set_progress(self, progress: float) -> int:
         """Sets `top_k` for a share of training done, in [0, 1], and returns it."""
-        if not 0 <= progress <= 1:
-            fail(ValueError, self.name, "progress", "be in [0, 1]", progress)
+        self.check_number("progress", progress, 0, 1)
         self.top_k = self.start_k + int(progress * (self.num_experts - self.start_k))
         return self.top_k
 
