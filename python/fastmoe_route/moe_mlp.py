@@ -212,7 +212,7 @@ def _check_weights(
     w_down: Tensor,
     bias_up: Tensor | None,
     bias_down: Tensor | None,
-    gated: bool,
+    is_gated: bool,
 ) -> None:
     check_dtype("moe_mlp", "x", x, FLOAT_DTYPES)
     check_tensor("moe_mlp", "w_up", w_up, 3)
@@ -220,21 +220,17 @@ def _check_weights(
     num_experts, hidden = w_up.shape[0], x.shape[1]
     check_shape("moe_mlp", "w_up", w_up, (-1, hidden, -1))
     check_shape("moe_mlp", "w_down", w_down, (num_experts, -1, hidden))
-    up = w_down.shape[1] * (2 if gated else 1)
-    if w_down.shape[1] == 0:
-        fail(
-            ValueError, "moe_mlp", "w_down", "have an expert width of at least 1", describe(w_down)
-        )
+    up = w_down.shape[1] * (2 if is_gated else 1)
+    if up == 0:
+        rule = "have an expert width of at least 1"
+        fail(ValueError, "moe_mlp", "w_down", rule, describe(w_down))
     check_shape("moe_mlp", "w_up", w_up, (num_experts, hidden, up))
     named = [("w_up", w_up), ("w_down", w_down)]
-    if bias_up is not None:
-        check_tensor("moe_mlp", "bias_up", bias_up, 2)
-        check_shape("moe_mlp", "bias_up", bias_up, (num_experts, up))
-        named.append(("bias_up", bias_up))
-    if bias_down is not None:
-        check_tensor("moe_mlp", "bias_down", bias_down, 2)
-        check_shape("moe_mlp", "bias_down", bias_down, (num_experts, hidden))
-        named.append(("bias_down", bias_down))
+    for name, bias, size in (("bias_up", bias_up, up), ("bias_down", bias_down, hidden)):
+        if bias is not None:
+            check_tensor("moe_mlp", name, bias, 2)
+            check_shape("moe_mlp", name, bias, (num_experts, size))
+            named.append((name, bias))
     for name, value in named:
         check_dtype("moe_mlp", name, value, (x.dtype,))
         check_device("moe_mlp", name, value, x)
