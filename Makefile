@@ -103,7 +103,7 @@ test-wheel: wheel  ## install the wheel in a bare environment of another Python 
 .PHONY: abi
 abi: $(VENV)/.lint build  ## prove that the library keeps to torch's stable ABI
 	$(VENV)/bin/torch-abi-audit --check torch \
-	  "$$(cd / && $(abspath $(PY)) -c 'from fastmoe_route import _load; print(_load._find("fastmoe_route_cpu"))')"
+	  "$$(cd / && $(abspath $(PY)) -c 'from fastmoe_route import _load; print(_load.find_library("fastmoe_route_cpu"))')"
 
 .PHONY: cuda
 cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every architecture (needs nvcc; executes nothing)

@@ -1,4 +1,4 @@
-"""Rules that hold for every operator alike: kinds of arguments, second and forward derivatives."""
+"""Rules that hold for every operator alike: kinds of arguments, and derivatives of higher kinds."""
 
 from __future__ import annotations
 
@@ -291,3 +291,28 @@ def test_other_numbers_are_no_integers(value: Any) -> None:
 def test_numpy_floats_are_numbers() -> None:
     scaled = fr.gate(LOGITS, 2, scale=np.float32(0.5), top_p=np.float64(0.9))
     assert torch.equal(scaled.weights, fr.gate(LOGITS, 2, scale=0.5, top_p=0.9).weights)
+
+
+# ---- one entry per token -----------------------------------------------------------------------
+
+TAKE_VECTOR: dict[str, Callable[[Tensor], Any]] = {
+    "gate: k_per_token": lambda ids: fr.gate(LOGITS, 2, k_per_token=ids),
+    "gate: threshold": lambda ids: fr.gate(LOGITS, 2, threshold=ids.float()),
+    "plan_dispatch: scope_ids": lambda ids: fr.plan_dispatch(LOGITS.int(), 9, scope_ids=ids),
+    "reroute: scope_ids": lambda ids: fr.reroute((LOGITS.int(), LOGITS), 9, 1, 1, scope_ids=ids),
+    "drop_counts: scope_ids": lambda ids: fr.drop_counts(EXPERTS, PLAN, scope_ids=ids),
+    "expert_choice: scope_ids": lambda ids: fr.expert_choice(LOGITS, 2, scope_ids=ids),
+    "transport: scope_ids": lambda ids: fr.transport(LOGITS, "bip", iters=1, scope_ids=ids),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_VECTOR)
+def test_vectors_are_dense_and_on_the_device_of_the_call(name: str) -> None:
+    ids = torch.zeros(3 if name.startswith("drop") else LOGITS.shape[0], dtype=torch.int32)
+    for value, error, rule in (
+        (ids.to("meta"), ValueError, "be on cpu, got meta"),
+        (ids.to_sparse(), TypeError, "be a dense tensor"),
+        (ids[:, None], ValueError, "have 1 dimension"),
+    ):
+        with pytest.raises(error, match=f"^{name} must {rule}"):
+            TAKE_VECTOR[name](value)

@@ -73,7 +73,7 @@ pytestmark = pytest.mark.skipif(
 
 def run_python(code: str) -> str:
     """The output of a fresh interpreter that has loaded both libraries."""
-    cpu = _load._find("fastmoe_route_cpu")
+    cpu = _load.find_library("fastmoe_route_cpu")
     head = f"import torch\nfor path in {[str(cpu), str(LIBRARY)]}: torch.ops.load_library(path)\n"
     done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -133,7 +133,7 @@ def test_empty_level_means_the_best() -> None:
 
 
 def library() -> Path:
-    path = _load._find("fastmoe_route_cpu")
+    path = _load.find_library("fastmoe_route_cpu")
     assert path is not None
     return path
 

@@ -53,7 +53,7 @@ def main() -> None:
     )
     if not difference < 1e-12:
         sys.exit("the wheel computes something else")
-    if torch.version.cuda is not None and _load._find("fastmoe_route_cuda") is not None:
+    if torch.version.cuda is not None and _load.find_library("fastmoe_route_cuda") is not None:
         count, missing = cuda_kernels()
         gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
         print(

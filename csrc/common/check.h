@@ -84,6 +84,11 @@ inline ScalarType scalar_type(DType dtype) {
   }
 }
 
+// What scores and weights of this dtype are computed and returned in.
+inline ScalarType arithmetic_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
 inline void check_dim(const char* op, const char* argument, const Tensor& tensor, int64_t dim) {
   check(tensor.dim() == dim, op, ": ", argument, " must have ", dim, " dimensions, got shape ", shape_of(tensor));
 }
@@ -98,8 +103,23 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& tens
   check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got ", dtype_of(tensor));
 }
 
+inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like_name,
+                             const Tensor& like) {
+  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name, ", got ",
+        dtype_of(tensor));
+}
+
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// A matrix whose columns are contiguous, rows at any distance: itself if it can, else a copy.
+inline Tensor with_dense_columns(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
 }
 
 // Bytes of an element of a result: the float types, integers and bool.

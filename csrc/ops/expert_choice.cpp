@@ -25,17 +25,15 @@ std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t c
         "expert_choice: num_scopes must be in [1, 2147483647], got ", num_scopes);
   check(experts == 0 || tokens < (int64_t{1} << 31) / experts + ((int64_t{1} << 31) % experts != 0),
         "expert_choice: scores must have fewer than 2147483648 elements, got shape ", shape_of(scores));
-  OptionalTensor scopes;
   if (scope_ids.has_value()) {
     check_dim("expert_choice", "scope_ids", *scope_ids, 1);
     check_size("expert_choice", "scope_ids", *scope_ids, 0, tokens);
     check_dtype("expert_choice", "scope_ids", *scope_ids, ScalarType::Int, "int32");
-    scopes = as_contiguous(*scope_ids);
-    if (kReadsOnHost) check_scopes(*scopes, tokens, num_scopes);
   }
+  const OptionalTensor scopes = as_contiguous(scope_ids);
+  if (kReadsOnHost && scopes.has_value()) check_scopes(*scopes, tokens, num_scopes);
   check_devices("expert_choice", scores, scope_ids);
-  const ScalarType result = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor weights = empty(scores, {tokens, experts}, result);
+  Tensor weights = empty(scores, {tokens, experts}, arithmetic_type(dtype));
   Tensor choice = empty(scores, {tokens, experts}, ScalarType::Int);
   Tensor demand = empty(scores, {experts}, ScalarType::Int);
   if (experts == 0) return {weights, choice, demand};

@@ -7,7 +7,7 @@
 
 #include "common/cuda_queue.h"
 #include "common/dtype.h"
-#include "ops/gate.h"
+#include "common/strided.h"
 
 namespace fastmoe_route {
 

@@ -92,13 +92,13 @@ void check_options(const Options& options, int64_t top_k, ScalarType arithmetic)
 }
 
 // Everything but the outputs, checked.
-GateArgs checked_args(const Tensor& logits, int64_t top_k, const Options& options, ScalarType arithmetic) {
+GateArgs checked_args(const Tensor& logits, int64_t top_k, const Options& options) {
   constexpr double kOff = std::numeric_limits<double>::infinity();
   GateArgs args{};
   args.shape = checked_shape(logits, top_k, options.score, options.softmax_over_group, options.num_groups,
                              options.num_null, options.normalize, options.scale);
   args.dtype = float_dtype("gate", "logits", logits);
-  check_options(options, top_k, arithmetic);
+  check_options(options, top_k, arithmetic_type(args.dtype));
   const int64_t num_tokens = args.shape.num_tokens;
   const int64_t num_columns = args.shape.num_experts + options.num_null;
   args.logits = strided(logits);
@@ -120,15 +120,11 @@ GateArgs checked_args(const Tensor& logits, int64_t top_k, const Options& option
   return args;
 }
 
-ScalarType arithmetic_of(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 using Choice = std::tuple<Tensor, Tensor, Tensor>;
 
 // Allocates weights, experts and demand, and runs the kernel.
 Choice choose(const Tensor& logits, GateArgs& args) {
-  const ScalarType arithmetic = arithmetic_of(logits);
+  const ScalarType arithmetic = arithmetic_type(args.dtype);
   const int64_t num_tokens = args.shape.num_tokens, top_k = args.shape.top_k;
   Tensor weights = empty(logits, {num_tokens, top_k}, arithmetic);
   Tensor experts = empty(logits, {num_tokens, top_k}, ScalarType::Int);
@@ -146,7 +142,7 @@ using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class... Fields>
 struct Operators {
   static GateArgs read(const Tensor& logits, int64_t top_k, Fields... fields) {
-    return checked_args(logits, top_k, Options{fields...}, arithmetic_of(logits));
+    return checked_args(logits, top_k, Options{fields...});
   }
 
   static Choice gate_forward(const Tensor& logits, int64_t top_k, Fields... fields) {
@@ -156,7 +152,7 @@ struct Operators {
 
   static GateResults gate(const Tensor& logits, int64_t top_k, Fields... fields, bool stats, bool keep_scores) {
     GateArgs args = read(logits, top_k, fields...);
-    const ScalarType arithmetic = arithmetic_of(logits);
+    const ScalarType arithmetic = arithmetic_type(args.dtype);
     const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
     const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
     const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
@@ -195,7 +191,7 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
   args.dtype = float_dtype("gate_backward", "logits", logits);
   const int64_t num_tokens = args.shape.num_tokens;
   const int64_t num_experts = args.shape.num_experts;
-  const ScalarType arithmetic = args.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType arithmetic = arithmetic_type(args.dtype);
   check_size("gate_backward", "experts", experts, 0, num_tokens);
   experts = as_contiguous(experts);
   args.logits = strided(logits);

@@ -11,6 +11,7 @@
 
 #include "common/cuda_queue.h"
 #include "common/dtype.h"
+#include "common/strided.h"
 
 namespace fastmoe_route {
 
@@ -28,14 +29,6 @@ struct GateShape {
   int64_t num_groups;  // divides E
   bool normalize;
   double scale;
-};
-
-// A matrix seen through strides, in elements; stride_row == 0 broadcasts one row to all tokens.
-template <class T>
-struct Strided {
-  const T* data = nullptr;
-  int64_t stride_row = 0;
-  int64_t stride_col = 1;
 };
 
 struct GateArgs {

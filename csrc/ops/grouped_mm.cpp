@@ -2,15 +2,11 @@
 
 #include <tuple>
 
+#include "common/expert_matrix.h"
 #include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
-
-void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& like, const char* like_name) {
-  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name, ", got ",
-        dtype_of(tensor));
-}
 
 // A kernel of the CPU believes its offsets, so they are read before anything is written.
 Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t num_rows) {
@@ -26,23 +22,6 @@ Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t num_rows) 
   return dense;
 }
 
-// Itself if its columns are contiguous, else a copy.
-Tensor with_dense_columns(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor as_matrix_view(const Tensor& w) {
-  const bool is_view = w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1;
-  return is_view ? w : torch::stable::contiguous(w);
-}
-
-ExpertMatrix expert_matrix(const Tensor& w) {
-  ExpertMatrix matrix{w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2)};
-  // The stride of a dimension of size 1 means nothing.
-  if (matrix.stride_row != 1 && matrix.stride_col != 1) (w.size(2) <= 1 ? matrix.stride_col : matrix.stride_row) = 1;
-  return matrix;
-}
-
 Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const OptionalTensor& bias) {
   constexpr const char* kOp = "grouped_mm";
   check_dim(kOp, "x", x, 2);
@@ -54,23 +33,22 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const
   args.in = w.size(1);
   args.out = w.size(2);
   args.dtype = float_dtype(kOp, "x", x);
-  check_like(kOp, "w", w, x, "x");
+  check_same_dtype(kOp, "w", w, "x", x);
   check_size(kOp, "x", x, 1, args.in);
   check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
   check_size(kOp, "offsets", offsets, 0, args.num_experts + 1);
-  OptionalTensor dense_bias;
   if (bias.has_value()) {
     check_dim(kOp, "bias", *bias, 2);
     check_size(kOp, "bias", *bias, 0, args.num_experts);
     check_size(kOp, "bias", *bias, 1, args.out);
-    check_like(kOp, "bias", *bias, x, "x");
-    dense_bias = as_contiguous(*bias);
+    check_same_dtype(kOp, "bias", *bias, "x", x);
   }
   check_devices(kOp, x, w, offsets, bias);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
   Tensor y = empty(x, {args.num_rows, args.out}, x.scalar_type());
   if (args.num_rows == 0 || args.out == 0) return y;
   const Tensor rows = with_dense_columns(x), weights = as_matrix_view(w);
+  const OptionalTensor dense_bias = as_contiguous(bias);
   args.x = rows.const_data_ptr();
   args.x_stride = rows.stride(0);
   args.w = expert_matrix(weights);
@@ -94,7 +72,7 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   args.in = x.size(1);
   args.out = grad_y.size(1);
   args.dtype = float_dtype(kOp, "x", x);
-  check_like(kOp, "grad_y", grad_y, x, "x");
+  check_same_dtype(kOp, "grad_y", grad_y, "x", x);
   check_size(kOp, "grad_y", grad_y, 0, args.num_rows);
   check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
   check(args.num_experts >= 0, kOp, ": offsets must have at least one element, got shape ", shape_of(offsets));

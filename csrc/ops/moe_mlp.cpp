@@ -1,5 +1,6 @@
 #include "ops/moe_mlp.h"
 
+#include "common/expert_matrix.h"
 #include "common/launch.h"
 
 namespace fastmoe_route {
@@ -19,21 +20,7 @@ struct Inputs {
   const Tensor& slot_to_row;
 };
 
-// Kernels hold the bytes between two rows in 32 bits. Only a dimension of size 1 has more in practice.
-constexpr int64_t kMostStride = INT32_MAX / 8;
-
-bool is_matrix_view(const Tensor& w) {
-  return (w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) <= 1 || w.size(2) <= 1) && w.stride(1) <= kMostStride &&
-         w.stride(2) <= kMostStride;
-}
 bool are_rows_in_place(const Tensor& x) { return (x.size(1) <= 1 || x.stride(1) == 1) && x.stride(0) <= kMostStride; }
-
-ExpertMatrix expert_matrix(const Tensor& w) {
-  ExpertMatrix result{w.const_data_ptr(), w.stride(0), w.stride(1), w.stride(2)};
-  // A dimension of size 1 may have any stride: it is the contiguous one where neither is.
-  if (result.stride_row != 1 && result.stride_col != 1) (w.size(2) <= 1 ? result.stride_col : result.stride_row) = 1;
-  return result;
-}
 
 bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
@@ -100,18 +87,14 @@ MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved
   check_size(op, "w_down", in.w_down, 2, shape.hidden);
   check_size(op, "offsets", in.offsets, 0, shape.num_experts + 1);
   check_size(op, "slot_to_row", in.slot_to_row, 0, shape.num_tokens);
-  const auto same_dtype = [&](const char* argument, const Tensor& tensor) {
-    check(tensor.scalar_type() == in.x.scalar_type(), op, ": ", argument, " must have the dtype of x, got ",
-          dtype_of(tensor));
-  };
-  same_dtype("w_up", in.w_up);
-  same_dtype("w_down", in.w_down);
+  check_same_dtype(op, "w_up", in.w_up, "x", in.x);
+  check_same_dtype(op, "w_down", in.w_down, "x", in.x);
   const auto check_bias = [&](const char* argument, const OptionalTensor& bias, int64_t size) {
     if (!bias.has_value()) return;
     check_dim(op, argument, *bias, 2);
     check_size(op, argument, *bias, 0, shape.num_experts);
     check_size(op, argument, *bias, 1, size);
-    same_dtype(argument, *bias);
+    check_same_dtype(op, argument, *bias, "x", in.x);
   };
   check_bias("bias_up", in.bias_up, up);
   check_bias("bias_down", in.bias_down, shape.hidden);
@@ -140,11 +123,9 @@ struct Prepared {
 
   explicit Prepared(const Inputs& in)
       : x(are_rows_in_place(in.x) ? in.x : as_contiguous(in.x)), weights(as_contiguous(in.weights)),
-        w_up(is_matrix_view(in.w_up) ? in.w_up : as_contiguous(in.w_up)),
-        w_down(is_matrix_view(in.w_down) ? in.w_down : as_contiguous(in.w_down)), offsets(as_contiguous(in.offsets)),
-        row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)) {
-    if (in.bias_up.has_value()) bias_up = as_contiguous(*in.bias_up);
-    if (in.bias_down.has_value()) bias_down = as_contiguous(*in.bias_down);
+        w_up(as_matrix_view(in.w_up)), w_down(as_matrix_view(in.w_down)), offsets(as_contiguous(in.offsets)),
+        row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)),
+        bias_up(as_contiguous(in.bias_up)), bias_down(as_contiguous(in.bias_down)) {
     if (kReadsOnHost) check_maps(in.op, offsets, row_to_slot, slot_to_row);
   }
 };
@@ -210,12 +191,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_dim(op, "grad_y", grad_y, 2);
   check_size(op, "grad_y", grad_y, 0, shape.num_tokens);
   check_size(op, "grad_y", grad_y, 1, shape.hidden);
-  check(grad_y.scalar_type() == x.scalar_type(), op, ": grad_y must have the dtype of x, got ", dtype_of(grad_y));
+  check_same_dtype(op, "grad_y", grad_y, "x", x);
   check_dim(op, "preactivation", preactivation, 2);
   check_size(op, "preactivation", preactivation, 0, shape.num_rows);
   check_size(op, "preactivation", preactivation, 1, w_up.size(2));
-  check(preactivation.scalar_type() == x.scalar_type(), op, ": preactivation must have the dtype of x, got ",
-        dtype_of(preactivation));
+  check_same_dtype(op, "preactivation", preactivation, "x", x);
   check_devices(op, x, grad_y, preactivation);
 
   const auto dtype = x.scalar_type();

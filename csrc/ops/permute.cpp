@@ -7,11 +7,6 @@
 namespace fastmoe_route {
 namespace {
 
-// A tensor whose columns are contiguous: itself if it can, else a copy.
-Tensor with_dense_columns(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 struct PlanMaps {
   Tensor row_to_slot;  // [R], contiguous
   Tensor slot_to_row;  // [T, K], contiguous
@@ -125,8 +120,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
     check_dim(kOp, "rows", *rows, 2);
     check_size(kOp, "rows", *rows, 0, maps.num_rows);
     check_size(kOp, "rows", *rows, 1, grad_y.size(1));
-    check(rows->scalar_type() == grad_y.scalar_type(), kOp, ": rows must have the dtype of grad_y, got ",
-          dtype_of(*rows));
+    check_same_dtype(kOp, "rows", *rows, "grad_y", grad_y);
     source = with_dense_columns(*rows);
     args.rows = source->const_data_ptr();
     args.rows_stride = source->stride(0);

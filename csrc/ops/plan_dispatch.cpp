@@ -90,16 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch(const Tensor& e
   args.experts = experts.const_data_ptr();
   args.experts_stride_token = experts.stride(0);
   args.experts_stride_slot = experts.stride(1);
-  OptionalTensor dense_weights, dense_scopes;
+  OptionalTensor dense_weights;
   if (args.drop_policy == DropPolicy::kScore && capacity > 0) {
     args.weights_dtype = float_dtype("plan_dispatch", "weights", *weights);
     dense_weights = as_contiguous(*weights);
     args.weights = dense_weights->const_data_ptr();
   }
-  if (scope_ids.has_value()) {
-    dense_scopes = as_contiguous(*scope_ids);
-    args.scope_ids = static_cast<const int32_t*>(dense_scopes->const_data_ptr());
-  }
+  const OptionalTensor dense_scopes = as_contiguous(scope_ids);
+  args.scope_ids = data_or_null<int32_t>(dense_scopes);
 
   check_devices("plan_dispatch", experts, weights, scope_ids);
   Tensor offsets = empty(experts, {num_experts + 1}, ScalarType::Int);

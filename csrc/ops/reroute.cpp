@@ -49,10 +49,6 @@ void check_status(const PlanStatus& status, const RerouteArgs& args) {
   }
 }
 
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
-}
-
 // (choice [T, W], granted [T, W], demand [E])
 std::tuple<Tensor, Tensor, Tensor> reroute(const Tensor& experts, const OptionalTensor& weights, int64_t num_experts,
                                            int64_t top_k, int64_t capacity, int64_t overflow, int64_t fill,
@@ -89,8 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> reroute(const Tensor& experts, const Optional
   check_devices(kOp, experts, weights, scope_ids, rank_of_expert, rank_of_token);
 
   const Tensor dense_experts = as_contiguous(experts);
-  const OptionalTensor dense_scopes = dense(scope_ids);
-  const OptionalTensor dense_expert_ranks = dense(rank_of_expert), dense_token_ranks = dense(rank_of_token);
+  const OptionalTensor dense_scopes = as_contiguous(scope_ids);
+  const OptionalTensor dense_expert_ranks = as_contiguous(rank_of_expert);
+  const OptionalTensor dense_token_ranks = as_contiguous(rank_of_token);
   args.experts_are_int64 = experts.scalar_type() == ScalarType::Long;
   args.experts = dense_experts.const_data_ptr();
   args.weights = data_or_null<void>(dense_weights);

@@ -5,11 +5,6 @@
 namespace fastmoe_route {
 namespace {
 
-// Rows may be strided, columns may not.
-Tensor with_contiguous_columns(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
-}
-
 DType check_input(const Tensor& x, int64_t method) {
   check_dim("softmax", "x", x, 2);
   check(method >= 0 && method <= static_cast<int64_t>(SoftmaxMethod::kTwoPass),
@@ -18,7 +13,7 @@ DType check_input(const Tensor& x, int64_t method) {
 }
 
 void run(const Tensor& x, DType dtype, int64_t method, void* y) {
-  const Tensor rows = with_contiguous_columns(x);
+  const Tensor rows = with_dense_columns(x);
   const SoftmaxArgs args{rows.size(0),          rows.size(1),   dtype, static_cast<SoftmaxMethod>(method),
                          rows.const_data_ptr(), rows.stride(0), y};
   launch("softmax", &kernels::softmax, args, x);
@@ -50,11 +45,11 @@ void softmax_out(const Tensor& x, int64_t method, Tensor out) {
   check_dim("softmax", "out", out, 2);
   check_size("softmax", "out", out, 0, x.size(0));
   check_size("softmax", "out", out, 1, x.size(1));
-  check(out.scalar_type() == x.scalar_type(), "softmax: out must have the dtype of x, got ", dtype_of(out));
+  check_same_dtype("softmax", "out", out, "x", x);
   check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
   check_devices("softmax", x, out);
   if (x.numel() == 0) return;
-  const Tensor rows = with_contiguous_columns(x);
+  const Tensor rows = with_dense_columns(x);
   check_apart(rows, out);
   run(rows, dtype, method, out.mutable_data_ptr());
 }
@@ -66,8 +61,7 @@ Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
   check_size("softmax_backward", "grad_y", grad_y, 0, y.size(0));
   check_size("softmax_backward", "grad_y", grad_y, 1, y.size(1));
   const DType dtype = float_dtype("softmax_backward", "y", y);
-  check(grad_y.scalar_type() == y.scalar_type(), "softmax_backward: grad_y must have the dtype of y, got ",
-        dtype_of(grad_y));
+  check_same_dtype("softmax_backward", "grad_y", grad_y, "y", y);
   check_devices("softmax_backward", y, grad_y);
   Tensor grad_x = empty(y, {y.size(0), y.size(1)}, y.scalar_type());
   if (y.numel() == 0) return grad_x;

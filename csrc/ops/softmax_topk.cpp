@@ -7,10 +7,6 @@
 namespace fastmoe_route {
 namespace {
 
-Tensor with_contiguous_columns(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
-}
-
 DType check_input(const Tensor& x, int64_t k) {
   check_dim("softmax_topk", "x", x, 2);
   const DType dtype = float_dtype("softmax_topk", "x", x);
@@ -24,7 +20,7 @@ DType check_input(const Tensor& x, int64_t k) {
 
 void run(const Tensor& x, int64_t k, DType dtype, Tensor& values, Tensor& indices, double* statistics) {
   if (x.size(0) == 0) return;
-  const Tensor rows = with_contiguous_columns(x);
+  const Tensor rows = with_dense_columns(x);
   const SoftmaxTopkArgs args{rows.size(0),
                              rows.size(1),
                              k,
@@ -71,14 +67,13 @@ Tensor softmax_topk_backward(const Tensor& grad_values, const Tensor& x, const T
   check_saved("grad_values", grad_values, x, k);
   check_saved("statistics", statistics, x, 2);
   check_saved("indices", indices, x, k);
-  check(grad_values.scalar_type() == x.scalar_type(),
-        "softmax_topk_backward: grad_values must have the dtype of x, got ", dtype_of(grad_values));
+  check_same_dtype("softmax_topk_backward", "grad_values", grad_values, "x", x);
   check_dtype("softmax_topk_backward", "statistics", statistics, ScalarType::Double, "float64");
   check_dtype("softmax_topk_backward", "indices", indices, ScalarType::Long, "int64");
   check_devices("softmax_topk_backward", x, grad_values, statistics, indices);
   Tensor grad_x = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   if (x.size(0) == 0) return grad_x;
-  const Tensor grad = as_contiguous(grad_values), rows = with_contiguous_columns(x), saved = as_contiguous(statistics),
+  const Tensor grad = as_contiguous(grad_values), rows = with_dense_columns(x), saved = as_contiguous(statistics),
                columns = as_contiguous(indices);
   const int64_t* column = static_cast<const int64_t*>(columns.const_data_ptr());
   for (int64_t i = 0; kReadsOnHost && i < x.size(0) * k; ++i)

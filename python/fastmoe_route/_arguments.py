@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 _INT64_MAX = 2**63 - 1
 _FLOAT_MAX = sys.float_info.max
 _NUMBERS = (float, int, torch.SymInt, torch.SymFloat, numbers.Real)
+ID_DTYPES = (torch.int32, torch.int64)
 INT_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,6 +57,13 @@ def check_dtype(op: str, argument: str, value: Tensor, dtypes: Sequence[torch.dt
         fail(TypeError, op, argument, f"be {names}", describe(value))
 
 
+def check_same_dtype(op: str, argument: str, value: Tensor, x: Tensor) -> None:
+    """Requires the dtype of the argument ``x``."""
+    if value.dtype != x.dtype:
+        rule = f"have the dtype of x, {str(x.dtype).removeprefix('torch.')}"
+        fail(TypeError, op, argument, rule, describe(value))
+
+
 def check_shape(op: str, argument: str, value: Any, shape: Sequence[int]) -> None:
     """Requires a tensor of exactly ``shape``; -1 stands for any size."""
     if not isinstance(value, Tensor):
@@ -82,6 +90,16 @@ def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
     """Requires the device of ``like``."""
     if value.device != like.device:
         fail(ValueError, op, argument, f"be on {like.device}", value.device)
+
+
+def check_vector(
+    op: str, argument: str, value: Any, size: int, dtypes: Sequence[torch.dtype], like: Tensor
+) -> None:
+    """Requires ``[size]`` of one of ``dtypes``, on the device of ``like``."""
+    check_tensor(op, argument, value, 1)
+    check_dtype(op, argument, value, dtypes)
+    check_shape(op, argument, value, (size,))
+    check_device(op, argument, value, like)
 
 
 def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> int:

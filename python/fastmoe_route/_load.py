@@ -11,7 +11,7 @@ import torch
 from fastmoe_route._environment import logger
 
 
-def _find(name: str) -> Path | None:
+def find_library(name: str) -> Path | None:
     """The file of a library along the package's paths (an editable install has two).
 
     The environment variable FASTMOE_ROUTE_LIBRARY_DIR names a folder to look in first: a sanitizer
@@ -50,7 +50,7 @@ def load_libraries() -> None:
     Raises:
         ImportError: if the CPU library is missing, with what to do about it.
     """
-    cpu = _find("fastmoe_route_cpu")
+    cpu = find_library("fastmoe_route_cpu")
     if cpu is None:
         raise ImportError(
             "fastmoe_route: the compiled library fastmoe_route_cpu.so is missing.\n"
@@ -59,7 +59,7 @@ def load_libraries() -> None:
     torch.ops.load_library(str(cpu))
     logger.info("loaded %s", cpu)
     if torch.version.cuda is not None:
-        cuda = _find("fastmoe_route_cuda")
+        cuda = find_library("fastmoe_route_cuda")
         if cuda is not None:
             torch.ops.load_library(str(cuda))
             logger.info("loaded %s", cuda)

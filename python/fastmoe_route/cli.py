@@ -121,7 +121,7 @@ def info_report() -> dict[str, object]:
     from fastmoe_route import _load
 
     library = library_info()
-    cuda = _load._find("fastmoe_route_cuda")
+    cuda = _load.find_library("fastmoe_route_cuda")
     architectures, policy = ([], []) if cuda is None else _load.cuda_policy(cuda)
     return {
         "fastmoe_route": fr.__version__,
@@ -134,7 +134,7 @@ def info_report() -> dict[str, object]:
         "instruction_set_offered": library["best_level"],
         "threads": int(library["threads"]),
         "scratch_bytes": int(library["scratch_bytes"]),
-        "cpu_library": str(_load._find("fastmoe_route_cpu")),
+        "cpu_library": str(_load.find_library("fastmoe_route_cpu")),
         "cuda_library": None if cuda is None else str(cuda),
         "cuda_architectures": architectures,
         "cuda_gemm_policy": policy,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    ID_DTYPES,
     at_most_int64,
     check_choice,
     check_device,
@@ -18,6 +19,7 @@ from fastmoe_route._arguments import (
     check_int,
     check_shape,
     check_tensor,
+    check_vector,
     describe,
     fail,
     needs_grad,
@@ -30,10 +32,9 @@ _plan_dispatch = _ops.plan_dispatch.default
 _permute_forward = _ops.permute_forward.default
 _unpermute_forward = _ops.unpermute_forward.default
 _unpermute_gradients = _ops.unpermute_backward.default
-_MAX_EXPERTS = 65536
-_INT32_LIMIT = 2**31
-_ID_DTYPES = (torch.int32, torch.int64)
-_DROP_POLICIES = ("position", "score")
+MAX_EXPERTS = 65536
+INT32_LIMIT = 2**31
+DROP_POLICIES = ("position", "score")
 
 
 # ---- plan_dispatch -----------------------------------------------------------------------------
@@ -138,9 +139,9 @@ def plan_dispatch(
     ([0, 2, 2, 5], [0, 5, 1, 2, 4, -1])
     """
     check_tensor("plan_dispatch", "experts", experts, 2)
-    if experts.dtype not in _ID_DTYPES:
-        check_dtype("plan_dispatch", "experts", experts, _ID_DTYPES)
-    num_experts = check_int("plan_dispatch", "num_experts", num_experts, 1, _MAX_EXPERTS)
+    if experts.dtype not in ID_DTYPES:
+        check_dtype("plan_dispatch", "experts", experts, ID_DTYPES)
+    num_experts = check_int("plan_dispatch", "num_experts", num_experts, 1, MAX_EXPERTS)
     if capacity is not None:
         capacity = check_int("plan_dispatch", "capacity", capacity, 1)
         capacity = at_most_int64(capacity)
@@ -148,10 +149,10 @@ def plan_dispatch(
         max_rows = check_int("plan_dispatch", "max_rows", max_rows, 0)
         max_rows = at_most_int64(max_rows)
     if type(align) is not int or align != 1:
-        align = check_int("plan_dispatch", "align", align, 1, _INT32_LIMIT - 1)
+        align = check_int("plan_dispatch", "align", align, 1, INT32_LIMIT - 1)
     policy = 0
     if drop_policy != "position":
-        policy = check_choice("plan_dispatch", "drop_policy", drop_policy, _DROP_POLICIES)
+        policy = check_choice("plan_dispatch", "drop_policy", drop_policy, DROP_POLICIES)
     if policy or weights is not None:
         weights = _score_weights(experts, weights)
     if scope_ids is not None or type(num_scopes) is not int or num_scopes != 1:
@@ -186,12 +187,10 @@ def _score_weights(experts: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) -> int:
-    num_scopes = check_int("plan_dispatch", "num_scopes", num_scopes, 1, _INT32_LIMIT)
+    num_scopes = check_int("plan_dispatch", "num_scopes", num_scopes, 1, INT32_LIMIT)
     if scope_ids is not None:
-        check_tensor("plan_dispatch", "scope_ids", scope_ids, 1)
-        check_shape("plan_dispatch", "scope_ids", scope_ids, experts.shape[:1])
-        check_dtype("plan_dispatch", "scope_ids", scope_ids, (torch.int32,))
-        check_device("plan_dispatch", "scope_ids", scope_ids, experts)
+        size = experts.shape[0]
+        check_vector("plan_dispatch", "scope_ids", scope_ids, size, (torch.int32,), experts)
     return num_scopes
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     at_most_int64,
-    check_device,
     check_dtype,
     check_int,
-    check_shape,
     check_tensor,
+    check_vector,
     needs_grad,
 )
 from fastmoe_route._autograd import register_autograd
@@ -58,10 +57,8 @@ def expert_choice(
     capacity = check_int("expert_choice", "capacity", capacity, 1)
     num_scopes = check_int("expert_choice", "num_scopes", num_scopes, 1, 2**31 - 1)
     if scope_ids is not None:
-        check_tensor("expert_choice", "scope_ids", scope_ids)
-        check_dtype("expert_choice", "scope_ids", scope_ids, (torch.int32,))
-        check_shape("expert_choice", "scope_ids", scope_ids, (scores.shape[0],))
-        check_device("expert_choice", "scope_ids", scope_ids, scores)
+        size = scores.shape[0]
+        check_vector("expert_choice", "scope_ids", scope_ids, size, (torch.int32,), scores)
     capacity = at_most_int64(capacity)
     op = _ops.expert_choice if needs_grad(scores) else _ops.expert_choice_forward
     weights, experts, demand = op(scores, capacity, scope_ids, num_scopes)

@@ -17,6 +17,7 @@ from fastmoe_route._arguments import (
     check_int,
     check_shape,
     check_tensor,
+    check_vector,
     describe,
     fail,
     needs_grad,
@@ -214,10 +215,7 @@ def _per_column(
 
 def _per_token_count(value: Tensor | None, logits: Tensor) -> Tensor | None:
     if value is not None:
-        check_tensor("gate", "k_per_token", value, 1)
-        check_dtype("gate", "k_per_token", value, (torch.int32,))
-        check_shape("gate", "k_per_token", value, (logits.shape[0],))
-        check_device("gate", "k_per_token", value, logits)
+        check_vector("gate", "k_per_token", value, logits.shape[0], (torch.int32,), logits)
     return value
 
 
@@ -228,9 +226,7 @@ def _stop_rule(
     if value is None:
         return None, None
     if isinstance(value, Tensor):
-        check_dtype("gate", name, value, (torch.float32,))
-        check_shape("gate", name, value, (logits.shape[0],))
-        check_device("gate", name, value, logits)
+        check_vector("gate", name, value, logits.shape[0], (torch.float32,), logits)
         return None, value.detach() if value.requires_grad else value
     check_float("gate", name, value, kind="a float or a float32 [T] tensor")
     return float(value), None

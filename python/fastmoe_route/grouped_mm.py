@@ -12,10 +12,9 @@ from fastmoe_route._arguments import (
     autocast_dtype,
     check_device,
     check_dtype,
+    check_same_dtype,
     check_shape,
     check_tensor,
-    describe,
-    fail,
     needs_grad,
 )
 from fastmoe_route._autograd import register_autograd
@@ -70,22 +69,17 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     check_dtype("grouped_mm", "offsets", offsets, (torch.int32,))
     check_shape("grouped_mm", "x", x, (-1, w.shape[1]))
     check_shape("grouped_mm", "offsets", offsets, (w.shape[0] + 1,))
-    _check_like(x, "w", w)
+    check_same_dtype("grouped_mm", "w", w, x)
+    check_device("grouped_mm", "w", w, x)
     check_device("grouped_mm", "offsets", offsets, x)
     if bias is not None:
         check_shape("grouped_mm", "bias", bias, (w.shape[0], w.shape[2]))
-        _check_like(x, "bias", bias)
+        check_same_dtype("grouped_mm", "bias", bias, x)
+        check_device("grouped_mm", "bias", bias, x)
     ops = torch.ops.fastmoe_route
     op = ops.grouped_mm if needs_grad(x, w, bias) else ops.grouped_mm_forward
     y: Tensor = op(x, w, offsets, bias)
     return y
-
-
-def _check_like(x: Tensor, argument: str, value: Tensor) -> None:
-    if value.dtype != x.dtype:
-        rule = f"have the dtype of x, {str(x.dtype).removeprefix('torch.')}"
-        fail(TypeError, "grouped_mm", argument, rule, describe(value))
-    check_device("grouped_mm", argument, value, x)
 
 
 @torch.library.register_fake("fastmoe_route::grouped_mm")

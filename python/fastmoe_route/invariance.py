@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route.dispatch import DROP_POLICIES
+from fastmoe_route.overflow import FILLS, OVERFLOWS
 
 INVARIANCE = ("I", "S", "C", "B*", "B")
 _ALLOWED_IN_SERVING = ("I", "S", "B*")
@@ -56,9 +58,9 @@ def dispatch_invariance(
     """
     op = "dispatch_invariance"
     check_choice(op, "routing", routing, INVARIANCE)
-    check_choice(op, "drop_policy", drop_policy, ("position", "score"))
-    check_choice(op, "overflow", overflow, ("drop", "next", "local"))
-    if fill not in (None, "turned_away", "any"):
+    check_choice(op, "drop_policy", drop_policy, DROP_POLICIES)
+    check_choice(op, "overflow", overflow, OVERFLOWS)
+    if fill not in FILLS:
         fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
     if capacity is None:
         return routing

@@ -9,10 +9,9 @@ from fastmoe_route._arguments import (
     autocast_dtype,
     check_dtype,
     check_float,
+    check_same_dtype,
     check_shape,
     check_tensor,
-    describe,
-    fail,
 )
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
@@ -63,9 +62,8 @@ def lora_grouped_mm(
     check_dtype("lora_grouped_mm", "x", x, FLOAT_DTYPES)
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         check_tensor("lora_grouped_mm", name, value, 3)
-        if value.dtype != x.dtype and autocast_dtype(x) is None:
-            rule = f"have the dtype of x, {str(x.dtype).removeprefix('torch.')}"
-            fail(TypeError, "lora_grouped_mm", name, rule, describe(value))
+        if autocast_dtype(x) is None:
+            check_same_dtype("lora_grouped_mm", name, value, x)
     check_shape("lora_grouped_mm", "lora_a", lora_a, (-1, x.shape[1], -1))
     check_shape("lora_grouped_mm", "lora_b", lora_b, (lora_a.shape[0], lora_a.shape[2], -1))
     check_routing("lora_grouped_mm", x, routing)

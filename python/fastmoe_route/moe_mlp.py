@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    ID_DTYPES,
     autocast_dtype,
     check_choice,
     check_device,
@@ -165,7 +166,7 @@ def _fits(
         and experts.shape[0] == num_tokens
         and dtype in FLOAT_DTYPES
         and w_up.dtype == w_down.dtype == dtype
-        and experts.dtype in (torch.int32, torch.int64)
+        and experts.dtype in ID_DTYPES
         and weights.dtype in FLOAT_DTYPES
         and device == w_up.device == w_down.device == experts.device == weights.device
     )
@@ -196,7 +197,7 @@ def check_routing(op: str, x: Tensor, routing: Any) -> None:
         fail(TypeError, op, "routing", rule, got)
     experts, weights = routing[0], routing[1]
     check_tensor(op, "experts", experts, 2)
-    check_dtype(op, "experts", experts, (torch.int32, torch.int64))
+    check_dtype(op, "experts", experts, ID_DTYPES)
     check_shape(op, "experts", experts, (x.shape[0], -1))
     check_device(op, "experts", experts, x)
     check_tensor(op, "weights", weights, 2)
@@ -211,7 +212,7 @@ def _check_weights(
     w_down: Tensor,
     bias_up: Tensor | None,
     bias_down: Tensor | None,
-    gated: bool,
+    is_gated: bool,
 ) -> None:
     check_dtype("moe_mlp", "x", x, FLOAT_DTYPES)
     check_tensor("moe_mlp", "w_up", w_up, 3)
@@ -219,21 +220,17 @@ def _check_weights(
     num_experts, hidden = w_up.shape[0], x.shape[1]
     check_shape("moe_mlp", "w_up", w_up, (-1, hidden, -1))
     check_shape("moe_mlp", "w_down", w_down, (num_experts, -1, hidden))
-    up = w_down.shape[1] * (2 if gated else 1)
-    if w_down.shape[1] == 0:
-        fail(
-            ValueError, "moe_mlp", "w_down", "have an expert width of at least 1", describe(w_down)
-        )
+    up = w_down.shape[1] * (2 if is_gated else 1)
+    if up == 0:
+        rule = "have an expert width of at least 1"
+        fail(ValueError, "moe_mlp", "w_down", rule, describe(w_down))
     check_shape("moe_mlp", "w_up", w_up, (num_experts, hidden, up))
     named = [("w_up", w_up), ("w_down", w_down)]
-    if bias_up is not None:
-        check_tensor("moe_mlp", "bias_up", bias_up, 2)
-        check_shape("moe_mlp", "bias_up", bias_up, (num_experts, up))
-        named.append(("bias_up", bias_up))
-    if bias_down is not None:
-        check_tensor("moe_mlp", "bias_down", bias_down, 2)
-        check_shape("moe_mlp", "bias_down", bias_down, (num_experts, hidden))
-        named.append(("bias_down", bias_down))
+    for name, bias, size in (("bias_up", bias_up, up), ("bias_down", bias_down, hidden)):
+        if bias is not None:
+            check_tensor("moe_mlp", name, bias, 2)
+            check_shape("moe_mlp", name, bias, (num_experts, size))
+            named.append((name, bias))
     for name, value in named:
         check_dtype("moe_mlp", name, value, (x.dtype,))
         check_device("moe_mlp", name, value, x)
@@ -256,38 +253,15 @@ def check_plan(op: str, x: Tensor, plan: Any, num_experts: int, top_k: int) -> N
 
 
 @torch.library.register_fake("fastmoe_route::moe_mlp")
-def _(
-    x: Tensor,
-    weights: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    bias_up: Tensor | None,
-    bias_down: Tensor | None,
-    offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    activation: int,
-    interleaved: bool,
-    weights_on_input: bool,
+def _moe_mlp_fake(
+    x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    _, _, _, row_to_slot, *_ = others  # after both biases and the offsets
     return x.new_empty(x.shape), x.new_empty(row_to_slot.shape[0], w_up.shape[2])
 
 
 @torch.library.register_fake("fastmoe_route::moe_mlp_forward")
-def _(
-    x: Tensor,
-    weights: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    bias_up: Tensor | None,
-    bias_down: Tensor | None,
-    offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    activation: int,
-    interleaved: bool,
-    weights_on_input: bool,
-) -> Tensor:
+def _moe_mlp_forward_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -300,22 +274,10 @@ def _empty_with_layout(w: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastmoe_route::moe_mlp_backward")
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    bias_down: Tensor | None,
-    offsets: Tensor,
-    row_to_slot: Tensor,
-    slot_to_row: Tensor,
-    preactivation: Tensor,
-    activation: int,
-    interleaved: bool,
-    weights_on_input: bool,
-    wanted: int,
+def _moe_mlp_backward_fake(
+    grad_y: Tensor, x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
+    wanted: int = others[-1]
     num_experts = w_up.shape[0]
     return (
         x.new_empty(x.shape if wanted & 1 else 0),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    ID_DTYPES,
     at_most_int64,
     check_choice,
     check_device,
@@ -16,18 +17,16 @@ from fastmoe_route._arguments import (
     check_int,
     check_shape,
     check_tensor,
+    check_vector,
     describe,
     fail,
 )
+from fastmoe_route.dispatch import DROP_POLICIES, INT32_LIMIT, MAX_EXPERTS
 from fastmoe_route.results import DispatchPlan, Routing
 
 _ops = torch.ops.fastmoe_route
-_MAX_EXPERTS = 65536
-_INT32_LIMIT = 2**31
-_ID_DTYPES = (torch.int32, torch.int64)
-_OVERFLOW = ("drop", "next", "local")
-_FILL = (None, "turned_away", "any")
-_DROP_POLICIES = ("position", "score")
+OVERFLOWS = ("drop", "next", "local")
+FILLS = (None, "turned_away", "any")
 _MIN_SUM = 1e-20  # the floor under which gate does not normalise either
 
 
@@ -118,14 +117,14 @@ def reroute(
     [[1], [2], [0]]
     """
     experts, weights = _candidates(routing)
-    num_experts = check_int("reroute", "num_experts", num_experts, 1, _MAX_EXPERTS)
+    num_experts = check_int("reroute", "num_experts", num_experts, 1, MAX_EXPERTS)
     top_k = check_int("reroute", "top_k", top_k, 0, experts.shape[1])
     capacity = check_int("reroute", "capacity", capacity, 1)
-    overflow_code = check_choice("reroute", "overflow", overflow, _OVERFLOW)
-    if fill not in _FILL:
+    overflow_code = check_choice("reroute", "overflow", overflow, OVERFLOWS)
+    if fill not in FILLS:
         fail(ValueError, "reroute", "fill", "be None, 'turned_away' or 'any'", repr(fill))
-    policy = check_choice("reroute", "drop_policy", drop_policy, _DROP_POLICIES)
-    num_scopes = check_int("reroute", "num_scopes", num_scopes, 1, _INT32_LIMIT)
+    policy = check_choice("reroute", "drop_policy", drop_policy, DROP_POLICIES)
+    num_scopes = check_int("reroute", "num_scopes", num_scopes, 1, INT32_LIMIT)
     _check_ids("scope_ids", scope_ids, experts.shape[0], experts)
     if overflow == "local" and (rank_of_expert is None or rank_of_token is None):
         name = "rank_of_expert" if rank_of_expert is None else "rank_of_token"
@@ -139,7 +138,7 @@ def reroute(
         top_k,
         at_most_int64(capacity),
         overflow_code,
-        _FILL.index(fill),
+        FILLS.index(fill),
         policy,
         scope_ids,
         num_scopes,
@@ -155,7 +154,7 @@ def _candidates(routing: Any) -> tuple[Tensor, Tensor]:
         fail(TypeError, "reroute", "routing", rule, describe(routing))
     experts, weights = routing[0], routing[1]
     check_tensor("reroute", "experts", experts, 2)
-    check_dtype("reroute", "experts", experts, _ID_DTYPES)
+    check_dtype("reroute", "experts", experts, ID_DTYPES)
     check_tensor("reroute", "weights", weights, 2)
     check_shape("reroute", "weights", weights, experts.shape)
     check_dtype("reroute", "weights", weights, FLOAT_DTYPES)
@@ -165,10 +164,7 @@ def _candidates(routing: Any) -> tuple[Tensor, Tensor]:
 
 def _check_ids(name: str, ids: Tensor | None, size: int, like: Tensor) -> None:
     if ids is not None:
-        check_tensor("reroute", name, ids, 1)
-        check_shape("reroute", name, ids, (size,))
-        check_dtype("reroute", name, ids, (torch.int32,))
-        check_device("reroute", name, ids, like)
+        check_vector("reroute", name, ids, size, (torch.int32,), like)
 
 
 def _take(weights: Tensor, choice: Tensor) -> Tensor:
@@ -351,19 +347,17 @@ def drop_counts(
     if not isinstance(plan, DispatchPlan):
         fail(TypeError, "drop_counts", "plan", "be a DispatchPlan", describe(plan))
     check_tensor("drop_counts", "experts", experts, 2)
-    check_dtype("drop_counts", "experts", experts, _ID_DTYPES)
+    check_dtype("drop_counts", "experts", experts, ID_DTYPES)
     check_shape("drop_counts", "experts", experts, plan.slot_to_row.shape)
     num_experts = plan.kept.shape[0]
-    most = (_INT32_LIMIT - 1) // num_experts
+    most = (INT32_LIMIT - 1) // num_experts
     num_scopes = check_int("drop_counts", "num_scopes", num_scopes, 1, most)
     counts = num_scopes * num_experts
     is_slot = (experts >= 0) & (experts < num_experts)
     bins = experts.long()
     if scope_ids is not None:
-        check_tensor("drop_counts", "scope_ids", scope_ids, 1)
-        check_shape("drop_counts", "scope_ids", scope_ids, experts.shape[:1])
-        check_dtype("drop_counts", "scope_ids", scope_ids, (torch.int32,))
-        check_device("drop_counts", "scope_ids", scope_ids, experts)
+        size = experts.shape[0]
+        check_vector("drop_counts", "scope_ids", scope_ids, size, (torch.int32,), experts)
         is_slot = is_slot & ((scope_ids >= 0) & (scope_ids < num_scopes))[:, None]
         bins = bins + scope_ids.long()[:, None] * num_experts
     bins = torch.where(is_slot, bins, counts).flatten()

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    ID_DTYPES,
     check_choice,
-    check_device,
     check_dtype,
     check_float,
     check_int,
-    check_shape,
     check_tensor,
+    check_vector,
     fail,
     needs_grad,
 )
@@ -117,15 +117,9 @@ def transport(
     if marginal is not None:
         if method != "sinkhorn":
             fail(ValueError, "transport", "marginal", f"be None for {method}", "a tensor")
-        check_tensor("transport", "marginal", marginal, 1)
-        check_dtype("transport", "marginal", marginal, FLOAT_DTYPES)
-        check_shape("transport", "marginal", marginal, (num_experts,))
-        check_device("transport", "marginal", marginal, scores)
+        check_vector("transport", "marginal", marginal, num_experts, FLOAT_DTYPES, scores)
     if scope_ids is not None:
-        check_tensor("transport", "scope_ids", scope_ids, 1)
-        check_dtype("transport", "scope_ids", scope_ids, (torch.int32, torch.int64))
-        check_shape("transport", "scope_ids", scope_ids, (num_tokens,))
-        check_device("transport", "scope_ids", scope_ids, scores)
+        check_vector("transport", "scope_ids", scope_ids, num_tokens, ID_DTYPES, scores)
     if num_scopes is not None:
         num_scopes = check_int("transport", "num_scopes", num_scopes, 1)
         if scope_ids is None and num_scopes != 1:

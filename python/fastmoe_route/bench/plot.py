@@ -40,7 +40,6 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
     rows = [row for row in report["rows"] if "ratios" in row]
     if not rows:
@@ -49,63 +48,90 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, height), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
+    bars: dict[str, Any] = {
+        "color": [_COLOURS[row["op"]] for row in rows],
+        "hatch": ["////" if row["pass"] == "training" else "" for row in rows],
+        "edgecolor": "white",
+        "linewidth": 0.5,
+        "height": 0.78,
+    }
+    _draw_speed(left, rows, bars)
+    _draw_shares(right, rows, bars)
+    left.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    for axes in (left, right):
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(_title(report), fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_speed(axes: Any, rows: list[dict[str, Any]], bars: dict[str, Any]) -> None:
+    """How much faster than the fastest baseline, with the spread of the turns."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     positions = range(len(rows))
-    colours = [_COLOURS[row["op"]] for row in rows]
-    hatches = ["////" if row["pass"] == "training" else "" for row in rows]
     ratios = [row["ratios"][row["fastest_baseline"]] for row in rows]
     medians = [ratio["median"] for ratio in ratios]
     spread = [
         [ratio["median"] - ratio["p10"] for ratio in ratios],
         [ratio["p90"] - ratio["median"] for ratio in ratios],
     ]
-    style: dict[str, Any] = {"color": colours, "edgecolor": "white", "linewidth": 0.5}
-    left.barh(
-        positions, [median - 1 for median in medians], left=1, hatch=hatches, height=0.78, **style
-    )
-    left.errorbar(
+    axes.barh(positions, [median - 1 for median in medians], left=1, **bars)
+    axes.errorbar(
         medians, positions, xerr=spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2
     )
-    left.axvline(1.0, color="black", linewidth=1)
-    left.set_xscale("log", base=2)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
     low, high = min([1.0, *(r["p10"] for r in ratios)]), max([2.0, *(r["p90"] for r in ratios)])
-    left.set_xlim(low / 1.15, high * 1.6)
-    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
-    left.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(low / 1.15, high * 1.6)
+    between = (1.0, 1.25, 1.5, 1.75) if high < 4 * low else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(base=2, subs=between))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     for position, ratio in enumerate(ratios):
-        left.annotate(
-            f"{ratio['median']:.2f}x", (max(ratio["p90"], 1.0), position),
-            xytext=(5, 0), textcoords="offset points", va="center", fontsize=7.5,
-        )  # fmt: skip
-    left.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
-    left.invert_yaxis()
-    left.margins(y=0.01)
-    left.set_title("Speed beside the fastest other contender (median, p10 to p90)", fontsize=10)
+        _note(axes, f"{ratio['median']:.2f}x", max(ratio["p90"], 1.0), position)
+    axes.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
+    axes.set_title("Speed beside the fastest other contender (median, p10 to p90)", fontsize=10)
+
+
+def _draw_shares(axes: Any, rows: list[dict[str, Any]], bars: dict[str, Any]) -> None:
+    """How close to the limit that binds."""
+    from matplotlib.ticker import PercentFormatter
 
     shares = [row["limit"]["share"] for row in rows]
-    right.barh(positions, shares, hatch=hatches, height=0.78, **style)
-    right.axvline(1.0, color="black", linewidth=1, linestyle="--")
-    for position, row in enumerate(rows):
-        right.annotate(
-            f"{shares[position]:.0%} {row['limit']['bound_by']}", (shares[position], position),
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5,
-        )  # fmt: skip
-    right.set_xlim(0, 1.3 * max(1.0, *shares))
-    right.xaxis.set_major_formatter(PercentFormatter(1.0))
-    right.set_title("Share of this machine's measured limit", fontsize=10)
-    for axes in (left, right):
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    machine, limits = report["machine"], report["limits"]
-    memory = max(limits["read_bytes_per_second"], limits["copy_bytes_per_second"])
-    figure.suptitle(
-        f"fastmoe_route {report['versions']['fastmoe_route']} and torch "
-        f"{report['versions']['torch']} on {machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['level']}\nlimits: fp32 {limits['peak_flops']['float32'] / 1e9:,.0f} and bf16 "
-        f"{limits['peak_flops']['bfloat16'] / 1e9:,.0f} GFLOP/s, memory {memory / 1e9:.0f} GB/s; "
-        f"hatched: forward and backward",
-        fontsize=10,
+    axes.barh(range(len(rows)), shares, **bars)
+    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    for position, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        _note(axes, f"{share:.0%} {row['limit']['bound_by']}", share, position)
+    axes.set_xlim(0, 1.3 * max(1.0, *shares))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Share of this machine's measured limit", fontsize=10)
+
+
+def _note(axes: Any, text: str, end: float, position: int) -> None:
+    """A bar's number, just past its end."""
+    axes.annotate(
+        text,
+        (end, position),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
     )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+def _title(report: dict[str, Any]) -> str:
+    """What ran where, and the limits."""
+    machine, limits, versions = report["machine"], report["limits"], report["versions"]
+    memory = max(limits["read_bytes_per_second"], limits["copy_bytes_per_second"])
+    return (
+        f"fastmoe_route {versions['fastmoe_route']} and torch {versions['torch']} on "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['level']}\n"
+        f"limits: fp32 {limits['peak_flops']['float32'] / 1e9:,.0f} and bf16 "
+        f"{limits['peak_flops']['bfloat16'] / 1e9:,.0f} GFLOP/s, memory {memory / 1e9:.0f} GB/s; "
+        f"hatched: forward and backward"
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import (
+    ID_DTYPES,
     check_dtype,
     check_int,
     check_number,
@@ -106,7 +107,7 @@ def plan_placement(
 
 def _check(experts: Any, num_experts: int, num_ranks: int, sources: Any) -> Tensor:
     check_tensor("plan_placement", "experts", experts, 2)
-    check_dtype("plan_placement", "experts", experts, (torch.int32, torch.int64))
+    check_dtype("plan_placement", "experts", experts, ID_DTYPES)
     if num_experts % num_ranks != 0:
         rule = f"be a multiple of num_ranks {num_ranks}"
         fail(ValueError, "plan_placement", "num_experts", rule, num_experts)
@@ -117,7 +118,7 @@ def _check(experts: Any, num_experts: int, num_ranks: int, sources: Any) -> Tens
         fail(ValueError, "plan_placement", "experts", rule, got)
     if sources is not None:
         check_tensor("plan_placement", "sources", sources, 1)
-        check_dtype("plan_placement", "sources", sources, (torch.int32, torch.int64))
+        check_dtype("plan_placement", "sources", sources, ID_DTYPES)
         check_shape("plan_placement", "sources", sources, trace.shape[:1])
         if sources.numel() and not 0 <= int(sources.min()) <= int(sources.max()) < num_ranks:
             rule = f"be in [0, {num_ranks})"

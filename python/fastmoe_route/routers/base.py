@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from fastmoe_route import losses
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    ID_DTYPES,
     check_choice,
     check_device,
     check_dtype,
@@ -24,6 +25,7 @@ from fastmoe_route._arguments import (
     check_tensor,
     fail,
 )
+from fastmoe_route.dispatch import DROP_POLICIES
 from fastmoe_route.invariance import dispatch_invariance
 from fastmoe_route.methods import Method
 from fastmoe_route.results import DispatchPlan, Routing
@@ -361,7 +363,7 @@ class Router(nn.Module):
                 check_float(self.name, argument, factor, "be positive or None", "a number or None")
                 if not 0 < factor < float("inf"):
                     fail(ValueError, self.name, argument, "be positive or None", factor)
-        check_choice(self.name, "drop_policy", self.drop_policy, ("position", "score"))
+        check_choice(self.name, "drop_policy", self.drop_policy, DROP_POLICIES)
         check_choice(self.name, "rounding", self.rounding, ROUNDINGS)
         self.min_capacity = check_int(self.name, "min_capacity", self.min_capacity, 1)
 
@@ -413,7 +415,7 @@ def _check_per_token(name: str, argument: str, value: Any, x: Tensor) -> None:
     elif argument == "scope_ids":
         check_dtype(name, argument, value, (torch.int32,))
     else:
-        check_dtype(name, argument, value, (torch.int32, torch.int64))
+        check_dtype(name, argument, value, ID_DTYPES)
 
 
 def _check_finite(name: str, named: Iterable[tuple[str, Tensor]]) -> None:
