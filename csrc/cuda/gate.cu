@@ -326,7 +326,8 @@ class GateRow {
 // kWarpRows: rows that a warp has in flight. Of one row, kPerLane > 0: it takes the way of gate_fast.cuh first, with so
 // many logits a lane. Of 32: they take that of gate_lanes.cuh.
 template <class T, int kPerLane, int kWarpRows>
-__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateCall call) {
+__global__ void __launch_bounds__(kGateThreads, kWarpRows > 1 ? 2 : 1)
+    gate_kernel(const __grid_constant__ GateCall call) {
   const RowMemory& m = call.memory;
   const int warp = warp_index();
   // Demand is counted by the block where its memory is shared, and added up once per block.
@@ -446,7 +447,7 @@ Way way_of(const GateCall& call) {
            call.num_columns * sizeof(T) % bytes == 0;
   };
   if (call.num_columns <= kLanesMostColumns && a.shape.score != Score::kSqrtSoftplus && lies_in_packs(16))
-    return {call.num_columns <= 8 ? 8 : call.num_columns <= 16 ? 16 : kLanesMostColumns, kWarp};
+    return {call.num_columns <= kLanesMostColumns / 2 ? kLanesMostColumns / 2 : kLanesMostColumns, kWarp};
   const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
   if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return kGeneral;
   return lies_in_packs(per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16) ? Way{per_lane, 1} : kGeneral;
@@ -461,7 +462,6 @@ CudaStatus launch_gate(const GateCall& call, const Way& way, const CudaQueue& qu
     case 8: return launch(gate_kernel<T, 8, 1>);
     case 8 * kWarp: return launch(gate_kernel<T, 8, kWarp>);
     case 16 * kWarp: return launch(gate_kernel<T, 16, kWarp>);
-    case 32 * kWarp: return launch(gate_kernel<T, 32, kWarp>);
     default: return launch(gate_kernel<T, 0, 1>);
   }
 }

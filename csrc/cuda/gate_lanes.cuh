@@ -1,4 +1,4 @@
-// The common case of rows of at most 32 logits: a lane owns a row, so a warp has 32 in flight and no lane waits for
+// The common case of rows of at most 16 logits: a lane owns a row, so a warp has 32 in flight and no lane waits for
 // another. What gate_fast.cuh does not take goes the general way of gate.cu from here too, row by row.
 //
 // A column's rank is the number of columns that are better, ties to the lower: one comparison for every pair of
@@ -10,7 +10,7 @@
 namespace fastmoe_route {
 namespace cuda {
 
-constexpr int kLanesMostColumns = 32;
+constexpr int kLanesMostColumns = 16;
 
 template <class T, int kColumns>
 class LaneRow {
