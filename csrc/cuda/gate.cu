@@ -338,7 +338,6 @@ __global__ void __launch_bounds__(kGateThreads, kWarpRows > 1 ? 2 : 1)
   __syncthreads();
 
   const auto sums_of = [&](int w) { return warp_memory(m, w + 1) - call.num_experts; };
-  const auto run_general = [&](unsigned t) { GateRow<T>(call, warp_memory(m, warp), demand).run(t); };
   unsigned tile = blockIdx.x;
   do {
     const unsigned begin = tile * call.rows_per_tile;
@@ -349,19 +348,20 @@ __global__ void __launch_bounds__(kGateThreads, kWarpRows > 1 ? 2 : 1)
     }
     const unsigned step = static_cast<unsigned>(m.num_warps) * kWarpRows;
     for (unsigned t = begin + static_cast<unsigned>(warp) * kWarpRows; t < end; t += step) {
+      unsigned left = 1;  // bit i: row t + i goes the general way
       if constexpr (kWarpRows > 1) {
-        float* const sums = call.tile_sums != nullptr ? sums_of(warp) : nullptr;
-        unsigned left = choose_by_lanes<T, kPerLane>(call.fast, t, end, demand, sums);
-        for (; left != 0; left &= left - 1) run_general(t + static_cast<unsigned>(__ffs(static_cast<int>(left)) - 1));
+        left = choose_by_lanes<T, kPerLane>(call.fast, t, end, demand,
+                                            call.tile_sums != nullptr ? sums_of(warp) : nullptr);
       } else if constexpr (kPerLane > 0) {
         FastRow<T, kPerLane> fast(call.fast, demand);
         if (fast.choose(t, m)) {
           if (call.tile_sums != nullptr) fast.add_statistics(t, sums_of(warp));
           continue;
         }
-        run_general(t);
-      } else {
-        run_general(t);
+      }
+      for (; left != 0; left &= left - 1) {
+        const unsigned row = t + static_cast<unsigned>(__ffs(static_cast<int>(left)) - 1);
+        GateRow<T>(call, warp_memory(m, warp), demand).run(row);  // made here: other rows do not pay for it
       }
     }
     if (call.tile_sums == nullptr) continue;  // to the condition below

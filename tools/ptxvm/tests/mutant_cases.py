@@ -325,7 +325,8 @@ CASES: dict[str, Case] = {
     "gate, sigmoid and NaN": partial(
         gate, 20, 40, 4, 1, score="sigmoid", has_nan=True, keep_scores=True
     ),
-    "gate 16, two rows a warp": partial(gate, 8200, 16, 1, 64, stats=True, has_nan=True),
+    "gate 20, two rows a warp": partial(gate, 8200, 20, 1, 64, stats=True, has_nan=True),
+    "gate 12, hard rows": partial(gate, 40, 12, 2, 1, has_nan=True, has_empty=True, stats=True),
     "gate, threshold, normalized": partial(gate, 20, 40, 6, 1, threshold=0.03, normalize=True),
     "gate 400, share of a group": partial(
         gate, 40, 400, 6, 1, num_groups=4, max_per_group=2, stats=True
