@@ -37,8 +37,11 @@ def machine_info() -> dict[str, str]:
 # ---- import ------------------------------------------------------------------------------------
 
 
-def test_import_is_quick() -> None:
-    """CPU time, the best of up to three runs: the wall clock of a busy machine says nothing."""
+def test_import_is_quick(tmp_path: Path) -> None:
+    """CPU time, the best of three runs: the wall clock of a busy machine says nothing.
+
+    From bytecode, which pip writes as it installs; here the first run does.
+    """
     program = """
         import time
         import torch
@@ -46,8 +49,9 @@ def test_import_is_quick() -> None:
         import fastmoe_route
         print(time.process_time() - start)
     """
-    times = (float(run(program, OMP_NUM_THREADS="1").stdout) for _ in range(3))
-    assert any(seconds < MAX_IMPORT_SECONDS for seconds in times)
+    keeps = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times = [float(run(program, OMP_NUM_THREADS="1", **keeps).stdout) for _ in range(4)]
+    assert min(times[1:]) < MAX_IMPORT_SECONDS
 
 
 def test_import_needs_no_compiler_network_or_gpu(tmp_path: Path) -> None:
