@@ -42,16 +42,16 @@ def test_import_is_quick(tmp_path: Path) -> None:
 
     From bytecode, which pip writes as it installs; here the first run does.
     """
-    program = """
-        import time
+    program = f"""
+        import sys, time
         import torch
+        sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}
         start = time.process_time()
         import fastmoe_route
         print(time.process_time() - start)
     """
-    keeps = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    times = [float(run(program, OMP_NUM_THREADS="1", **keeps).stdout) for _ in range(4)]
-    assert min(times[1:]) < MAX_IMPORT_SECONDS
+    times = (float(run(program, OMP_NUM_THREADS="1").stdout) for _ in range(3))
+    assert any(seconds < MAX_IMPORT_SECONDS for seconds in times)
 
 
 def test_import_needs_no_compiler_network_or_gpu(tmp_path: Path) -> None:
