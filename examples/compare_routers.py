@@ -6,7 +6,7 @@ differs, each as published with its own losses, but for a fixed number of expert
 `compare_routers.png` with loss, load balance over time, experts per token and tokens per second. A
 run that was cut off goes on where it stopped, router by router.
 
-    python examples/compare_routers.py                       # every router that suits the model
+    python examples/compare_routers.py                       # every router that suits: 6 minutes
     python examples/compare_routers.py switch deepseek_v3    # some of them
     python examples/compare_routers.py --steps 2000 --hidden 128 --experts 32
 
