@@ -1,8 +1,9 @@
 // The expert layer on CUDA, forward, in three launches and one for the bounds:
-//   1. up           the rows' tokens taken by index, grouped product, bias_up, activation (gemm/up.cuh); the
-//                   pre-activations are stored where training keeps them
+//   1. up           the rows' tokens taken by index, grouped product, the row's weight if weights_on is input, bias_up,
+//                   activation (gemm/up.cuh); the pre-activations are stored where training keeps them
 //   2. down         grouped product plus bias_down
-//   3. unpermute    every token sums its rows, weighted, j ascending, and rounds once
+//   3. unpermute    every token sums its rows, weighted, j ascending, and rounds once; the weight is a factor of the
+//                   fma that adds the row: an epilogue of 2 would load and multiply it for nothing
 // Where policy.h has no kernel for 1, it is permute (and with weights_on input a scaling in place), a grouped product
 // into the pre-activations, and an activation kernel, through a buffer of R rows.
 // Nothing is added by an atomic, and a row sees no other row. Rows without a slot are zeros in both results of 1.
