@@ -227,9 +227,9 @@ _QUICK: tuple[tuple[str, str, str, tuple[int, ...], str], ...] = (
     ("unpermute", "qwen3", "bfloat16", (512,), "both"),
     ("grouped_mm", "mixtral", "float32", (512,), "forward"),
     ("moe_mlp", "mixtral", "float32", (1, 16, 512), "forward"),
-    ("layer", "mixtral", "float32", (512,), "training"),
+    ("layer", "mixtral", "float32", (256,), "training"),
     ("moe_mlp", "qwen3", "bfloat16", (1, 16, 512), "forward"),
-    ("layer", "qwen3", "bfloat16", (512,), "training"),
+    ("layer", "qwen3", "bfloat16", (256,), "training"),
 )
 
 
