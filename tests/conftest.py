@@ -20,19 +20,8 @@ from torch import Tensor
 PACKAGE_FILES = {
     f"test_{name}.py"
     for name in (
-        *(
-            "structure",
-            "package",
-            "readme",
-            "bench",
-            "cli",
-            "example",
-            "environment",
-            "nn",
-            "distributed",
-        ),
-        "compare_routers",
-        *("reference", "reference_gate", "tolerance"),
+        *("structure", "package", "readme", "bench", "cli", "example", "compare_routers"),
+        *("environment", "nn", "distributed", "reference", "reference_gate", "tolerance"),
     )
 }
 TORCH_MACHINERY = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
