@@ -7,13 +7,9 @@ import pytest
 import torch
 from fastmoe_route import adapters
 from router_cases import EXPERTS, HIDDEN
-from tolerance import assert_bound
+from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def close(actual, expected, limit=1e-6):
-    assert_bound(torch.as_tensor(actual), torch.as_tensor(expected, dtype=F64), limit)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

@@ -1,6 +1,7 @@
 """The training example in a short form: both runs learn, and learn the same."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -57,4 +58,4 @@ def test_same_seed_same_losses(example, capsys):
 def test_bad_arguments(example, arguments, message, capsys):
     with pytest.raises(SystemExit):
         example.main(arguments)
-    assert __import__("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)

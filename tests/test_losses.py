@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastmoe_route import losses
 from fastmoe_route.losses._beta import beta_cdf
-from tolerance import assert_bound, assert_exact
+from tolerance import assert_bound, assert_exact, close
 
 F64 = torch.float64
 
@@ -23,10 +23,6 @@ def skewed(num_tokens=24, num_experts=6, seed=0, dtype=F64):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_tokens, num_experts, generator=generator, dtype=dtype)
     return noise + torch.linspace(1.0, -1.0, num_experts, dtype=dtype)
-
-
-def close(actual, expected, limit=1e-6):
-    assert_bound(torch.as_tensor(actual), torch.as_tensor(expected, dtype=F64), limit)
 
 
 # ---- literals ----------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")]
+PAGES = sorted([*TOP, *(ROOT / "docs").rglob("*.md")])
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -24,13 +25,13 @@ def modules() -> list[str]:
     return ["fastmoe_route", *(n for n in names if not n.endswith(("__main__", "_cpu", "_cuda")))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_snippets(page: Path) -> None:
     results = doctest.testfile(str(page), module_relative=False, optionflags=OPTIONS)
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_snippet_is_a_doctest(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         assert block.startswith(">>> "), block
@@ -44,15 +45,17 @@ def test_docstring_examples(name: str) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_targets_and_files_exist(page: Path) -> None:
     text = page.read_text()
     makefile = (ROOT / "Makefile").read_text()
     commands = " ".join(re.findall(r"`[^`]+`|^make .*", text, re.M))
     for target in re.findall(r"\bmake ([a-z][a-z-]+)", commands):
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
-    for path in re.findall(r"`((?:csrc|python|tests|tools|bench|examples|docs)/[\w./]+)`", text):
+    for path in re.findall(r"`((?:csrc|python|tests|tools|bench|examples|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(?:results/)?([\w-]+\.json)`", text):
+        assert (ROOT / "bench" / "results" / name).exists(), name
 
 
 def test_commands_in_the_readme_are_understood() -> None:
@@ -60,5 +63,7 @@ def test_commands_in_the_readme_are_understood() -> None:
 
     parser = cli.parser()
     text = (ROOT / "README.md").read_text()
-    for line in re.findall(r"^python -m fastmoe_route (.*)$", text, re.M):
+    lines = re.findall(r"^python -m fastmoe_route (.*)$", text, re.M)
+    assert lines
+    for line in lines:
         parser.parse_args(line.split("#")[0].split())

@@ -9,14 +9,10 @@ import pytest
 import torch
 from fastmoe_route import routers
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make
-from tolerance import assert_bound
+from tolerance import assert_bound, close
 from torch import Tensor
 
 F64 = torch.float64
-
-
-def close(actual, expected, limit=1e-6):
-    assert_bound(torch.as_tensor(actual), torch.as_tensor(expected, dtype=F64), limit)
 
 
 def logits_of(router, rows: list[list[float]] | Tensor, **given) -> routers.Routed:

@@ -12,14 +12,10 @@ import torch
 import torch.distributed as dist
 from fastmoe_route import softmax_variants as sv
 from fastmoe_route.softmax_variants import distributions
-from tolerance import assert_bound
+from tolerance import assert_bound, close
 
 F64 = torch.float64
 ROW = [2.0, 1.0, 0.0, -1.0, -3.0]
-
-
-def close(actual, expected, limit=1e-6):
-    assert_bound(torch.as_tensor(actual), torch.as_tensor(expected, dtype=F64), limit)
 
 
 def normal(*shape, seed=0, dtype=F64):

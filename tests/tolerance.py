@@ -54,6 +54,12 @@ def assert_bound(actual: Tensor, expected: Tensor, limit: Tensor | float) -> Non
     assert not fails.any(), _worst("bound", fails, error / limit, got, wanted, limit)
 
 
+def close(actual: Tensor | float, expected: Tensor | float | list, limit: float = 1e-6) -> None:
+    """`assert_bound` of numbers as they are written in a paper: tensors, lists or floats."""
+    wanted = torch.as_tensor(expected, dtype=torch.float64)
+    assert_bound(torch.as_tensor(actual), wanted, limit)
+
+
 def assert_literal(actual: Tensor, expected: list) -> None:
     """The numbers of an answer worked by hand: integers exactly (as int32), floats within 1e-6."""
     if actual.is_floating_point():
