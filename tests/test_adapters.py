@@ -5,15 +5,12 @@ from __future__ import annotations
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import adapters
 from router_cases import EXPERTS, HIDDEN
 from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- low-rank experts --------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 import vm_backend
+from cases import normal
 from fastmoe_route import reference
 from tolerance import (
     assert_bound,
@@ -40,11 +41,6 @@ ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 def offsets_of(counts: tuple[int, ...]) -> Tensor:
     return torch.tensor([sum(counts[:e]) for e in range(len(counts) + 1)], dtype=torch.int32)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def weights(num_experts: int, a: int, b: int, dtype: torch.dtype, layout: str) -> Tensor:

@@ -14,7 +14,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 import vm_backend
-from cases import ACTIVATIONS, GATED_ACTIVATIONS, describe, expert_cases
+from cases import ACTIVATIONS, GATED_ACTIVATIONS, describe, expert_cases, normal
 from fastmoe_route import reference
 from tolerance import assert_exact, assert_has_power, assert_ratio
 from torch import Tensor
@@ -23,10 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("x", "weights", "w_up", "w_down", "bias_up", "bias_down")
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 OPS = torch.ops.fastmoe_route
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def make(

@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import routers
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make
 from tolerance import assert_bound, close
@@ -21,10 +22,6 @@ def logits_of(router, rows: list[list[float]] | Tensor, **given) -> routers.Rout
     router.score = torch.nn.Identity()
     router.hidden_size = z.shape[1]
     return router(z, **given)
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- R36 to R39: how many experts --------------------------------------------------------------

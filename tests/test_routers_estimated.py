@@ -7,16 +7,13 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import adapters, losses
 from fastmoe_route.routers import estimators
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make, rows
 from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def same_routing(one, two):

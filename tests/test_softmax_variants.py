@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from functools import partial
 
+import cases
 import fastmoe_route as fr
 import pytest
 import torch
@@ -15,11 +17,8 @@ from fastmoe_route.softmax_variants import distributions
 from tolerance import assert_bound, close
 
 F64 = torch.float64
+normal = partial(cases.normal, dtype=F64)
 ROW = [2.0, 1.0, 0.0, -1.0, -3.0]
-
-
-def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- X1, X2: the exact algorithms --------------------------------------------------------------
