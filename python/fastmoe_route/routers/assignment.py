@@ -127,8 +127,8 @@ class SBase(LinearRouter):
     """S-BASE: in training the largest entries of a Sinkhorn plan choose, the softmax weighs.
 
     `P = transport(z, "sinkhorn")`, experts by `P`, `w = softmax(z)` of them, as it is. Evaluation
-    chooses by `z`. From memory, unverified. The number of iterations is fixed: a loop until
-    convergence, as in Megatron, waits for the device every time.
+    chooses by `z`. The number of iterations is fixed: a loop until convergence, as in Megatron,
+    waits for the device every time.
 
     Args:
         hidden_size: `H`.

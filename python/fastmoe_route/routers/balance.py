@@ -130,8 +130,7 @@ class DeepSeekV3(BiasedRouter):
 
     `s = sigmoid(z)`; experts by `s + bias` inside the `topk_groups` best groups, a group scored by
     the sum of its two best; `w = scale * s_i / sum_{chosen} s_j`. Shared experts are the layer's
-    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights. After
-    the public modelling code, from memory: unverified.
+    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights.
 
     Args:
         hidden_size: `H`.
@@ -191,7 +190,7 @@ class Bip(LinearRouter):
     `bias = transport(softmax(z), "bip", iters, top_k)`, experts by `p + bias`, `w = p`. Training
     prices the batch itself, which leaks later tokens into earlier choices, unless `carry` is on:
     then it chooses by the prices of the batch before. Evaluation uses the last prices, the buffer
-    `bias`. The formula is from memory, unverified; the balance it reaches was simulated.
+    `bias`. The balance it reaches was simulated.
 
     Defaults: two experts, 4 iterations (the paper has 2 to 14).
 

@@ -27,9 +27,9 @@ class VQMoE(LinearRouter):
     `c = argmin_j |x - v_j|`, one code per expert; `y = g_1 E_c(x) + g_2 * sum of topk_softmax` with
     `g = softmax(W x)` learned. `discrete=True` is the fine-tuning form: the code's expert alone,
     weight 1. Loss `commit_coef * commitment(x, v_c)`; `extra["quantized"]` is the code with the
-    gradient of `x` (straight-through). How the paper mixes the two is unverified; the released code
-    gives the code's expert a normalised input with a tenth of the code in it (`contrib_rate`) and
-    normalises its output, which are layers of the model here.
+    gradient of `x` (straight-through). How the paper mixes the two is not known here; the released
+    code gives the code's expert a normalised input with a tenth of the code in it (`contrib_rate`)
+    and normalises its output, which are layers of the model here.
 
     Args:
         hidden_size: `H`.
@@ -195,7 +195,7 @@ class Glider(Phatgoose):
     `z = local + alpha * global`, softmax over the `top_k` largest. `state` `[num_sequences, E]` is
     the global part: the cosine between the embedding of the task's instruction, written by a
     language model from the prompt, and those of the experts' instructions. Without it this is
-    `phatgoose`. From memory: unverified.
+    `phatgoose`.
 
     Args:
         hidden_size: `H`.
@@ -368,7 +368,7 @@ class AdaptDHM(Centroids):
     """AdaptDHM: the nearest cluster names the expert; centres move by averages, not by gradient.
 
     `c = softmax(x . centroid / temperature)`, the largest wins, weight 1; see `Centroids` for the
-    move. From memory: unverified.
+    move.
 
     Args:
         hidden_size: `H`.

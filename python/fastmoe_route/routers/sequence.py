@@ -30,7 +30,7 @@ class GraphOfTokens(LinearRouter):
     `softmax_j(-|x_i - x_j|^2 / (2 sigma^2 H))` (`gaussian`), `softmax_j(x_i . x_j / sqrt(H))`
     (`dot`) or the identity; then the `top_k` largest `p~`, renormalised. With `causal`, `j` is
     never after `i`, which decoding needs. Mixed in float64, so that a sequence's result does not
-    depend on the others. The formula is from memory: unverified.
+    depend on the others.
 
     Args:
         hidden_size: `H`.
@@ -100,7 +100,7 @@ class MiLoRA(LinearRouter):
 
     Logits of the sequence's mean hidden state, softmax top-k, renormalised, the same for all its
     tokens. Decoding hands `extra["decision"]` `[num_sequences, E]` of the prefill back as `state`:
-    no logits are computed then. From the abstract and memory: unverified.
+    no logits are computed then.
 
     Args:
         hidden_size: `H`.
@@ -140,7 +140,7 @@ class Accord(MiLoRA):
 
     A learned query attends over the sequence's tokens; the logits of that mean choose as in
     `milora`. `state` `[num_sequences, E]` overrides them: a large number at the known type gives
-    that module alone. From the abstract: unverified.
+    that module alone.
 
     Args:
         hidden_size: `H`.
@@ -223,7 +223,7 @@ class Merging(Router):
 class CondConv(Merging):
     """A-SDM's conditional weights: per sequence `W = sum over e of sigmoid(f(mean of x))_e W_e`.
 
-    The coefficients do not sum to 1. From memory: unverified.
+    The coefficients do not sum to 1.
 
     Args:
         hidden_size: `H`.
@@ -253,7 +253,7 @@ class SupernetMixture(Merging):
     """Mixture-of-Supernets: an architecture's encoding decides how supernet weights are merged.
 
     `W = sum over e of softmax(f(encoding))_e W_e`; `state` `[num_sequences, encoding_size]` holds
-    the encodings, zeros without it. One expert is the plain supernet. From memory: unverified.
+    the encodings, zeros without it. One expert is the plain supernet.
 
     Args:
         hidden_size: `H`.

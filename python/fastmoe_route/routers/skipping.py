@@ -275,8 +275,8 @@ class Ftp(SkippingRouter):
     A small network sees four numbers of a token, its place in the sequence, the attention it
     received, the rank of that attention, and the sparsity; the `floor(sparsity * length)` tokens
     of each sequence with the lowest score skip, ties to the lower token. In training the others
-    carry the gradient of their score. From memory: unverified. A sequence's share counts its later
-    tokens too, so decoding cannot reproduce it, even where the attention is causal.
+    carry the gradient of their score. A sequence's share counts its later tokens too, so decoding
+    cannot reproduce it, even where the attention is causal.
 
     Defaults: sparsity 0.22.
 
@@ -331,7 +331,7 @@ class DynamicTokenRouting(SkippingRouter):
 
     `y = x + sum over e of relu(tanh(z_e)) E_e(x)`; paths whose gate is 0 do no work. Loss
     `budget_coef * (mean share of open gates - budget)^2`, with the gradient of the gates' values
-    (straight-through). From the repository's README and memory: unverified.
+    (straight-through).
 
     Args:
         hidden_size: `H`.
@@ -386,7 +386,7 @@ class Flextron(LinearRouter):
     (`slice_experts` makes them), and width `j` is the first `j + 1` slices, each with weight 1: its
     output is that of the network cut off there, and the widest is the whole network. The width is
     the argmax over `E` logits, in training a Gumbel draw whose probability carries the gradient.
-    `static` fixes it. From memory: unverified (the paper's router also sees the wanted latency).
+    `static` fixes it. The paper's router also sees the wanted latency.
 
     Args:
         hidden_size: `H`.
@@ -460,7 +460,7 @@ class ReadMe(LinearRouter):
 
     The first layer scores the tokens (softmax top-k, renormalised) and hands the logits on as
     `state`; every later layer uses them instead of its own, so the whole model's experts are known
-    before it runs, and caches can look ahead. From memory: unverified.
+    before it runs, and caches can look ahead.
 
     Args:
         hidden_size: `H`.

@@ -309,8 +309,7 @@ class Finedeep(Router):
     `w_i = sigmoid(r_i . E_i(input))`, `y_m = sum_i w_i E_i(input)`; the input of the first is `x`,
     of the next `RMSNorm(x + y_1 + ...)`; the result is the sum of all `y_m`. With one sub-layer and
     weights 1 the slices of a dense network add up to it. Weights do not sum to 1. The order of
-    norm and residual is from memory, unverified. `extra["output"]` is the result, which `mix`
-    returns.
+    norm and residual is from memory. `extra["output"]` is the result, which `mix` returns.
 
     Args:
         hidden_size: `H`.

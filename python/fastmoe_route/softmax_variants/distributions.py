@@ -114,7 +114,7 @@ def _top_columns(x: Tensor, k: int) -> Tensor:
 def sparse_softmax(x: Tensor, k: int = 10) -> Tensor:
     """Softmax over the `k` largest logits of each row, exactly 0 elsewhere (arXiv:2112.12433).
 
-    From memory: unverified. Ties go to the lower column.
+    Ties go to the lower column.
 
     Args:
         x: `[..., N]`.
@@ -143,7 +143,7 @@ def sparse_softmax_loss(
 
     As it is commonly written, the target does not join the top `k`: for a target outside them
     `exp(-loss)` is its weight beside theirs, not a probability among them. The loss is never
-    negative either way, since the largest logit is in the sum. From memory: unverified.
+    negative either way, since the largest logit is in the sum.
 
     Args:
         x: `[N, C]`.
@@ -306,9 +306,9 @@ def noisy_sparse_softmax(
 ) -> Tensor:
     """`softmax((x + noise) / temperature)` over the `k` largest noisy entries.
 
-    Architecture search with a small, decaying temperature (arXiv:2306.06855, abstract only:
-    unverified). `temperature_schedule` decays it by the step, `entropy_temperature` by the entropy
-    that the weights should have.
+    Architecture search with a small, decaying temperature (arXiv:2306.06855).
+    `temperature_schedule` decays it by the step, `entropy_temperature` by the entropy that the
+    weights should have.
 
     Args:
         x: `[..., N]` architecture weights.
@@ -439,8 +439,7 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
     """`E[p - q(p)]`: what a low-precision softmax loses on average (arXiv:2309.01729).
 
     In long rows most probabilities round to 0, so the bias is positive and rows of the quantised
-    softmax sum to less than 1; adding it back restores the sum on the calibration data. (Abstract
-    and memory: unverified.)
+    softmax sum to less than 1; adding it back restores the sum on the calibration data.
 
     Args:
         p: softmax outputs of calibration data.
@@ -498,7 +497,7 @@ def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
     """Keeps the entropy of attention heads near learned levels (AERO, arXiv:2410.13060).
 
     With `H` the mean entropy of a head's rows over `log N` and `d = H - threshold`, the sum over
-    heads of `d^2` where `|d| > tolerance`, else 0. (Abstract only: unverified.)
+    heads of `d^2` where `|d| > tolerance`, else 0.
 
     Args:
         p: `[heads, ..., N]` attention probabilities.
