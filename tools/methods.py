@@ -34,7 +34,8 @@ from fastmoe_route import softmax_variants as variants
 from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.bench.report import duration
 from fastmoe_route.bench.timing import interleave
-from fastmoe_route.methods import DECODE, INVARIANCE, VERIFIED, Method, methods
+from fastmoe_route.invariance import INVARIANCE
+from fastmoe_route.methods import DECODE, VERIFIED, Method, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"

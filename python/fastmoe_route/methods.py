@@ -13,16 +13,10 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from fastmoe_route._arguments import check_choice, fail
+from fastmoe_route.invariance import INVARIANCE
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-INVARIANCE = {
-    "I": "a token's result depends on the token and on frozen state only",
-    "C": "as I, unless a capacity binds",
-    "S": "depends on the token's own sequence",
-    "B*": "depends on the batch in training only",
-    "B": "depends on the batch",
-}
 DECODE = {
     "ok": "can decode causally",
     "leak": "training or prefill looks at later tokens, so decoding cannot reproduce it",
