@@ -14,7 +14,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.parts import LinearRouter, every_expert
-from fastmoe_route.routers.plans import expert_plan
+from fastmoe_route.routers.plans import balanced, expert_plan
 from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
@@ -278,13 +278,12 @@ class Ssr(LinearRouter):
         if not (self.training and x.shape[0] > 0 and float(torch.rand(())) < self.plan_share):
             routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
             return self.routed(routing, context)
-        plan = transport(
+        plan = balanced(
             softmax(logits),
             "sinkhorn",
+            context,
             iters=self.iters,
             temperature=self.temperature,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
         )
         chosen = gate(plan, self.top_k, score="identity", normalize=True)
         routing = self.built(chosen.experts, chosen.weights, logits)
@@ -349,12 +348,11 @@ class SparseOt(LinearRouter):
             plan = expert_plan(p.detach(), self.top_k, context, **self.options)
             slots = every_expert(x.shape[0], self.num_experts, x.device)
             return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
-        plan = transport(
+        plan = balanced(
             p.detach(),
             "ksparse",
+            context,
             k=self.top_k,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
             **self.options,
         )
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)

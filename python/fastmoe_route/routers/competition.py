@@ -75,8 +75,7 @@ class Competition(LinearRouter):
             "diversity": diversity * losses.diversity(outputs.gather(1, ids)),
             "usage": -entropy * losses.usage_entropy(p),
         }
-        if self.stats:
-            routing = routing._replace(score_sum=p.sum(0), logsumexp=z.logsumexp(1))
+        routing = self.measured(routing, z)
         return self.routed(routing, context, losses=found, extra={"response": loudness})
 
 
