@@ -1,6 +1,6 @@
 #include "ops/assign_balanced.h"
 
-#include "common/check.h"
+#include "common/tensor.h"
 
 namespace fastmoe_route {
 namespace {

@@ -1,8 +1,8 @@
 // Host side of machine_peak, machine_read and machine_info.
 #include "ops/machine.h"
 
-#include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "common/workspace.h"
 #include "cpu/isa/table.h"
 
