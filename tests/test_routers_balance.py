@@ -10,8 +10,18 @@ import pytest
 import torch
 from fastmoe_route.routers.base import Context
 from fastmoe_route.routers.plans import capped_plan, expert_plan, sparse_columns
-from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
-from test_routers_choice import near, set_logits, tokens
+from router_cases import (
+    EXPERTS,
+    HIDDEN,
+    experts,
+    inputs,
+    layer,
+    make,
+    near,
+    rows,
+    set_logits,
+    tokens,
+)
 from torch import Tensor
 
 
