@@ -1,5 +1,5 @@
-// The argument checks of host files. Message form: "op: argument must <rule>, got <value>". Everything is checked before
-// anything is allocated.
+// The argument checks of host files. Message form: "op: argument must <rule>, got <value>".
+// Everything is checked before anything is allocated.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
