@@ -29,6 +29,7 @@ from typing import Any
 
 import fastmoe_route as fr
 import torch
+from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.methods import Method, find, methods
 from torch import Tensor, nn
 
@@ -211,14 +212,6 @@ def described(config: lm.Config, options: argparse.Namespace) -> str:
         f"most {config.top_k} per token where the number is fixed; learning rate {options.rate}, "
         f"seed {options.seed}, {options.threads} threads, torch {torch.__version__}, {cpu_name()}."
     )
-
-
-def cpu_name() -> str:
-    """The processor, as Linux calls it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
