@@ -29,6 +29,8 @@ inline void check(bool holds, const Parts&... parts) {
   if (__builtin_expect(!holds, 0)) fail(parts...);
 }
 
+constexpr int64_t kInt32Limit = int64_t{1} << 31;  // ids and rows are int32
+
 // The shape of a tensor as a part of a message. Text only when it is printed: a check that holds costs a comparison.
 struct ShapeText {
   const Tensor& tensor;
@@ -81,15 +83,22 @@ inline void check_size(const char* op, const char* argument, const Tensor& tenso
         shape_of(tensor));
 }
 
-inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted,
-                        const char* wanted_name) {
-  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got ", dtype_of(tensor));
+inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted) {
+  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", DTypeText{wanted}, ", got ", dtype_of(tensor));
 }
 
 inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like_name,
                              const Tensor& like) {
   check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name, ", got ",
         dtype_of(tensor));
+}
+
+// int32 [size], if given.
+inline void check_vector(const char* op, const char* argument, const OptionalTensor& vector, int64_t size) {
+  if (!vector.has_value()) return;
+  check_dim(op, argument, *vector, 1);
+  check_size(op, argument, *vector, 0, size);
+  check_dtype(op, argument, *vector, ScalarType::Int);
 }
 
 }  // namespace fastmoe_route

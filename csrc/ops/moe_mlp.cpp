@@ -30,10 +30,6 @@ Tensor empty_with_layout(const Tensor& w) {
   return torch::stable::transpose(empty(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
 }
 
-void check_int32(const char* op, const char* argument, const Tensor& tensor) {
-  check_dtype(op, argument, tensor, ScalarType::Int, "int32");
-}
-
 // The maps index memory: a plan that was not made for these sizes must not be believed.
 void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row) {
   const int32_t* bounds = offsets.const_data_ptr<int32_t>();
@@ -101,12 +97,10 @@ MoeMlpShape checked_shape(const Arguments& in, int64_t activation, bool interlea
   check_dim(op, "weights", in.weights, 2);
   check_size(op, "weights", in.weights, 0, shape.num_tokens);
   check_size(op, "weights", in.weights, 1, shape.top_k);
-  const bool is_double = shape.dtype == DType::kFloat64;
-  check_dtype(op, "weights", in.weights, is_double ? ScalarType::Double : ScalarType::Float,
-              is_double ? "float64" : "float32");
-  check_int32(op, "offsets", in.offsets);
-  check_int32(op, "row_to_slot", in.row_to_slot);
-  check_int32(op, "slot_to_row", in.slot_to_row);
+  check_dtype(op, "weights", in.weights, arithmetic_type(shape.dtype));
+  check_dtype(op, "offsets", in.offsets, ScalarType::Int);
+  check_dtype(op, "row_to_slot", in.row_to_slot, ScalarType::Int);
+  check_dtype(op, "slot_to_row", in.slot_to_row, ScalarType::Int);
   check_devices(op, in.x, in.weights, in.w_up, in.w_down, in.bias_up, in.bias_down, in.offsets, in.row_to_slot,
                 in.slot_to_row);
   return shape;

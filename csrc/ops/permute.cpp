@@ -22,8 +22,8 @@ struct PlanMaps {
 PlanMaps plan_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot_to_row) {
   check_dim(op, "plan.row_to_slot", row_to_slot, 1);
   check_dim(op, "plan.slot_to_row", slot_to_row, 2);
-  check_dtype(op, "plan.row_to_slot", row_to_slot, ScalarType::Int, "int32");
-  check_dtype(op, "plan.slot_to_row", slot_to_row, ScalarType::Int, "int32");
+  check_dtype(op, "plan.row_to_slot", row_to_slot, ScalarType::Int);
+  check_dtype(op, "plan.slot_to_row", slot_to_row, ScalarType::Int);
   return {as_contiguous(row_to_slot), as_contiguous(slot_to_row), slot_to_row.size(0), slot_to_row.size(1),
           row_to_slot.size(0)};
 }
