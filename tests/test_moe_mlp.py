@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import fastmoe_route as fr
@@ -16,10 +12,10 @@ import vm_backend
 from cases import ACTIVATIONS, GATED_ACTIVATIONS, normal
 from expert_checks import DTYPES, TENSORS, check_case, check_cases, make, plain, results
 from fastmoe_route import reference
+from levels import LEVELS, run_python
 from tolerance import assert_exact, assert_has_power, assert_ratio
 from torch import Tensor
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 OPS = torch.ops.fastmoe_route
 
 
@@ -103,21 +99,13 @@ def test_activations_over_their_range(backend: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set(backend: str, level: str) -> None:
-    code = (
+def test_every_instruction_set(level: str) -> None:
+    program = (
         "import torch, expert_checks as t\n"
         "t.check_cases(5, 12, (torch.float32, torch.bfloat16, torch.float16, torch.float64))\n"
         "t.check_case(t.make(40, 200, 130, 3, 2, dtype=torch.bfloat16, biases=True))"
     )
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
-    environment = {**os.environ, "FASTMOE_ROUTE_ISA": level, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    if "on this processor" in done.stderr:
-        pytest.skip(f"this processor has no {level}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(level, "-c", program)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
