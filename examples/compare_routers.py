@@ -257,7 +257,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     loss, balance = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     loss.set_title("training loss, nats per byte")
     draw_curves(loss, {name: done[name]["train_loss"] for name in order}, colors)
-    skipped = len(done[order[0]]["train_loss"]) // 8
+    skipped = len(done[order[0]]["train_loss"]) // 5
     settled = [value for name in order for value in done[name]["train_loss"][skipped:]]
     loss.set_ylim(min(settled) - 0.05, max(settled) + 0.05)  # the fall of the first steps is off it
     loss.legend(frameon=False, fontsize=8)
