@@ -14,7 +14,7 @@ void check_arguments(const Tensor& experts, const RerouteArgs& args) {
   const bool is_integer = experts.scalar_type() == ScalarType::Int || experts.scalar_type() == ScalarType::Long;
   check(is_integer, "reroute: experts must be int32 or int64, got ", dtype_of(experts));
   check(args.num_experts >= 1 && args.num_experts <= kMaxPlanExperts, "reroute: num_experts must be in [1, ",
-        kMaxExperts, "], got ", args.num_experts);
+        kMaxPlanExperts, "], got ", args.num_experts);
   check(args.num_candidates == 0 || args.num_tokens <= (kInt32Limit - 1) / args.num_candidates,
         "reroute: experts must hold fewer than 2^31 slots, got shape ", shape_of(experts));
   check(args.top_k >= 0 && args.top_k <= args.num_candidates, "reroute: top_k must be in [0, ", args.num_candidates,
