@@ -8,26 +8,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import (
-    check_divides,
-    check_int,
-)
+from fastmoe_route._arguments import check_divides, check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import (
-    LinearRouter,
-    assemble,
-    every_expert,
-    sequences,
-)
-from fastmoe_route.routers.scores import (
-    linear,
-    segment_softmax,
-    sigmoid,
-    wide,
-)
+from fastmoe_route.routers.parts import LinearRouter, assemble, every_expert, sequences
+from fastmoe_route.routers.scores import linear, segment_softmax, sigmoid, wide
 from fastmoe_route.softmax import softmax
 
 

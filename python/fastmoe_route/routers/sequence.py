@@ -10,12 +10,7 @@ from fastmoe_route._arguments import check_choice, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
-from fastmoe_route.routers.parts import (
-    LinearRouter,
-    per_token,
-    segment_mean,
-    sequences,
-)
+from fastmoe_route.routers.parts import LinearRouter, per_token, segment_mean, sequences
 from fastmoe_route.routers.scores import linear, wide
 
 

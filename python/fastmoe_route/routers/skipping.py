@@ -11,10 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import (
-    check_int,
-    check_shape,
-)
+from fastmoe_route._arguments import check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
