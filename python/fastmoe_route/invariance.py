@@ -6,7 +6,7 @@ from typing import Any
 
 from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.dispatch import DROP_POLICIES
-from fastmoe_route.overflow import FILLS, OVERFLOWS
+from fastmoe_route.reroute import FILLS, OVERFLOWS
 
 # The tags, from the most independent to the least.
 INVARIANCE = {

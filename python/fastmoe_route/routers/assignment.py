@@ -13,7 +13,7 @@ from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
-from fastmoe_route.overflow import reroute
+from fastmoe_route.reroute import reroute
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
 from fastmoe_route.routers.parts import LinearRouter, scopes, sequences
