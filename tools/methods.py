@@ -300,7 +300,7 @@ def page() -> str:
 Written by `python tools/methods.py` from the registry; do not edit. Formula, defaults and arguments
 of a method are printed by `python -m fastmoe_route routers --describe NAME`; the same text is the
 docstring of the class or function in the column *code*. Every router is also put through
-`tests/test_routers.py`.
+`tests/test_routers.py`, and trained once in a small language model: [gallery.md](gallery.md).
 
 Invariance, what a token's result depends on:
 
