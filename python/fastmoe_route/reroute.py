@@ -164,11 +164,7 @@ def _(
     capacity: int,
     overflow: int,
     fill: int,
-    drop_policy: int,
-    scope_ids: Tensor | None,
-    num_scopes: int,
-    rank_of_expert: Tensor | None,
-    rank_of_token: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, num_candidates = experts.shape
     size = (num_tokens, num_candidates if fill else top_k)
