@@ -25,6 +25,7 @@ from fastmoe_route.routers.assignment import (
 )
 from fastmoe_route.routers.balance import Bip, DeepSeekV3, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
+from fastmoe_route.routers.centroids import AdaptDHM, KMeans
 from fastmoe_route.routers.competition import (
     CompeteSMoEv1,
     CompeteSMoEv2,
@@ -47,7 +48,7 @@ from fastmoe_route.routers.logits import HyperRouter, RMoE, XMoE, YuanAttention
 from fastmoe_route.routers.merging import CondConv, Mhr, Smear, SupernetMixture
 from fastmoe_route.routers.pool import UniPool, pool_partition
 from fastmoe_route.routers.prefix import Flextron, Ride, slice_experts
-from fastmoe_route.routers.prototypes import AdaptDHM, Glider, KMeans, Phatgoose, ProMoE, VQMoE
+from fastmoe_route.routers.prototypes import Glider, Phatgoose, ProMoE, VQMoE
 from fastmoe_route.routers.sampled import BinaryGate, Grin, ReMix, SiRA
 from fastmoe_route.routers.sequence import Accord, GraphOfTokens, MiLoRA
 from fastmoe_route.routers.skipping import DrLLM, DuoLLM, DynamicTokenRouting, Ftp, MindSkip
