@@ -244,7 +244,7 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
         energy: share of the squared singular values to keep, in (0, 1].
 
     Returns:
-        `[H, r]`, orthonormal columns.
+        `[H, r]`, orthonormal columns; differentiable as far as singular vectors are.
     """
     check_tensor("kept_directions", "inputs", inputs, 2)
     check_number("kept_directions", "energy", energy, high=1, above=0)

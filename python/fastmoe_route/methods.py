@@ -121,7 +121,14 @@ def _row_order(method: Method) -> tuple[int, int]:
 
 
 def methods(kind: str | None = None) -> list[Method]:
-    """Every method in the order of the survey, or those of one kind."""
+    """Every method in the order of the survey, or those of one kind.
+
+    Args:
+        kind: `router`, `loss`, `softmax`, `adapters` or `audit`; None for all.
+
+    Returns:
+        The entries; a kind that nothing has gives none.
+    """
     for module in _MODULES:
         import_module(f"fastmoe_route.{module}")
     found: Iterator[Method] = iter(_methods.values())
@@ -130,6 +137,12 @@ def methods(kind: str | None = None) -> list[Method]:
 
 def find(name: str) -> Method:
     """The method of that name.
+
+    Args:
+        name: as `build` takes it.
+
+    Returns:
+        The entry of the registry.
 
     Raises:
         TypeError: the name is no string.

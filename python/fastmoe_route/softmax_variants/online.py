@@ -20,7 +20,7 @@ def normalizer(x: Tensor) -> tuple[Tensor, Tensor]:
         x: `[..., N]`, floating point.
 
     Returns:
-        `m` and `d`, both `[...]`.
+        `m` and `d`, both `[...]` in the dtype of `x`; differentiable.
     """
     check_rows("normalizer", "x", x)
     if x.shape[-1] == 0:
@@ -42,7 +42,7 @@ def merge_normalizers(
         other: `(m, d)` of the other.
 
     Returns:
-        `(m, d)` of both.
+        `(m, d)` of both, differentiable in all four.
     """
     for argument, value in (("one", one), ("other", other)):
         if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -51,7 +51,7 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
             time step for one each.
 
     Returns:
-        The bias, with `dims` kept as size 1.
+        The bias, with `dims` kept as size 1; its gradient is that of a mean, as rounding has none.
     """
     check_rows("quantization_bias", "p", p)
     bits = check_int("quantization_bias", "bits", bits, 1, 23)
