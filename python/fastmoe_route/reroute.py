@@ -156,7 +156,7 @@ def _take(weights: Tensor, choice: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastmoe_route::reroute")
-def _(
+def _reroute_fake(
     experts: Tensor,
     weights: Tensor | None,
     num_experts: int,
