@@ -35,7 +35,7 @@ build: $(VENV)/.built  ## set up .venv and build the package there, in place (th
 demo: build  ## set up, run the bench in quick form and train a small language model; results in demo/
 	@mkdir -p demo
 	$(PY) -m fastmoe_route bench --quick --json demo/bench.json --plot demo/bench.png
-	$(PY) examples/train_moe_lm.py --plot demo/train_moe_lm.png
+	$(PY) examples/train_moe_lm.py --out demo/train_moe_lm.png
 	@echo "The numbers and the plots are in demo/."
 
 .PHONY: gallery

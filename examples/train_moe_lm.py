@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     )
     add = parser.add_argument
     add("--steps", type=int, default=50, help="training steps of each run")
-    add("--out", "--plot", dest="out", type=Path, help="file for the plot (needs matplotlib)")
+    add("--out", type=Path, help="file for the plot (needs matplotlib)")
     add("--experts", type=int, default=default.experts, help="experts per layer")
     add("--top-k", type=int, default=default.top_k, help="experts per token")
     add("--hidden", type=int, default=default.hidden, help="hidden size")
