@@ -418,6 +418,6 @@ def test_errors(name, arguments, message):
 def test_segment_rank_counts_inside_a_segment_with_ties_to_the_lower_token():
     values = torch.tensor([3.0, 1.0, 1.0, 0.0, 2.0, 5.0])
     ids = torch.tensor([0, 1, 0, 1, 0, 1])
-    places, lengths = routers.parts.segment_rank(values, ids, 3)
+    places, lengths = routers.segments.segment_rank(values, ids, 3)
     assert places.tolist() == [2, 1, 0, 0, 1, 2]
     assert lengths.tolist() == [3] * 6

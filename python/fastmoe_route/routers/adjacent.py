@@ -14,7 +14,7 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.scores import Linear, gelu, wide
 
 

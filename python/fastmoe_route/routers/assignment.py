@@ -15,10 +15,11 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.reroute import reroute
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
-from fastmoe_route.routers.capacity import Capacity, scope_sizes
-from fastmoe_route.routers.parts import LinearRouter, scopes, sequences
+from fastmoe_route.routers.capacity import Capacity
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
-from fastmoe_route.routers.scores import Linear, segment_softmax, sigmoid
+from fastmoe_route.routers.scores import Linear, sigmoid
+from fastmoe_route.routers.segments import scopes, segment_sizes, segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -428,7 +429,7 @@ class UoE(LinearRouter):
         columns = chosen.experts.long().clamp(min=0)
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
         ids, number = scopes(context, x)
-        share = scope_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
+        share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
         scaled = g * (share[:, None] / total)[ids]
         taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)

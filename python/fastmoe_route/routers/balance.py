@@ -13,8 +13,9 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
-from fastmoe_route.routers.parts import LinearRouter, every_expert
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, expert_plan
+from fastmoe_route.routers.routings import every_expert
 from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport

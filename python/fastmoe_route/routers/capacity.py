@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmoe_route._arguments import fail
 from fastmoe_route.dispatch import MAX_EXPERTS, expert_capacity, plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
+from fastmoe_route.routers.segments import segment_sizes
 
 ROUNDINGS = ("ceil", "four", "per_choice")
 
@@ -54,12 +55,6 @@ class Capacity(NamedTuple):
         return (share / 4).ceil() * 4 if self.rounding == "four" else share
 
 
-def scope_sizes(scope_ids: Tensor, num_scopes: int) -> Tensor:
-    """int64 `[num_scopes]`, the tokens of every scope."""
-    ids = scope_ids.long()
-    return ids.new_zeros(num_scopes).index_add(0, ids, torch.ones_like(ids))
-
-
 def capacity_plan(
     name: str, routing: Routing, limit: Capacity, scopes: tuple[Tensor, int] | None
 ) -> DispatchPlan:
@@ -90,7 +85,7 @@ def capacity_plan(
     scope_ids, num_scopes = scopes
     if num_scopes * num_experts > MAX_EXPERTS:
         fail(ValueError, name, "num_scopes", f"be at most {MAX_EXPERTS // num_experts}", num_scopes)
-    sizes = scope_sizes(scope_ids, num_scopes)
+    sizes = segment_sizes(scope_ids, num_scopes)
     room = limit.of_scopes(sizes, num_experts, top_k)[scope_ids.long(), None]
     kept = _rank(routing, limit.drop_policy, scope_ids, num_scopes) < room
     plan = plan_dispatch(torch.where(kept, routing.experts, -1), num_experts)

@@ -14,7 +14,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import normal
 from fastmoe_route.routers.scores import Linear, wide
 

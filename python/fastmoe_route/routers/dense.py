@@ -13,8 +13,10 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import LinearRouter, assemble, every_expert, sequences
-from fastmoe_route.routers.scores import linear, segment_softmax, sigmoid, wide
+from fastmoe_route.routers.linear import LinearRouter
+from fastmoe_route.routers.routings import assemble, every_expert
+from fastmoe_route.routers.scores import linear, sigmoid, wide
+from fastmoe_route.routers.segments import segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 

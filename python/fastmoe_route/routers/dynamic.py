@@ -13,7 +13,8 @@ from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
-from fastmoe_route.routers.parts import LinearRouter, segment_mean, sequences
+from fastmoe_route.routers.linear import LinearRouter
+from fastmoe_route.routers.segments import segment_mean, sequences
 
 SCHEDULES = ("uniform", "descending", "ascending", "pyramid", "inverse_pyramid", "wave")
 

@@ -13,7 +13,8 @@ from fastmoe_route._arguments import check_divides, check_int, check_number, che
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
-from fastmoe_route.routers.parts import LinearRouter, assemble
+from fastmoe_route.routers.linear import LinearRouter
+from fastmoe_route.routers.routings import assemble
 from fastmoe_route.routers.scores import Linear, wide
 
 

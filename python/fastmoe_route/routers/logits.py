@@ -13,8 +13,8 @@ from fastmoe_route._arguments import check_choice, check_int, check_shape, check
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
-from fastmoe_route.routers.parts import assemble
 from fastmoe_route.routers.random import gumbel, uniform
+from fastmoe_route.routers.routings import assemble
 from fastmoe_route.routers.scores import Linear, Recurrent, linear, without_autocast
 from fastmoe_route.softmax import softmax
 

@@ -12,8 +12,9 @@ from fastmoe_route._arguments import check_dtype, check_int, check_shape
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import assemble, every_expert, segment_mean, sequences
+from fastmoe_route.routers.routings import assemble, every_expert
 from fastmoe_route.routers.scores import Linear, sigmoid, wide, without_autocast
+from fastmoe_route.routers.segments import segment_mean, sequences
 from fastmoe_route.softmax import softmax
 
 

@@ -12,9 +12,9 @@ from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Context
-from fastmoe_route.routers.capacity import Capacity, scope_sizes
-from fastmoe_route.routers.parts import assemble, every_expert, scopes, segment_rank
-from fastmoe_route.routers.scores import segment_softmax
+from fastmoe_route.routers.capacity import Capacity
+from fastmoe_route.routers.routings import assemble, every_expert
+from fastmoe_route.routers.segments import scopes, segment_rank, segment_sizes, segment_softmax
 from fastmoe_route.transport import Prices, transport
 
 
@@ -31,7 +31,7 @@ def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Cont
         slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
         return expert_choice(scores, slots)
     ids, number = scopes(context, scores)
-    room = limit.of_scopes(scope_sizes(ids, number), num_experts, top_k)[ids]
+    room = limit.of_scopes(segment_sizes(ids, number), num_experts, top_k)[ids]
     is_taken = segment_rank(-scores.detach(), ids, number)[0] < room[:, None]
     experts = every_expert(num_tokens, num_experts, scores.device)
     return assemble(torch.where(is_taken, experts, -1), scores, num_experts)
@@ -57,7 +57,7 @@ def capped_plan(
         `[T, E]`, without gradient.
     """
     ids, num_segments = scopes(context, scores)
-    share = scope_sizes(ids, num_segments)[ids, None] * (top_k / scores.shape[1])
+    share = segment_sizes(ids, num_segments)[ids, None] * (top_k / scores.shape[1])
     log_plan = scores.detach() / 0.03
     over_row, over_one = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
     for _ in range(iters):
@@ -123,7 +123,7 @@ def expert_plan(
     """
     num_experts = scores.shape[1]
     ids, number = scopes(context, scores)
-    sizes = scope_sizes(ids, number)
+    sizes = segment_sizes(ids, number)
     share = (sizes.to(scores.dtype) / num_experts)[ids, None]
     room = Capacity(1.0).of_scopes(sizes, num_experts, top_k)[ids, None]
     prices = Prices(*(torch.zeros_like(share) for _ in range(3)))

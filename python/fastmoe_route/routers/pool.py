@@ -13,7 +13,7 @@ from fastmoe_route._arguments import check_dtype, check_shape, check_tensor, fai
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.linear import LinearRouter
 
 
 @register("uni_pool", row="R34", source="arXiv:2605.06665", verified="2nd")

@@ -19,8 +19,9 @@ from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.estimators import straight_through
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import LinearRouter, every_expert
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import gumbel
+from fastmoe_route.routers.routings import every_expert
 from fastmoe_route.routers.scores import sigmoid
 
 

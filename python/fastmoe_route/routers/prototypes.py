@@ -13,7 +13,8 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import straight_through
-from fastmoe_route.routers.parts import LinearRouter, assemble
+from fastmoe_route.routers.linear import LinearRouter
+from fastmoe_route.routers.routings import assemble
 from fastmoe_route.routers.scores import Linear, linear, wide
 
 

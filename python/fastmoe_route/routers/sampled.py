@@ -13,8 +13,9 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.estimators import ordered_log_prob, sparsemixer, straight_through
-from fastmoe_route.routers.parts import LinearRouter, every_expert
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import gumbel, uniform
+from fastmoe_route.routers.routings import every_expert
 
 
 @register("grin", row="R50", source="arXiv:2409.12136", verified="code")

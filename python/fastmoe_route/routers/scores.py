@@ -107,23 +107,3 @@ class Recurrent(nn.Module):
         new = (new_x + sigmoid(reset_x + reset_h) * new_h).tanh()
         mixed: Tensor = (1 - keep) * new + keep * state
         return mixed
-
-
-def segment_softmax(logits: Tensor, ids: Tensor, num_segments: int) -> Tensor:
-    """Softmax of every column over the rows of each segment, `[T, E]`.
-
-    Args:
-        logits: `[T, E]`.
-        ids: int64 `[T]` in `[0, num_segments)`.
-        num_segments: `S`.
-
-    Returns:
-        `[T, E]`; the rows of a segment sum to 1 in every column. Differentiable.
-    """
-    detached = logits.detach()
-    top = detached.new_full((num_segments, logits.shape[1]), -torch.inf)
-    top = top.scatter_reduce(0, ids[:, None].expand_as(detached), detached, "amax")
-    powers = (logits - top[ids]).exp()
-    total = powers.new_zeros(top.shape).index_add(0, ids, powers)
-    shares: Tensor = powers / total[ids]
-    return shares

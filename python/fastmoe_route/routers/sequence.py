@@ -10,8 +10,10 @@ from fastmoe_route._arguments import check_choice, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
-from fastmoe_route.routers.parts import LinearRouter, per_token, segment_mean, sequences
+from fastmoe_route.routers.linear import LinearRouter
+from fastmoe_route.routers.routings import per_token
 from fastmoe_route.routers.scores import linear, wide
+from fastmoe_route.routers.segments import segment_mean, sequences
 
 
 @register("graph_of_tokens", row="R53", source="arXiv:2505.00792", verified="mem", invariance="S")

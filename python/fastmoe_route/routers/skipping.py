@@ -17,15 +17,11 @@ from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.estimators import straight_through
 from fastmoe_route.routers.experts import Experts
-from fastmoe_route.routers.parts import (
-    LinearRouter,
-    only_where,
-    segment_mean,
-    segment_rank,
-    sequences,
-)
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import uniform
+from fastmoe_route.routers.routings import only_where
 from fastmoe_route.routers.scores import Linear, gelu, sigmoid, wide
+from fastmoe_route.routers.segments import segment_mean, segment_rank, sequences
 
 
 class SkippingRouter(LinearRouter):

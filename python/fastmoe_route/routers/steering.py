@@ -20,7 +20,7 @@ from fastmoe_route._arguments import (
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import normal
 
 

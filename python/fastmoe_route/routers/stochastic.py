@@ -11,8 +11,9 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.estimators import ordered_log_prob
-from fastmoe_route.routers.parts import LinearRouter, assemble
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import gumbel
+from fastmoe_route.routers.routings import assemble
 
 
 @register(

@@ -11,7 +11,7 @@ from fastmoe_route._arguments import check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
-from fastmoe_route.routers.parts import LinearRouter
+from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.scores import wide
 
 

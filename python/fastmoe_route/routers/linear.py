@@ -1,0 +1,45 @@
+"""The base class of routers whose logits are a linear map of the hidden states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastmoe_route.results import Routing
+from fastmoe_route.routers.base import Common, Router
+from fastmoe_route.routers.routings import assemble
+from fastmoe_route.routers.scores import Linear
+
+
+class LinearRouter(Router):
+    """A router whose logits are a linear map of the hidden states.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        num_columns: columns of the logits; None for `E`.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        num_columns: int | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.score = Linear(hidden_size, num_experts if num_columns is None else num_columns)
+
+    def built(self, experts: Tensor, weights: Tensor, logits: Tensor) -> Routing:
+        """A routing of these slots `[T, K]`, with what the common losses need of the logits."""
+        return self.measured(assemble(experts, weights, self.num_experts), logits)
+
+    def measured(self, routing: Routing, logits: Tensor) -> Routing:
+        """The routing, with what the common losses need of the logits."""
+        if not self.stats:
+            return routing
+        score_sum = logits.softmax(1).sum(0)[: self.num_experts]
+        return routing._replace(score_sum=score_sum, logsumexp=logits.logsumexp(1))

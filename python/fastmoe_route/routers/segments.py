@@ -1,0 +1,81 @@
+"""Tokens by sequence or by scope: ids, and what is taken over the tokens of each segment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmoe_route.routers.base import Context
+
+
+def sequences(context: Context, x: Tensor) -> tuple[Tensor, int]:
+    """The sequence of each token, int64 `[T]`, and how many there are; one if none are told."""
+    return _segments(context.sequence_ids, context.num_sequences, x)
+
+
+def scopes(context: Context, x: Tensor) -> tuple[Tensor, int]:
+    """The scope of each token, int64 `[T]`, and how many there are; one if none are told."""
+    return _segments(context.scope_ids, context.num_scopes, x)
+
+
+def _segments(ids: Tensor | None, number: int, x: Tensor) -> tuple[Tensor, int]:
+    if ids is None:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1
+    return ids.long(), number
+
+
+def segment_sizes(ids: Tensor, num_segments: int) -> Tensor:
+    """int64 `[S]`, the tokens of every segment."""
+    ids = ids.long()
+    return ids.new_zeros(num_segments).index_add(0, ids, torch.ones_like(ids))
+
+
+def segment_mean(x: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    """The mean of the rows of each segment, 0 for an empty one: `[T, ...]` to `[S, ...]`."""
+    total = x.new_zeros(num_segments, *x.shape[1:]).index_add(0, ids, x)
+    count = x.new_zeros(num_segments).index_add(0, ids, x.new_ones(ids.shape[0]))
+    return total / count.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
+
+
+def segment_rank(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """The place of each token among its segment by rising value, ties to the lower token.
+
+    Args:
+        values: `[T]`, or `[T, E]` whose columns are ranked one by one.
+        ids: int64 `[T]` in `[0, num_segments)`.
+        num_segments: `S`.
+
+    Returns:
+        int64 places from 0, of the shape of `values`, and int64 `[T]` the length of the token's
+        segment.
+    """
+    lengths = segment_sizes(ids, num_segments)
+    order = values.argsort(dim=0, stable=True)
+    order = order.gather(0, ids[order].argsort(dim=0, stable=True))
+    starts = lengths.cumsum(0) - lengths
+    rows = torch.arange(ids.shape[0], device=ids.device).view(-1, *[1] * (values.dim() - 1))
+    places = rows - starts[ids[order]]
+    return torch.empty_like(places).scatter(0, order, places), lengths[ids]
+
+
+def segment_softmax(logits: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    """Softmax of every column over the rows of each segment, `[T, E]`.
+
+    Args:
+        logits: `[T, E]`.
+        ids: int64 `[T]` in `[0, num_segments)`.
+        num_segments: `S`.
+
+    Returns:
+        `[T, E]`; the rows of a segment sum to 1 in every column. Differentiable.
+    """
+    detached = logits.detach()
+    top = detached.new_full((num_segments, logits.shape[1]), -torch.inf)
+    top = top.scatter_reduce(0, ids[:, None].expand_as(detached), detached, "amax")
+    powers = (logits - top[ids]).exp()
+    total = powers.new_zeros(top.shape).index_add(0, ids, powers)
+    shares: Tensor = powers / total[ids]
+    return shares
