@@ -8,8 +8,8 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
+from one_warp import REGISTER, edge_values, execute, shuffled
 from oracle import BF16, F16, F32, F64, MASK, Format, decode, encode, is_nan, on_reals, signed
-from thirty_two import REGISTER, edge_values, execute, shuffled
 
 # ---- floating point ----------------------------------------------------------------------------
 

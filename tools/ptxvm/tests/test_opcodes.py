@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from engine_fixture import Buffer, engine, run_text
+from one_warp import REGISTER, check_integers, execute
 from oracle import MASK, signed
-from thirty_two import REGISTER, check_integers, execute
 
 # ---- integers ----------------------------------------------------------------------------------
 

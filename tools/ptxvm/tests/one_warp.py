@@ -1,4 +1,4 @@
-"""Runs an opcode on 32 lanes with values of its own, and holds the result against an oracle."""
+"""Runs an opcode on the 32 lanes of a warp, each with its values, beside an oracle."""
 
 from __future__ import annotations
 
