@@ -13,6 +13,7 @@ from fastmoe_route.routers.plans import capped_plan, expert_plan, sparse_columns
 from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
 from test_routers_choice import near, set_logits, tokens
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def violation(demand: Tensor) -> float:
@@ -241,6 +242,21 @@ def test_loss_free_update_uses_finished_batches_only() -> None:
     assert router.load.sum() == 0
     router.eval()(x)
     assert router.load.sum() == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_loss_free_counts_a_checkpointed_call_once(use_reentrant: bool) -> None:
+    router, x = wide("loss_free", skewed(64).requires_grad_())
+    demand, calls = router(x).routing.demand, []
+    router.load.zero_()
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(x)
+        return router(x).routing.weights.square()
+
+    checkpoint(run, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 2
+    assert torch.equal(router.load, demand.long())
 
 
 def test_a_bias_moves_in_a_model_of_16_bits() -> None:
