@@ -23,6 +23,7 @@ from router_cases import (
     tokens,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def violation(demand: Tensor) -> float:
@@ -251,6 +252,21 @@ def test_loss_free_update_uses_finished_batches_only() -> None:
     assert router.load.sum() == 0
     router.eval()(x)
     assert router.load.sum() == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_loss_free_counts_a_checkpointed_call_once(use_reentrant: bool) -> None:
+    router, x = wide("loss_free", skewed(64).requires_grad_())
+    demand, calls = router(x).routing.demand, []
+    router.load.zero_()
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(x)
+        return router(x).routing.weights.square()
+
+    checkpoint(run, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 2
+    assert torch.equal(router.load, demand.long())
 
 
 def test_a_bias_moves_in_a_model_of_16_bits() -> None:

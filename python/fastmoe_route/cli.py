@@ -14,7 +14,15 @@ import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench.machine import cpu_name, library_info
-from fastmoe_route.bench.shapes import DTYPES, OPS, SHAPES, parse_shape, parse_tokens
+from fastmoe_route.bench.shapes import (
+    DTYPES,
+    OPS,
+    QUICK_ROW_SECONDS,
+    ROW_SECONDS,
+    SHAPES,
+    parse_shape,
+    parse_tokens,
+)
 
 T = TypeVar("T")
 
@@ -98,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         help="keep freed memory: results lie in warm buffers, not in fresh pages")  # fmt: skip
     add("--threads", type=_argument(_positive_int), metavar="N", help="threads of torch")
     add("--seconds", type=_argument(_positive_float), metavar="S",
-        help="time per row (default 1.5, quick 0.25)")  # fmt: skip
+        help=f"time per row (default {ROW_SECONDS}, quick {QUICK_ROW_SECONDS})")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of all data (default 0)")
     add("--json", dest="json_path", type=Path, metavar="FILE", help="write the full report there")
     add("--plot", dest="plot_path", type=Path, metavar="FILE",

@@ -28,12 +28,18 @@ def reduce_over_ranks(*values: Tensor) -> None:
             torch.distributed.all_reduce(value)
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass is under way: checkpointing runs calls anew there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class BiasedRouter(LinearRouter):
     """A router with a bias that only chooses, moved by the load of finished batches.
 
-    Training calls count the slots that ask for each expert, in the buffer `load`; `update`, called
-    after the optimizer's step, moves `bias` and empties `load`. The bias never sees the batch it
-    routes, which would leak later tokens into earlier ones (arXiv:2408.15664).
+    Training calls count the slots that ask for each expert, in the buffer `load`, once also where
+    checkpointing runs them again; `update`, called after the optimizer's step, moves `bias` and
+    empties `load`. The bias never sees the batch it routes, which would leak later tokens into
+    earlier ones (arXiv:2408.15664).
 
     Args:
         hidden_size: `H`.
@@ -73,7 +79,7 @@ class BiasedRouter(LinearRouter):
 
     def observed(self, routing: Routing) -> Routing:
         """Counts the slots of a training call; returns the routing."""
-        if self.training:
+        if self.training and not _in_backward():
             with torch.no_grad():
                 self.load.add_(routing.demand)
         return routing
@@ -200,7 +206,8 @@ class Bip(LinearRouter):
         num_experts: `E`.
         top_k: experts per token.
         iters: iterations of the prices.
-        carry: choose by the prices of the batch before.
+        carry: choose by the prices of the batch before; not for checkpointed layers, whose second
+            run would find the prices of their own batch.
         common: see `Common`.
     """
 
