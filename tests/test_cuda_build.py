@@ -133,7 +133,7 @@ def test_info_prints_the_policy(
 ) -> None:
     monkeypatch.setenv("FASTMOE_ROUTE_LIBRARY_DIR", str(LIBRARY.parent))
     monkeypatch.setattr(cli, "library_info", lambda: {"level": "", "best_level": "", "threads": 1,
-                                                      "scratch_bytes": 0})  # fmt: skip
+                                                      "scratch_bytes": 0, "kept_bytes": 0})  # fmt: skip
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "cuda gemm policy         sm_100a, native | bfloat16 | wgrad |" in printed
