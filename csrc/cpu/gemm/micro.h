@@ -27,9 +27,9 @@ struct MicroKernel {
 
 // out[i, j] = sum over rows r, ascending, of x[r][i] * y[r][j]: a weight gradient, rounded once to the element type.
 // x[r] points at a elements, y[r] at b elements; out[i * out_stride + j] is overwritten; rows is at least 1.
-// past_caches: whole lines of `out` had better be stored past the caches, for nobody reads them soon and ordinary stores
-// read them first. Not where they have just been cleared through the caches, as fresh pages are: that would write memory
-// twice (measured: 0.8 of torch's speed with such stores, 1.1 without).
+// past_caches: whole lines of `out` had better be stored past the caches, for nobody reads them soon and ordinary
+// stores read them first. Not where they have just been cleared through the caches, as fresh pages are: that would
+// write memory twice (measured: 0.8 of torch's speed with such stores, 1.1 without).
 struct WgradKernel {
   void (*multiply)(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
                    int64_t out_stride, bool past_caches);
