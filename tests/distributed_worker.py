@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -335,32 +336,35 @@ def a_late_rank_is_an_error_within_the_timeout() -> None:
     if rank == size - 1:
         time.sleep(4)
         return
-    expect_error(parallel, within=3.5)
+    expect_error(lambda: parallel(tokens_of(rank)), "row counts", within=3.5)
 
 
-def expect_error(parallel: ExpertParallel, within: float) -> None:
+def expect_error(call: Callable[[], object], exchange: str, within: float) -> None:
     start = time.monotonic()
-    text = f"exchange 'row counts' failed on rank {dist.get_rank()} of {dist.get_world_size()}"
+    text = f"exchange '{exchange}' failed on rank {dist.get_rank()} of {dist.get_world_size()}"
     with refused(text, ExchangeError):
-        parallel(tokens_of(dist.get_rank()))
+        call()
     took = time.monotonic() - start
     assert took <= within, f"the error came after {took:.1f} s"
 
 
 def a_dead_rank_is_an_error(results: dict[str, str], write: Callable[[], None]) -> None:
-    """Comes last: the last rank dies in the middle of an exchange."""
+    """Comes last: the last rank is killed, before a forward and before a backward pass."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    group = dist.new_group(list(range(size)), timeout=timedelta(seconds=5))
-    parallel = ExpertParallel(layer_of(), group)
+    groups = [dist.new_group(list(range(size)), timeout=timedelta(seconds=5)) for _ in range(2)]
+    parallel, other = (ExpertParallel(layer_of(), group) for group in groups)
     parallel(tokens_of(rank)).sum().backward()
+    loss = other(tokens_of(rank).requires_grad_()).sum()
     name = "a_dead_rank_is_an_error"
     results[name] = ""
     write()
-    dist.barrier(group)
+    for group in groups:
+        dist.barrier(group)
     if rank == size - 1:
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
-        expect_error(parallel, within=6)
+        expect_error(lambda: parallel(tokens_of(rank)), "row counts", within=6)
+        expect_error(loss.backward, "gradients of results to tokens", within=6)
     except (Exception, pytest.fail.Exception):
         results[name] = traceback.format_exc()
         write()

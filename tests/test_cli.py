@@ -38,8 +38,10 @@ def test_help(arguments, capsys):
 def test_bench_help_names_shapes_and_examples(capsys):
     exit_code("bench", "--help")
     text = capsys.readouterr().out
-    for word in ("--quick", "--json FILE", "qwen3 (2048,768,128,8)", "examples:", "moe_mlp"):
+    for word in ("--quick", "--json FILE", "qwen3 (2048,768,128,8)", "examples:", "moe_mlp",
+                 "e256-dsv3 (256 columns, 8 taken; DeepSeek-V3's gate)"):  # fmt: skip
         assert word in text
+    assert "time per row (default 1.5, quick 0.25)" in text
 
 
 def test_module_runs():
@@ -118,6 +120,35 @@ def test_plot_without_matplotlib(fast_limits, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["bench", "--op", "gate", "--plot", str(tmp_path / "x.png")]) == 2
     assert "pip install 'fastmoe-route[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--plot", "x.xyz", "bench: --plot must end in one of ."),
+        ("--plot", "x", "bench: --plot must end in one of ."),
+        ("--json", ".", "Is a directory"),
+    ],
+)
+def test_files_are_refused_before_anything_is_measured(
+    option, name, message, monkeypatch, capsys, tmp_path
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(runner, "Limits", None)
+    assert cli.main(["bench", "--op", "gate", option, str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_of_wrong_rows_leaves_the_file(fast_limits, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "old.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(runner, "run_row", lambda row, *a, **k: runner.Result(row, skipped="why"))
+    arguments = ["--op", "gate", "--shape", "e8", "--dtype", "float32", "--plot", str(path)]
+    assert cli.main(["bench", *arguments]) == 0
+    assert path.read_bytes() == b"old"
+    assert "written" not in capsys.readouterr().out
 
 
 # ---- routers -----------------------------------------------------------------------------------

@@ -10,9 +10,20 @@ import pytest
 import torch
 from fastmoe_route.routers.base import Context
 from fastmoe_route.routers.plans import capped_plan, expert_plan, sparse_columns
-from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
-from test_routers_choice import near, set_logits, tokens
+from router_cases import (
+    EXPERTS,
+    HIDDEN,
+    experts,
+    inputs,
+    layer,
+    make,
+    near,
+    rows,
+    set_logits,
+    tokens,
+)
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def violation(demand: Tensor) -> float:
@@ -241,6 +252,21 @@ def test_loss_free_update_uses_finished_batches_only() -> None:
     assert router.load.sum() == 0
     router.eval()(x)
     assert router.load.sum() == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_loss_free_counts_a_checkpointed_call_once(use_reentrant: bool) -> None:
+    router, x = wide("loss_free", skewed(64).requires_grad_())
+    demand, calls = router(x).routing.demand, []
+    router.load.zero_()
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(x)
+        return router(x).routing.weights.square()
+
+    checkpoint(run, x, use_reentrant=use_reentrant).sum().backward()
+    assert len(calls) == 2
+    assert torch.equal(router.load, demand.long())
 
 
 def test_a_bias_moves_in_a_model_of_16_bits() -> None:
@@ -514,7 +540,7 @@ def test_smear_merges_parameters() -> None:
     own = experts()
     router = make("smear").eval()
     routed = router(**given)
-    p, ids = routed.extra["merge"], given["sequence_ids"]
+    p, ids = routed.extra["share"], given["sequence_ids"]
     one = fr.routers.Experts(own.w_up[:, :, :12], own.w_down, "relu")
     positive = fr.routers.Experts(one.w_up.abs(), one.w_down, "relu")
     x = given["x"].abs()  # relu of positive numbers is linear in each matrix, not in both
@@ -524,13 +550,13 @@ def test_smear_merges_parameters() -> None:
     assert near(merged, mixed, 1e-3)
     assert not near(router.mix(given["x"], routed, own), layer_of_outputs(own, given, p), 1e-2)
     hot = torch.eye(EXPERTS)[[3, 0, 5]]
-    single = routed._replace(extra={**routed.extra, "merge": hot})
+    single = routed._replace(extra={**routed.extra, "share": hot})
     wanted = own.each(given["x"])[torch.arange(24), torch.tensor([3, 0, 5])[ids]]
     assert near(router.mix(given["x"], single, own), wanted, 1e-5)
-    dropped = make("smear", dropout=0.5).train()(**given).extra["merge"]
+    dropped = make("smear", dropout=0.5).train()(**given).extra["share"]
     assert bool((dropped == 0).any())
     assert near(dropped.sum(1), 1.0)
-    last = make("smear", dropout=0.9999).train()(**given).extra["merge"]
+    last = make("smear", dropout=0.9999).train()(**given).extra["share"]
     assert near(last.amax(1), 1.0)  # one expert stays
 
 

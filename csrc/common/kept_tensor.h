@@ -1,7 +1,7 @@
 // Tensors in kept memory (common/kept_memory.h), for the weight gradients of both expert ops.
 #pragma once
 
-#include "common/check.h"
+#include "common/tensor.h"
 
 #ifndef FASTMOE_ROUTE_BACKEND_CUDA
 #include <dlfcn.h>

@@ -36,7 +36,7 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const
   args.dtype = float_dtype(kOp, "x", x);
   check_same_dtype(kOp, "w", w, "x", x);
   check_size(kOp, "x", x, 1, args.in);
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check_size(kOp, "offsets", offsets, 0, args.num_experts + 1);
   if (bias.has_value()) {
     check_dim(kOp, "bias", *bias, 2);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   args.dtype = float_dtype(kOp, "x", x);
   check_same_dtype(kOp, "grad_y", grad_y, "x", x);
   check_size(kOp, "grad_y", grad_y, 0, args.num_rows);
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check(args.num_experts >= 0, kOp, ": offsets must have at least one element, got shape ", shape_of(offsets));
   check_devices(kOp, x, grad_y, offsets);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);

@@ -30,6 +30,9 @@ def test_speed_up(model, tmp_path, capsys):
     )  # fmt: skip
     assert json.loads(path.read_text())["runs"].keys() == report["runs"].keys()
     assert all(row["logits_difference"] <= 2e-5 for row in report["runs"].values())
+    for row in report["runs"].values():
+        assert 0 < row["experts_prompt_s"] < row["prompt_s"]
+        assert 0 < row["experts_decode_s"] < row["decode_s"]
     assert "x eager" in capsys.readouterr().out
 
 

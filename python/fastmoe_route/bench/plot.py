@@ -27,6 +27,14 @@ def require_matplotlib() -> None:
         raise ImportError("bench: --plot needs matplotlib: pip install 'fastmoe-route[bench]'")
 
 
+def formats() -> list[str]:
+    """The endings of file names that matplotlib writes."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(f".{ending}" for ending in FigureCanvasBase.get_supported_filetypes())
+
+
 def _label(row: dict[str, Any]) -> str:
     passes = " train" if row["pass"] == "training" else ""
     name = row["shape"]["name"]
@@ -86,7 +94,7 @@ def _draw_speed(axes: Any, rows: list[dict[str, Any]], bars: dict[str, Any]) -> 
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     low, high = min([1.0, *(r["p10"] for r in ratios)]), max([2.0, *(r["p90"] for r in ratios)])
-    axes.set_xlim(low / 1.15, high * 1.6)
+    axes.set_xlim(low / 1.15, high * 1.9)
     between = (1.0, 1.25, 1.5, 1.75) if high < 4 * low else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=between))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))

@@ -20,7 +20,15 @@ from fastmoe_route.bench.cases import build_case
 from fastmoe_route.bench.check import Finding
 from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.report import Reporter
-from fastmoe_route.bench.shapes import WEIGHT_OPS, Row, Shape, quick_rows, select_rows
+from fastmoe_route.bench.shapes import (
+    QUICK_ROW_SECONDS,
+    ROW_SECONDS,
+    WEIGHT_OPS,
+    Row,
+    Shape,
+    quick_rows,
+    select_rows,
+)
 from fastmoe_route.bench.timing import Summary, Timing, interleave
 from fastmoe_route.bench.workload import OutOfMemory, Weights, make_weights
 
@@ -196,7 +204,7 @@ def run_rows(
 
     An interrupt ends the run early; what was measured until then is kept.
     """
-    seconds = options.seconds or (0.25 if options.quick else 1.5)
+    seconds = options.seconds or (QUICK_ROW_SECONDS if options.quick else ROW_SECONDS)
     min_rounds = 3 if options.quick else 5
     results: list[Result] = []
     weights: Weights | str | None = None
@@ -255,16 +263,28 @@ def as_report(
     }
 
 
+def _require_writable(path: Path) -> None:
+    """Raises OSError now rather than after minutes of measuring; leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
 def run(options: Options) -> int:
     """Runs the bench. Returns the exit code: 0, or 1 if an answer was wrong."""
     started = time.perf_counter()
     if options.plot_path is not None:
-        from fastmoe_route.bench.plot import require_matplotlib
+        from fastmoe_route.bench.plot import formats
 
-        require_matplotlib()
+        if options.plot_path.suffix.lower() not in formats():
+            rule = f"must end in one of {', '.join(formats())}, got {options.plot_path}"
+            print(f"bench: --plot {rule}", file=sys.stderr)
+            return 2
     for path in (options.json_path, options.plot_path):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _require_writable(path)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.reuse_memory and not machine.reuse_memory():
@@ -292,9 +312,13 @@ def run(options: Options) -> int:
     report = as_report(results, limits, options, time.perf_counter() - started)
     if options.json_path is not None:
         options.json_path.write_text(json.dumps(report, indent=1) + "\n")
-    if options.plot_path is not None:
+    plot_path = options.plot_path
+    if plot_path is not None:
         from fastmoe_route.bench.plot import plot_report
 
-        plot_report(report, options.plot_path)
-    reporter.tail(results, time.perf_counter() - started, options.json_path, options.plot_path)
+        if any(result.timing is not None for result in results):
+            plot_report(report, plot_path)
+        else:
+            plot_path = None
+    reporter.tail(results, time.perf_counter() - started, options.json_path, plot_path)
     return 0 if all(result.passed for result in results) else 1

@@ -22,6 +22,8 @@ EXPERT_OPS = ("plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp", 
 WEIGHT_OPS = ("grouped_mm", "moe_mlp", "layer")
 GATE_MAX_EXPERTS = 8192
 TOPK_MAX = 64
+ROW_SECONDS, QUICK_ROW_SECONDS = 1.5, 0.25
+_RECIPES = {"dsv3": "DeepSeek-V3's gate", "stats": "with statistics"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Shape:
     def __str__(self) -> str:
         """Name and sizes."""
         if self.hidden == 0:
-            return f"{self.name} ({self.num_experts} columns, {self.top_k} taken)"
+            recipe = "" if self.gate == "softmax" else f"; {_RECIPES[self.gate]}"
+            return f"{self.name} ({self.num_experts} columns, {self.top_k} taken{recipe})"
         return f"{self.name} ({self.hidden},{self.intermediate},{self.num_experts},{self.top_k})"
 
 
@@ -73,7 +76,7 @@ GATES = {
         Shape("e256-stats", 0, 0, 256, 8, gate="stats"),
     )
 }
-# The rows whose nanoseconds on one thread are quoted: `--shapes e64-k5,... --threads 1`.
+# The rows whose nanoseconds on one thread are quoted: `--shape e64-k5 --shape e128-k5 --threads 1`.
 FEW_SLOTS = {
     shape.name: shape
     for shape in (

@@ -14,7 +14,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.parts import LinearRouter, every_expert
-from fastmoe_route.routers.plans import expert_plan
+from fastmoe_route.routers.plans import balanced, expert_plan
 from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
@@ -27,12 +27,18 @@ def reduce_over_ranks(*values: Tensor) -> None:
             torch.distributed.all_reduce(value)
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass is under way: checkpointing runs calls anew there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class BiasedRouter(LinearRouter):
     """A router with a bias that only chooses, moved by the load of finished batches.
 
-    Training calls count the slots that ask for each expert, in the buffer `load`; `update`, called
-    after the optimizer's step, moves `bias` and empties `load`. The bias never sees the batch it
-    routes, which would leak later tokens into earlier ones (arXiv:2408.15664).
+    Training calls count the slots that ask for each expert, in the buffer `load`, once also where
+    checkpointing runs them again; `update`, called after the optimizer's step, moves `bias` and
+    empties `load`. The bias never sees the batch it routes, which would leak later tokens into
+    earlier ones (arXiv:2408.15664).
 
     Args:
         hidden_size: `H`.
@@ -72,7 +78,7 @@ class BiasedRouter(LinearRouter):
 
     def observed(self, routing: Routing) -> Routing:
         """Counts the slots of a training call; returns the routing."""
-        if self.training:
+        if self.training and not _in_backward():
             with torch.no_grad():
                 self.load.add_(routing.demand)
         return routing
@@ -130,8 +136,7 @@ class DeepSeekV3(BiasedRouter):
 
     `s = sigmoid(z)`; experts by `s + bias` inside the `topk_groups` best groups, a group scored by
     the sum of its two best; `w = scale * s_i / sum_{chosen} s_j`. Shared experts are the layer's
-    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights. After
-    the public modelling code, from memory: unverified.
+    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights.
 
     Args:
         hidden_size: `H`.
@@ -191,7 +196,7 @@ class Bip(LinearRouter):
     `bias = transport(softmax(z), "bip", iters, top_k)`, experts by `p + bias`, `w = p`. Training
     prices the batch itself, which leaks later tokens into earlier choices, unless `carry` is on:
     then it chooses by the prices of the batch before. Evaluation uses the last prices, the buffer
-    `bias`. The formula is from memory, unverified; the balance it reaches was simulated.
+    `bias`. The balance it reaches was simulated.
 
     Defaults: two experts, 4 iterations (the paper has 2 to 14).
 
@@ -200,7 +205,8 @@ class Bip(LinearRouter):
         num_experts: `E`.
         top_k: experts per token.
         iters: iterations of the prices.
-        carry: choose by the prices of the batch before.
+        carry: choose by the prices of the batch before; not for checkpointed layers, whose second
+            run would find the prices of their own batch.
         common: see `Common`.
     """
 
@@ -279,13 +285,12 @@ class Ssr(LinearRouter):
         if not (self.training and x.shape[0] > 0 and float(torch.rand(())) < self.plan_share):
             routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
             return self.routed(routing, context)
-        plan = transport(
+        plan = balanced(
             softmax(logits),
             "sinkhorn",
+            context,
             iters=self.iters,
             temperature=self.temperature,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
         )
         chosen = gate(plan, self.top_k, score="identity", normalize=True)
         routing = self.built(chosen.experts, chosen.weights, logits)
@@ -350,12 +355,11 @@ class SparseOt(LinearRouter):
             plan = expert_plan(p.detach(), self.top_k, context, **self.options)
             slots = every_expert(x.shape[0], self.num_experts, x.device)
             return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
-        plan = transport(
+        plan = balanced(
             p.detach(),
             "ksparse",
+            context,
             k=self.top_k,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
             **self.options,
         )
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)
