@@ -1,6 +1,7 @@
 // Host side of machine_peak, machine_read and machine_info.
 #include "ops/machine.h"
 
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "common/workspace.h"
@@ -36,7 +37,7 @@ double machine_read(const Tensor& buffer, int64_t passes) {
 std::string machine_info() {
   std::ostringstream text;
   text << "level=" << kernels().level << ";best_level=" << best_level_name() << ";threads=" << num_threads()
-       << ";scratch_bytes=" << scratch_bytes();
+       << ";scratch_bytes=" << scratch_bytes() << ";kept_bytes=" << kept_bytes();
   return text.str();
 }
 

@@ -1,6 +1,7 @@
 #include "ops/moe_mlp.h"
 
 #include "common/expert_matrix.h"
+#include "common/kept_tensor.h"
 #include "common/launch.h"
 
 namespace fastmoe_route {
@@ -24,10 +25,10 @@ bool are_rows_in_place(const Tensor& x) { return (x.size(1) <= 1 || x.stride(1) 
 
 bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
-// A fresh [E, A, B] with the memory layout of `w`.
-Tensor empty_with_layout(const Tensor& w) {
-  if (!is_column_major(w)) return empty(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
-  return torch::stable::transpose(empty(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
+// The gradient [E, A, B] of `w`, uninitialised, in the memory layout of `w`.
+Tensor empty_gradient(const Tensor& w) {
+  if (!is_column_major(w)) return empty_kept(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
+  return torch::stable::transpose(empty_kept(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
 }
 
 // The maps index memory: a plan that was not made for these sizes must not be believed.
@@ -200,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   };
   Tensor grad_x = make(kX, {shape.num_tokens, shape.hidden}, dtype);
   Tensor grad_weights = make(kWeights, {shape.num_tokens, shape.top_k}, weights.scalar_type());
-  Tensor grad_w_up = wants(kUp) ? empty_with_layout(w_up) : empty(x, {0}, dtype);
-  Tensor grad_w_down = wants(kDown) ? empty_with_layout(w_down) : empty(x, {0}, dtype);
+  Tensor grad_w_up = wants(kUp) ? empty_gradient(w_up) : empty(x, {0}, dtype);
+  Tensor grad_w_down = wants(kDown) ? empty_gradient(w_down) : empty(x, {0}, dtype);
   Tensor grad_bias_up = make(kBiasUp, {shape.num_experts, w_up.size(2)}, dtype);
   Tensor grad_bias_down = make(kBiasDown, {shape.num_experts, shape.hidden}, dtype);
   const auto results = [&] {

@@ -141,6 +141,7 @@ def info_report() -> dict[str, object]:
         "instruction_set_offered": library["best_level"],
         "threads": int(library["threads"]),
         "scratch_bytes": int(library["scratch_bytes"]),
+        "kept_bytes": int(library["kept_bytes"]),
         "cpu_library": str(_load.find_library("fastmoe_route_cpu")),
         "cuda_library": None if cuda is None else str(cuda),
         "cuda_architectures": architectures,
