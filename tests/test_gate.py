@@ -429,20 +429,38 @@ def test_what_only_chooses_asks_for_no_gradient():
             assert value.grad is None, name
 
 
+def test_gradient_through_a_tensor_that_outlived_a_transform():
+    """torch.func leaves a dead wrapper behind; the gradient must reach what is in it."""
+    weight = torch.randn(3, 8, requires_grad=True)
+    kept = []
+
+    def outer(x):
+        kept.append(x * weight)
+        return x.sum()
+
+    torch.func.grad(outer)(torch.randn(3, 8))
+    for stats in (False, True):
+        (grad,) = torch.autograd.grad(
+            fr.gate(kept[0], 2, stats=stats).weights[:, 0].sum(), [weight], retain_graph=True
+        )
+        assert grad.abs().sum() > 0
+
+
 # ---- registration ------------------------------------------------------------------------------
 
 
 def test_opcheck():
     ops = torch.ops.fastmoe_route
     bias = torch.randn(8)
-    options = (0, True, 1.0, bias, 2, 1, 0, None, None, False, 2, 0.9, None, None, None, 1, None, 0)
+    score = (0, True, 1.0)
+    options = (bias, 2, 1, 0, None, None, False, 2, 0.9, None, None, None, 1, None, 0)
     for logits in (torch.randn(5, 8), torch.randn(5, 8, requires_grad=True), torch.randn(0, 8)):
         for op in (ops.gate, ops.gate_stats_forward):
-            torch.library.opcheck(op, (logits.detach(), 2, *options, True, True))
-            torch.library.opcheck(op, (logits.detach(), 2, *options, False, True))
-        torch.library.opcheck(ops.gate, (logits, 2, *options, True, True))
+            torch.library.opcheck(op, (logits.detach(), 2, *score, True, True, *options))
+            torch.library.opcheck(op, (logits.detach(), 2, *score, False, True, *options))
+        torch.library.opcheck(ops.gate, (logits, 2, *score, True, True, *options))
         torch.library.opcheck(ops.gate, (logits, 2))
-        torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, *options))
+        torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, *score, *options))
         torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, 1, True))
     logits = torch.randn(5, 8)
     experts = fr.gate(logits, 2).experts

@@ -135,20 +135,24 @@ Choice choose(const Tensor& logits, GateArgs& args) {
 
 using GateResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The operators, whose arguments after top_k are the fields of Options, in their order.
+// The operators. `gate` has two flags of its own after `scale`; the arguments behind it are the fields of Options in
+// their order.
 template <class... Fields>
 struct Operators {
-  static GateArgs read(const Tensor& logits, int64_t top_k, Fields... fields) {
-    return checked_args(logits, top_k, Options{fields...});
+  static GateArgs read(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
+                       Fields... fields) {
+    return checked_args(logits, top_k, Options{score, normalize, scale, fields...});
   }
 
-  static Choice gate_forward(const Tensor& logits, int64_t top_k, Fields... fields) {
-    GateArgs args = read(logits, top_k, fields...);
+  static Choice gate_forward(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale,
+                             Fields... fields) {
+    GateArgs args = read(logits, top_k, score, normalize, scale, fields...);
     return choose(logits, args);
   }
 
-  static GateResults gate(const Tensor& logits, int64_t top_k, Fields... fields, bool stats, bool keep_scores) {
-    GateArgs args = read(logits, top_k, fields...);
+  static GateResults gate(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale, bool stats,
+                          bool keep_scores, Fields... fields) {
+    GateArgs args = read(logits, top_k, score, normalize, scale, fields...);
     const ScalarType arithmetic = arithmetic_type(args.dtype);
     const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
     const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
@@ -161,9 +165,9 @@ struct Operators {
     return {weights, score_sum, logsumexp, scores, experts, demand};
   }
 };
-using Gate = Operators<int64_t, bool, double, const OptionalTensor&, int64_t, int64_t, int64_t, const OptionalTensor&,
-                       const OptionalTensor&, bool, int64_t, std::optional<double>, const OptionalTensor&,
-                       std::optional<double>, const OptionalTensor&, int64_t, const OptionalTensor&, int64_t>;
+using Gate = Operators<const OptionalTensor&, int64_t, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&,
+                       bool, int64_t, std::optional<double>, const OptionalTensor&, std::optional<double>,
+                       const OptionalTensor&, int64_t, const OptionalTensor&, int64_t>;
 
 // A contiguous gradient of the arithmetic type, checked against the shape of its output.
 const void* checked_grad(const char* name, OptionalTensor& grad, std::initializer_list<int64_t> shape,

@@ -290,7 +290,6 @@ def _check_fake(op: str, value: Tensor, of_map: Tensor) -> None:
 
 def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, row_to_slot, slot_to_row = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(row_to_slot, slot_to_row)
 
 
@@ -380,7 +379,6 @@ def _unpermute_backward_fake(
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, row_to_slot, slot_to_row = inputs
-    ctx.set_materialize_grads(False)
     # The rows are read again only for the gradient of the weights.
     needed_rows = rows if weights is not None and ctx.needs_input_grad[1] else None
     ctx.save_for_backward(needed_rows, weights, row_to_slot, slot_to_row)

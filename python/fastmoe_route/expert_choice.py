@@ -81,17 +81,11 @@ def _expert_choice_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, experts, demand = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(experts, demand)
-    ctx.save_for_backward(experts)
+    ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(
-    ctx: Any, grad_weights: Tensor | None, grad_experts: None, grad_demand: None
-) -> tuple[Tensor | None, None, None, None]:
-    del grad_experts, grad_demand
+def _backward(ctx: Any, grad_weights: Tensor | None) -> tuple[Tensor | None, None, None, None]:
     if grad_weights is None:
         return None, None, None, None
     (experts,) = ctx.saved_tensors
@@ -99,4 +93,6 @@ def _backward(
     return grad_scores, None, None, None
 
 
-register_autograd("expert_choice", _backward, setup_context=_setup_context, once=False)
+register_autograd(
+    "expert_choice", _backward, setup_context=_setup_context, num_differentiable=1, once=False
+)

@@ -119,10 +119,13 @@ def gate(
         check_flag("gate", "normalize", normalize)
     if scale != 1.0:
         check_float("gate", "scale", scale)
+    if stats is not False or keep_scores is not False:
+        check_flag("gate", "stats", stats)
+        check_flag("gate", "keep_scores", keep_scores)
     # Every argument that is passed on costs a tenth of a microsecond: trailing defaults are not.
-    arguments: tuple[Any, ...] = (logits, top_k, score_code, normalize, scale)
+    options: tuple[Any, ...] = ()
     is_limited = (
-        (stats or keep_scores or num_null != 0 or softmax_over != "all" or min_k != 1)
+        (num_null != 0 or softmax_over != "all" or min_k != 1)
         or (mask is not None or noise is not None or k_per_token is not None)
         or (top_p is not None or threshold is not None or max_per_group is not None)
     )
@@ -132,15 +135,13 @@ def gate(
         counts = (1, 0, 0)
         if num_groups != 1 or topk_groups is not None or max_per_group is not None:
             counts = _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
-        arguments += (_per_column("bias", bias, logits), *counts[:2], group_code)
+        options = (_per_column("bias", bias, logits), *counts[:2], group_code)
     if is_limited:
         over_group = check_choice("gate", "softmax_over", softmax_over, SOFTMAX_OVER) == 1
         min_k = check_int("gate", "min_k", min_k, 0, top_k)
-        check_flag("gate", "stats", stats)
-        check_flag("gate", "keep_scores", keep_scores)
         if noise is not None:
             check_tensor("gate", "noise", noise, 2)
-        arguments += (
+        options += (
             *(_per_column("mask", mask, logits, torch.bool), _per_column("noise", noise, logits)),
             *(over_group, min(counts[2], num_experts)),
             *_stop_rule("top_p", top_p, logits),
@@ -149,11 +150,13 @@ def gate(
         )
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
-        bare = _gate_forward_autograd if wants_grad else _gate_forward
-        weights, *_, experts, demand = bare(*arguments)
+        few = _gate_forward_autograd if wants_grad else _gate_forward
+        weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
     op = _gate_autograd if wants_grad else _gate_stats_forward
-    weights, score_sum, logsumexp, scores, experts, demand = op(*arguments, stats, keep_scores)
+    weights, score_sum, logsumexp, scores, experts, demand = op(
+        logits, top_k, score_code, normalize, scale, stats, keep_scores, *options
+    )
     return Routing(
         *(experts, weights, demand),
         score_sum if stats else None,
@@ -249,14 +252,20 @@ def _arithmetic(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-# What an operator is not given, in the order of its arguments after top_k.
-_DEFAULTS = tuple(argument.default_value for argument in _gate._schema.arguments[2:])
-
-
 @torch.library.register_fake("fastmoe_route::gate")
 @torch.library.register_fake("fastmoe_route::gate_stats_forward")
-def _gate_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
-    num_null, stats, keep_scores = (*options, *_DEFAULTS[len(options) :])[-3:]
+def _gate_fake(
+    logits: Tensor,
+    top_k: int,
+    score: int = 0,
+    normalize: bool = False,
+    scale: float = 1.0,
+    stats: bool = False,
+    keep_scores: bool = False,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    del score, normalize, scale
+    num_null = options[14] if len(options) > 14 else 0
     num_tokens, num_experts = logits.shape[0], logits.shape[1] - num_null
     arithmetic = _arithmetic(logits)
     return (
@@ -271,7 +280,8 @@ def _gate_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fastmoe_route::gate_forward")
 def _gate_forward_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
-    weights, *_, experts, demand = _gate_fake(logits, top_k, *options)
+    flags = (False, False) if len(options) >= 3 else ()
+    weights, *_, experts, demand = _gate_fake(logits, top_k, *options[:3], *flags, *options[3:])
     return weights, experts, demand
 
 
@@ -288,30 +298,58 @@ def _gate_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, score, normalize, scale, _, num_groups, _, _, _, _, over_group = inputs[:12]
-    num_null, *flags = inputs[19:]
-    ctx.stats, ctx.keep_scores = flags or (False, False)
-    *_, experts, demand = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(experts, demand)
-    ctx.save_for_backward(logits, experts, output[2] if ctx.stats else None)
-    ctx.options = (score, over_group, num_groups, num_null, normalize, scale)
+    stats, keep_scores, options = inputs[5], inputs[6], inputs[7:]
+    ctx.kept = (True, stats, stats, keep_scores)
+    _save(ctx, inputs, options, output[4], output[2] if stats else None)
 
 
-def _backward(ctx: Any, weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    score_sum, logsumexp = grads[:2] if ctx.stats else (None, None)
-    scores = grads[2] if ctx.keep_scores else None
-    grad_logits = None
-    if not (weights is None and score_sum is None and logsumexp is None and scores is None):
-        logits, experts, saved_logsumexp = ctx.saved_tensors
-        grad_logits = _gate_backward(
-            weights, score_sum, logsumexp, scores, logits, experts, saved_logsumexp, *ctx.options
-        )
-    return (grad_logits, *_NO_GRADIENTS)
+def _setup_few(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, inputs[5:], output[1])
 
 
-_NO_GRADIENTS = (None,) * 21
-_gate_autograd = register_autograd("gate", _backward, setup_context=_setup_context)
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], options: tuple[Any, ...], experts: Tensor, *others: Any
+) -> None:
+    """What backward needs; `options` are the inputs from `bias` on."""
+    logits, _, score, normalize, scale = inputs[:5]
+    ctx.save_for_backward(logits, experts, *others)
+    ctx.options = (score, options[6], options[1], options[14], normalize, scale)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = [grad if kept else None for grad, kept in zip(grads, ctx.kept, strict=True)]
+    if all(grad is None for grad in wanted):
+        return _NO_GRADIENTS
+    grad_logits = _gate_backward(*wanted, *ctx.saved_tensors, *ctx.options)
+    return grad_logits, *_NO_GRADIENTS
+
+
+def _backward_few(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, experts = ctx.saved_tensors
+    grad_logits = _gate_backward(weights, None, None, None, logits, experts, None, *ctx.options)
+    return grad_logits, *_NO_GRADIENTS
+
+
+def _traced_few(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
+    weights, *_, experts, demand = _gate(logits, top_k, *options[:3], False, False, *options[3:])
+    return weights, experts, demand
+
+
+_NO_GRADIENTS = (None,) * 22
+register_autograd("gate", _backward, setup_context=_setup_context, num_differentiable=4)
+_gate_autograd = differentiable(
+    "gate",
+    "gate_stats_forward",
+    _backward,
+    setup_context=_setup_context,
+    num_differentiable=4,
+    traced=_gate,
+)
 _gate_forward_autograd = differentiable(
-    "gate", "gate_forward", _backward, setup_context=_setup_context
+    "gate",
+    "gate_forward",
+    _backward_few,
+    setup_context=_setup_few,
+    num_differentiable=1,
+    traced=_traced_few,
 )

@@ -106,7 +106,6 @@ def _is_column_major(w: Tensor) -> bool:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, offsets, bias = inputs
-    ctx.set_materialize_grads(False)
     needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     ctx.needs_bias = bias is not None and ctx.needs_input_grad[3]
     # The bias gradient needs no rows of x, but the operator takes its shape from them.
@@ -140,7 +139,6 @@ register_autograd("grouped_mm", _backward, setup_context=_setup_context, once=Fa
 
 def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, grad_y, offsets, ctx.transposed, ctx.needs_w, ctx.needs_bias = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, grad_y, offsets)
 
 

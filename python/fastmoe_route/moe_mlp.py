@@ -291,14 +291,11 @@ def _moe_mlp_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weights, w_up, w_down, _, bias_down, *maps, activation, interleaved, on_input = inputs
-    _, preactivation = output
-    ctx.mark_non_differentiable(preactivation)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weights, w_up, w_down, bias_down, *maps, preactivation)
+    ctx.save_for_backward(x, weights, w_up, w_down, bias_down, *maps, output[1])
     ctx.options = (activation, interleaved, on_input)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 12
     wanted = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
@@ -306,4 +303,6 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     return (*(grad if wanted >> i & 1 else None for i, grad in enumerate(grads)), *(None,) * 6)
 
 
-_differentiable = register_autograd("moe_mlp", _backward, setup_context=_setup_context)
+_differentiable = register_autograd(
+    "moe_mlp", _backward, setup_context=_setup_context, num_differentiable=1
+)

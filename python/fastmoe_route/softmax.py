@@ -124,7 +124,6 @@ def _softmax_backward_fake(grad_y: Tensor, y: Tensor) -> Tensor:
 
 def _softmax_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output)
 
 
@@ -203,19 +202,15 @@ def _softmax_topk_backward_fake(
 
 
 def _topk_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, statistics, indices = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics, indices)
-    ctx.save_for_backward(inputs[0], statistics, indices)
+    ctx.save_for_backward(inputs[0], *output[1:])
 
 
-def _topk_backward(
-    ctx: Any, grad_values: Tensor | None, grad_statistics: None, grad_indices: None
-) -> tuple[Tensor | None, None]:
-    del grad_statistics, grad_indices
+def _topk_backward(ctx: Any, grad_values: Tensor | None) -> tuple[Tensor | None, None]:
     if grad_values is None:
         return None, None
     return _ops.softmax_topk_backward(grad_values, *ctx.saved_tensors), None
 
 
-register_autograd("softmax_topk", _topk_backward, setup_context=_topk_setup_context)
+register_autograd(
+    "softmax_topk", _topk_backward, setup_context=_topk_setup_context, num_differentiable=1
+)

@@ -397,7 +397,6 @@ def _transport_backward_fake(grad_plan: Tensor, scores: Tensor, *_: Any) -> Tens
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     scores, method, iters, temperature, marginal, *_, scope_ids, num_scopes = inputs
-    ctx.set_materialize_grads(False)
     if METHODS[method] != "sinkhorn":
         ctx.mark_non_differentiable(output)
     ctx.save_for_backward(scores, marginal, scope_ids)
