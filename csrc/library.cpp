@@ -1,6 +1,7 @@
 // Every operator of the package, one schema per line: the table of contents. Float results come first (opcheck adds to
 // them in place); the Python functions give results their names and order. Enums travel as their numbers.
-#include "common/check.h"
+#include <torch/csrc/stable/library.h>
+
 #include "common/parallel.h"
 
 namespace {

@@ -29,6 +29,7 @@ from typing import Any
 
 import fastmoe_route as fr
 import torch
+from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.methods import Method, find, methods
 from torch import Tensor, nn
 
@@ -213,14 +214,6 @@ def described(config: lm.Config, options: argparse.Namespace) -> str:
     )
 
 
-def cpu_name() -> str:
-    """The processor, as Linux calls it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results by loss, best first, in Markdown."""
     done = {name: summary(found) for name, found in results.items() if "error" not in found}
@@ -248,7 +241,7 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Curves of loss and balance above, bars of all routers below."""
+    """Curves of loss and balance above, one line for every router below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,41 +254,57 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     colors = dict(zip(marked, palette, strict=False))
     figure = plt.figure(figsize=(12, 4.2 + 0.19 * len(order)), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(3.6, max(2.0, 0.19 * len(order))))
-    curves = (
-        (figure.add_subplot(grid[0, :3]), "train_loss", "training loss, nats per byte"),
-        (figure.add_subplot(grid[0, 3:]), "violation", "load: (largest - mean) / mean"),
-    )
-    for axes, key, label in curves:
-        for name in sorted(order, key=lambda n: n in colors):
-            values = smooth(done[name][key], max(1, len(done[name][key]) // 20))
-            style = {"color": colors.get(name, "#cccccc"), "zorder": 2 + (name in colors)}
-            width = 1.8 if name in colors else 0.7
-            axes.plot(values, linewidth=width, label=name if name in colors else None, **style)
-        axes.set(xlabel="step", title=label)
-        axes.grid(color="#eeeeee", linewidth=0.6)
-    curves[1][0].set_yscale("symlog", linthresh=0.1)
-    curves[0][0].legend(frameon=False, fontsize=8)
-    titles = ("loss on unseen text", "MaxVio, last quarter", "experts per token", "tokens/s")
-    columns = list(zip(*(summary(done[name]) for name in order), strict=True))
-    spans = (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))
-    names = [name + ("*" if optimistic(find(name)) else "") for name in order]
-    for column, (title, span) in enumerate(zip(titles, spans, strict=True)):
-        axes = figure.add_subplot(grid[1, span])
-        bars = [colors.get(name, "#88aacc") for name in order]
-        axes.barh(range(len(order)), columns[column], color=bars, height=0.7)
-        axes.set_ylim(len(order) - 0.5, -0.5)
-        axes.set_yticks(range(len(order)), names if column == 0 else [], fontsize=7)
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        if column == 0:
-            low, high = min(columns[0]), max(columns[0])
-            axes.set_xlim(low - 0.1 * (high - low + 1e-3), high + 0.02)
-        if column == 1:
-            axes.set_xscale("symlog", linthresh=0.1)
+    loss, balance = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+    loss.set_title("training loss, nats per byte")
+    draw_curves(loss, {name: done[name]["train_loss"] for name in order}, colors)
+    skipped = len(done[order[0]]["train_loss"]) // 5
+    settled = [value for name in order for value in done[name]["train_loss"][skipped:]]
+    loss.set_ylim(min(settled) - 0.05, max(settled) + 0.05)  # the fall of the first steps is off it
+    loss.legend(frameon=False, fontsize=8)
+    balance.set_title("load: (largest - mean) / mean")
+    draw_curves(balance, {name: done[name]["violation"] for name in order}, colors)
+    balance.set_yscale("symlog", linthresh=0.1)
+    draw_summaries(figure, grid, done, order, colors)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_curves(axes: Any, curves: dict[str, list[float]], colors: dict[str, str]) -> None:
+    """One line per router by the step, smoothed; those with a colour on top."""
+    for name in sorted(curves, key=lambda name: name in colors):
+        values = smooth(curves[name], max(1, len(curves[name]) // 20))
+        if name in colors:
+            axes.plot(values, color=colors[name], linewidth=1.8, zorder=3, label=name)
+        else:
+            axes.plot(values, color="#cccccc", linewidth=0.7, zorder=2)
+    axes.set_xlabel("step")
+    axes.grid(color="#eeeeee", linewidth=0.6)
+
+
+def draw_summaries(
+    figure: Any, grid: Any, done: dict[str, Any], order: list[str], colors: dict[str, str]
+) -> None:
+    """The four numbers of `summary`, a line per router."""
+    titles = ("loss on unseen text", "MaxVio, last quarter", "experts per token", "tokens/s")
+    columns = list(zip(*(summary(done[name]) for name in order), strict=True))
+    spans = (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))
+    names = [name + ("*" if optimistic(find(name)) else "") for name in order]
+    paint = [colors.get(name, "#88aacc") for name in order]
+    for column, (title, span) in enumerate(zip(titles, spans, strict=True)):
+        axes = figure.add_subplot(grid[1, span])
+        if column == 0:  # differences of hundredths: a bar would have to start from 0
+            axes.scatter(columns[0], range(len(order)), color=paint, s=22, zorder=2)
+            axes.grid(color="#eeeeee", linewidth=0.6)
+        else:
+            axes.barh(range(len(order)), columns[column], color=paint, height=0.7)
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.set_yticks(range(len(order)), names if column == 0 else [], fontsize=7)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", labelsize=8)
+        if column == 1:
+            axes.set_xscale("symlog", linthresh=0.1)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,13 @@ def describe(case: Case) -> str:
     return ", ".join(f"{name}={show(value)}" for name, value in case.items())
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Standard normal numbers that follow from the seed, drawn in float32 (float64 for float64)."""
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=drawn).to(dtype)
+
+
 class Source:
     """The randomness of one case."""
 

@@ -1,4 +1,4 @@
-"""A small router of every registered method, and inputs that suit them all."""
+"""A small router of every registered method, inputs that suit them all, and how close is near."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import fastmoe_route as fr
 import torch
+import torch.nn.functional as F
+from cases import normal
 from torch import Tensor
 
 HIDDEN, EXPERTS, TOKENS, VOCABULARY, SEQUENCES = 16, 8, 24, 50, 3
@@ -73,3 +75,24 @@ def layer(router: fr.routers.Router, given: dict[str, Any]) -> Tensor:
     """The output `[T, H]` of a layer with this router."""
     routed = router(**given)
     return router.mix(given["x"], routed, given["experts"])
+
+
+def tokens(num_tokens: int, seed: int = 0, size: int = HIDDEN) -> Tensor:
+    """Hidden states alone."""
+    return normal(num_tokens, size, seed=seed)
+
+
+def set_logits(router: fr.routers.Router, logits: Tensor) -> Tensor:
+    """Makes a linear router's logits these; returns the `x` that gives them."""
+    num_columns = logits.shape[1]
+    weight = torch.zeros_like(router.score.weight)
+    weight[:, :num_columns] = torch.eye(num_columns)
+    router.score.weight.data.copy_(weight)
+    return F.pad(logits, (0, router.hidden_size - num_columns))
+
+
+def near(got: Tensor | float, wanted: Tensor | float, bound: float = 1e-5) -> bool:
+    """Whether all elements are within the bound of what is wanted: a number, or the same shape."""
+    got, wanted = torch.as_tensor(got).double(), torch.as_tensor(wanted).double()
+    assert wanted.dim() == 0 or got.shape == wanted.shape
+    return bool(((got - wanted).abs() <= bound).all())

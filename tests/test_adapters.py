@@ -5,15 +5,12 @@ from __future__ import annotations
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import adapters
 from router_cases import EXPERTS, HIDDEN
 from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- low-rank experts --------------------------------------------------------------------------
@@ -72,7 +69,7 @@ def test_lora_grouped_mm_is_batch_invariant_and_compiles(dtype):
     assert fr.lora_grouped_mm(x[:0], a, b, nothing).shape == (0, 32)
 
 
-def test_mixture_of_shards():
+def test_mixture_of_shards_glues_rows_from_two_pools():
     generator = torch.Generator().manual_seed(0)
     module = adapters.MixtureOfShards(
         16, 8, 3, 4, num_shards=2, pool_size=6, num_private=1, generator=generator
@@ -91,7 +88,7 @@ def test_mixture_of_shards():
     assert (lora(x, (torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1))) == 0).all()
 
 
-def test_queryable_lora():
+def test_queryable_lora_with_one_atom_is_lora():
     module = adapters.QueryableLora(16, 8, 4, num_atoms=1, scaling=2.0)
     with torch.no_grad():
         module.lora_b.normal_(generator=torch.Generator().manual_seed(0))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
-PATH = Path(__file__).parent.parent / "examples" / "compare_routers.py"
 SMALL = ["--steps", "3", "--layers", "1", "--experts", "4", "--hidden", "32", "--heads", "2",
          "--expert-width", "16", "--context", "16", "--batch", "2",
          "--threads", str(torch.get_num_threads())]  # fmt: skip
@@ -18,15 +15,8 @@ SMALL = ["--steps", "3", "--layers", "1", "--experts", "4", "--hidden", "32", "-
 
 @pytest.fixture(scope="module")
 def gallery():
-    path, loaded = list(sys.path), set(sys.modules)
-    spec = importlib.util.spec_from_file_location("compare_routers", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_routers"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
-    for name in {"compare_routers", "train_moe_lm"} - loaded:
-        sys.modules.pop(name, None)
+    with script("examples", "compare_routers") as module:
+        yield module
 
 
 def test_gallery_trains_writes_and_resumes(gallery, tmp_path, capsys, monkeypatch):

@@ -132,8 +132,8 @@ def test_info_prints_the_policy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTMOE_ROUTE_LIBRARY_DIR", str(LIBRARY.parent))
-    monkeypatch.setattr(cli, "library_info", lambda: {"level": "", "best_level": "", "threads": 1,
-                                                      "scratch_bytes": 0})  # fmt: skip
+    empty = {"level": "", "best_level": "", "threads": 1, "scratch_bytes": 0, "kept_bytes": 0}
+    monkeypatch.setattr(cli, "library_info", lambda: empty)
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "cuda gemm policy         sm_100a, native | bfloat16 | wgrad |" in printed

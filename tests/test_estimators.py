@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
+import cases
 import pytest
 import torch
 from fastmoe_route.routers import estimators as est
@@ -13,10 +15,7 @@ from fastmoe_route.routers.base import Context
 from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+normal = partial(cases.normal, dtype=F64)
 
 
 # ---- random numbers ----------------------------------------------------------------------------

@@ -1,25 +1,17 @@
 """The training example in a short form: both runs learn, and learn the same."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 from tolerance import assert_bound
-
-PATH = Path(__file__).parent.parent / "examples" / "train_moe_lm.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_moe_lm", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_moe_lm"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_moe_lm"]
+    with script("examples", "train_moe_lm") as module:
+        yield module
 
 
 SMALL = ["--steps", "10", "--layers", "1", "--experts", "8", "--top-k", "2", "--hidden", "64",

@@ -11,16 +11,13 @@ from collections.abc import Callable, Sequence
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from tolerance import assert_exact
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 512
 Place = Callable[[Tensor], Tensor]
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def weights_of(experts: int, k: int, n: int, linear: bool, dtype: torch.dtype, seed: int) -> Tensor:

@@ -1,8 +1,12 @@
-"""Memory of the expert layer: scratch keeps to its formula; meta tensors have none."""
+"""Memory of the expert layer: scratch and kept gradients keep to their formulas; meta tensors
+have none."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -104,3 +108,123 @@ def test_a_pair_may_be_a_list():
     x, ids, weights, up, down = make(6, 16, 8, 3, torch.float32)
     listed = fr.moe_mlp(x, [ids, weights], up, down)
     assert torch.equal(listed, fr.moe_mlp(x, (ids, weights), up, down))
+
+
+# ---- gradients that share memory through time (csrc/common/kept_memory.h) ------------------------
+
+MEGABYTE = 1 << 20
+# torch_from_blob came with torch 2.11; before, large gradients are fresh in every step.
+_TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+keeps_gradients = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(_TORCH, "torch_from_blob"),
+    reason="torch cannot be told who takes memory back",
+)
+
+
+def kept() -> int:
+    return int(library_info()["kept_bytes"])
+
+
+def up_gradient(dtype: torch.dtype, hidden: int = 1024, width: int = 2048, seed: int = 0) -> Tensor:
+    """The gradient `[8, width, hidden]` of an up projection, 64 MB in float32; expert 2 is idle."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, hidden, generator=generator).to(dtype)
+    grad = torch.randn(40, width, generator=generator).to(dtype)
+    offsets = torch.tensor([0, 7, 8, 8, 20, 21, 33, 37, 40], dtype=torch.int32)
+    return torch.ops.fastmoe_route.grouped_mm_wgrad(x, grad, offsets, True, True, False)[0]
+
+
+@keeps_gradients
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_lies_where_the_last_one_did(dtype: torch.dtype) -> None:
+    first = up_gradient(dtype)
+    address, values = first.data_ptr(), first.clone()
+    assert address % (2 * MEGABYTE) == 0
+    for _ in range(6):  # among them the one that moves to huge pages
+        first.fill_(torch.nan)
+        del first
+        first = up_gradient(dtype)
+        assert first.data_ptr() == address
+        assert torch.equal(first, values)
+        assert not first[2].any()
+
+
+@keeps_gradients
+def test_gradients_that_live_keep_their_memory() -> None:
+    held = [up_gradient(torch.float32, seed=seed) for seed in range(3)]
+    copies = [value.clone() for value in held]
+    assert len({value.data_ptr() for value in held}) == 3
+    for i in (1, 0, 2):
+        view = held[i][5]
+        held[i] = up_gradient(torch.float32, seed=i)  # the view keeps the old memory in use
+        assert held[i].untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+        assert torch.equal(view, copies[i][5])
+        for value, copy in zip(held, copies, strict=True):
+            assert torch.equal(value, copy)
+
+
+_COMES_AND_GOES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_expert_memory import MEGABYTE, kept, up_gradient
+
+most = 0
+for width in (1100, 2048, 1500, 2900, 1024, 2500):
+    held = [up_gradient(torch.float32, width=width) for _ in range(2)]
+    most = max(most, sum(-(-value.nbytes // (2 * MEGABYTE)) * 2 * MEGABYTE for value in held))
+    del held
+    assert kept() <= most, (width, kept(), most)
+assert kept() > 32 * MEGABYTE
+for _ in range(100):
+    up_gradient(torch.bfloat16)
+assert kept() == 32 * MEGABYTE, kept()
+"""
+
+
+@keeps_gradients
+def test_kept_memory_is_what_was_needed_at_once() -> None:
+    """In a process of its own: the bound is the most it ever had in use."""
+    command = [sys.executable, "-c", _COMES_AND_GOES, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@keeps_gradients
+def test_gradients_may_be_freed_by_any_thread() -> None:
+    expected = up_gradient(torch.bfloat16)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(8):
+            if not torch.equal(up_gradient(torch.bfloat16), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@keeps_gradients
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", [1056, 1051])  # whole lines and none
+def test_nothing_is_written_behind_a_gradient(dtype: torch.dtype, hidden: int) -> None:
+    """Its block ends on a huge page; canaries lie between."""
+    width = 2100 if dtype == torch.float32 else 4100
+    first = up_gradient(dtype, hidden, width)
+    expected = first.clone()
+    end = first.data_ptr() + first.nbytes
+    size = -end % (2 * MEGABYTE)
+    assert size > 0
+    for _ in range(3):
+        ctypes.memset(end, 0x5A, size)
+        address = first.data_ptr()
+        del first
+        first = up_gradient(dtype, hidden, width)
+        assert first.data_ptr() == address
+        assert torch.equal(first, expected)
+        behind = ctypes.string_at(end, size)
+        assert set(behind) <= {0x5A, 0}, "only the system may have cleared it"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import grouped_mm  # noqa: F401  loads the operators
 from tolerance import assert_bound, assert_exact, assert_has_power, rounding, unit_roundoff
 from torch import Tensor
@@ -19,10 +20,6 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EDGES = (1, 2, 3, 5, 6, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97)
 LONG = (255, 256, 257, 511, 513, 1030, 2047, 2049, 4097)  # around the blocks of the reduction
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def offsets_of(counts: Sequence[int]) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import fastmoe_route as fr
 import pytest
 import torch
 import vm_backend
+from cases import normal
 from fastmoe_route import reference
+from levels import LEVELS, run_python
 from tolerance import (
     assert_bound,
     assert_exact,
@@ -35,16 +33,10 @@ SHAPES = (
     ((5, 19), 3, 1030, 66),
     ((1, 2, 3, 4), 0, 2049, 130),
 )
-ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def offsets_of(counts: tuple[int, ...]) -> Tensor:
     return torch.tensor([sum(counts[:e]) for e in range(len(counts) + 1)], dtype=torch.int32)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def weights(num_experts: int, a: int, b: int, dtype: torch.dtype, layout: str) -> Tensor:
@@ -165,26 +157,12 @@ for dtype in t.DTYPES[:3]:
             x = t.normal(sum(counts), a, dtype=dtype)
             w = t.weights(len(counts), a, b, dtype, layout)
             t.check_product(x, w, t.offsets_of(counts), None)
-print("good")
 """
 
 
-@pytest.mark.parametrize("level", ISA_LEVELS)
-def test_every_level(level, root):
-    info = torch.ops.fastmoe_route.machine_info()
-    best = dict(item.split("=", 1) for item in info.split(";"))["best_level"]
-    if ISA_LEVELS.index(level) > ISA_LEVELS.index(best):
-        pytest.skip(f"this processor stops at {best}")
-    environment = {**os.environ, "FASTMOE_ROUTE_ISA": level}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", LEVEL_PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "good\n", done.stderr
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set(level):
+    run_python(level, "-c", LEVEL_PROGRAM)
 
 
 # ---- gradients ---------------------------------------------------------------------------------

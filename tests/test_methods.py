@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -12,17 +11,14 @@ import fastmoe_route as fr
 import pytest
 import torch
 from fastmoe_route.methods import methods
+from scripts import script
 from torch.utils._python_dispatch import TorchDispatchMode
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_tool", ROOT / "tools" / "methods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool() -> Iterator[ModuleType]:
+    with script("tools", "methods") as module:
+        yield module
 
 
 def test_page_is_current(tool: ModuleType) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import fastmoe_route
 import pytest
-import torch
 from fastmoe_route import _load
+from fastmoe_route.bench.machine import library_info
+from levels import LEVELS
 
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 MAX_IMPORT_SECONDS = 0.050
 
 
@@ -28,10 +28,6 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
-
-
-def machine_info() -> dict[str, str]:
-    return dict(item.split("=") for item in torch.ops.fastmoe_route.machine_info().split(";"))
 
 
 # ---- import ------------------------------------------------------------------------------------
@@ -101,7 +97,7 @@ def test_package_is_typed_and_lists_its_names() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_level_is_forced_or_refused(level: str) -> None:
-    best = machine_info()["best_level"]
+    best = library_info()["best_level"]
     program = "import fastmoe_route, torch; print(torch.ops.fastmoe_route.machine_info())"
     done = run(program, FASTMOE_ROUTE_ISA=level)
     if LEVELS.index(level) <= LEVELS.index(best):
@@ -130,7 +126,7 @@ def test_unknown_level_is_an_error_that_lists_the_levels() -> None:
 def test_empty_level_means_the_best() -> None:
     program = "import fastmoe_route, torch; print(torch.ops.fastmoe_route.machine_info())"
     done = run(program, FASTMOE_ROUTE_ISA="")
-    assert f"level={machine_info()['best_level']};" in done.stdout
+    assert f"level={library_info()['best_level']};" in done.stdout
 
 
 # ---- the library -------------------------------------------------------------------------------

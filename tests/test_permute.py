@@ -7,7 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
-from cases import describe, plan_cases
+from cases import describe, normal, plan_cases
 from fastmoe_route import DispatchPlan, reference
 from tolerance import assert_bound, assert_exact, assert_has_power, combine_limit, rounding
 from torch import Tensor
@@ -23,10 +23,6 @@ def make_plan(
     generator = torch.Generator().manual_seed(seed)
     experts = torch.randint(-1, num_experts, (num_tokens, top_k), generator=generator)
     return fr.plan_dispatch(experts, num_experts, **options)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None) -> None:

@@ -10,8 +10,18 @@ import pytest
 import torch
 from fastmoe_route.routers.base import Context
 from fastmoe_route.routers.plans import capped_plan, expert_plan, sparse_columns
-from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, rows
-from test_routers_choice import near, set_logits, tokens
+from router_cases import (
+    EXPERTS,
+    HIDDEN,
+    experts,
+    inputs,
+    layer,
+    make,
+    near,
+    rows,
+    set_logits,
+    tokens,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -530,7 +540,7 @@ def test_smear_merges_parameters() -> None:
     own = experts()
     router = make("smear").eval()
     routed = router(**given)
-    p, ids = routed.extra["merge"], given["sequence_ids"]
+    p, ids = routed.extra["share"], given["sequence_ids"]
     one = fr.routers.Experts(own.w_up[:, :, :12], own.w_down, "relu")
     positive = fr.routers.Experts(one.w_up.abs(), one.w_down, "relu")
     x = given["x"].abs()  # relu of positive numbers is linear in each matrix, not in both
@@ -540,13 +550,13 @@ def test_smear_merges_parameters() -> None:
     assert near(merged, mixed, 1e-3)
     assert not near(router.mix(given["x"], routed, own), layer_of_outputs(own, given, p), 1e-2)
     hot = torch.eye(EXPERTS)[[3, 0, 5]]
-    single = routed._replace(extra={**routed.extra, "merge": hot})
+    single = routed._replace(extra={**routed.extra, "share": hot})
     wanted = own.each(given["x"])[torch.arange(24), torch.tensor([3, 0, 5])[ids]]
     assert near(router.mix(given["x"], single, own), wanted, 1e-5)
-    dropped = make("smear", dropout=0.5).train()(**given).extra["merge"]
+    dropped = make("smear", dropout=0.5).train()(**given).extra["share"]
     assert bool((dropped == 0).any())
     assert near(dropped.sum(1), 1.0)
-    last = make("smear", dropout=0.9999).train()(**given).extra["merge"]
+    last = make("smear", dropout=0.9999).train()(**given).extra["share"]
     assert near(last.amax(1), 1.0)  # one expert stays
 
 

@@ -12,27 +12,8 @@ import torch.nn.functional as F
 from fastmoe_route import losses
 from fastmoe_route.losses._beta import beta_cdf
 from fastmoe_route.routers.estimators import score_function
-from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make
+from router_cases import EXPERTS, HIDDEN, experts, inputs, layer, make, near, set_logits, tokens
 from torch import Tensor, nn
-
-
-def tokens(num_tokens: int, seed: int = 0, size: int = HIDDEN) -> Tensor:
-    return torch.randn(num_tokens, size, generator=torch.Generator().manual_seed(seed))
-
-
-def set_logits(router: fr.routers.Router, logits: Tensor) -> Tensor:
-    """Makes a linear router's logits these; returns the `x` that gives them."""
-    num_columns = logits.shape[1]
-    weight = torch.zeros_like(router.score.weight)
-    weight[:, :num_columns] = torch.eye(num_columns)
-    router.score.weight.data.copy_(weight)
-    return F.pad(logits, (0, router.hidden_size - num_columns))
-
-
-def near(got: Tensor | float, wanted: Tensor | float, bound: float = 1e-5) -> bool:
-    got, wanted = torch.as_tensor(got), torch.as_tensor(wanted)
-    return bool(((got.double() - wanted.double()).abs() <= bound).all())
-
 
 # ---- token choice ------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import routers
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make
 from tolerance import assert_bound, close
@@ -21,10 +22,6 @@ def logits_of(router, rows: list[list[float]] | Tensor, **given) -> routers.Rout
     router.score = torch.nn.Identity()
     router.hidden_size = z.shape[1]
     return router(z, **given)
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- R36 to R39: how many experts --------------------------------------------------------------
@@ -230,7 +227,7 @@ def test_ftp_skips_its_share_of_every_sequence(sparsity):
     assert torch.equal(y[~skipped], dense[~skipped])
 
 
-def test_dynamic_token_routing():
+def test_dynamic_token_routing_shuts_paths_and_keeps_its_budget():
     router = fr.routers.build("dynamic_token_routing", 4, 4, budget=0.5).eval()
     shut = logits_of(router, torch.full((3, 4), -1.0))
     assert (shut.routing.experts == -1).all()
@@ -321,7 +318,7 @@ def test_rewiring_starts_as_the_base_and_learns_only_its_shift():
     assert torch.equal(router(**given).routing.weights, base.weights)
 
 
-def test_multilingual_steer():
+def test_multilingual_steer_lifts_the_marked_experts():
     given = inputs()
     base = fr.gate(make("multilingual_steer").score(given["x"]), 2, normalize=True)
     for mode in ("soft", "hard"):
@@ -380,7 +377,7 @@ def test_rerouted_descends_on_the_nearest_references():
 # ---- R60 ---------------------------------------------------------------------------------------
 
 
-def test_dynmole():
+def test_dynmole_takes_all_experts_where_entropy_is_high():
     router = fr.routers.build("dynmole", 8, 8).eval()
     rows = torch.zeros(3, 8)
     rows[1, 0] = 9.0  # nearly one-hot
@@ -418,7 +415,7 @@ def test_errors(name, arguments, message):
         make(name, **arguments)
 
 
-def test_segment_rank():
+def test_segment_rank_counts_inside_a_segment_with_ties_to_the_lower_token():
     values = torch.tensor([3.0, 1.0, 1.0, 0.0, 2.0, 5.0])
     ids = torch.tensor([0, 1, 0, 1, 0, 1])
     places, lengths = routers.parts.segment_rank(values, ids, 3)

@@ -7,16 +7,13 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route import adapters, losses
 from fastmoe_route.routers import estimators
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make, rows
 from tolerance import assert_bound, close
 
 F64 = torch.float64
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def same_routing(one, two):
@@ -172,7 +169,7 @@ def test_s2moe_without_noise_is_one_pass():
 # ---- R53: tokens that speak for each other -----------------------------------------------------
 
 
-def test_graph_of_tokens():
+def test_graph_of_tokens_averages_over_the_own_sequence():
     given = inputs()
     base = make("graph_of_tokens", similarity="identity").eval()
     same_routing(base(**given).routing, plain(base, given["x"], 2))
@@ -301,7 +298,7 @@ def test_lora_mixer_with_all_experts_is_its_training_forward():
     assert float(routed.losses["balance"].detach()) > 0
 
 
-def test_mhr():
+def test_mhr_mixes_every_block_by_the_coefficients_of_its_task():
     given = inputs()
     lora = adapters.LoraExperts(normal(EXPERTS, HIDDEN, 3), normal(EXPERTS, 3, HIDDEN, seed=1))
     router = make("mhr", num_tasks=4, num_heads=2).eval()
@@ -333,7 +330,7 @@ def test_mhr():
     close(flat(**given).extra["share"].detach(), torch.full((3, 8), 0.125))
 
 
-def test_mixture_of_routers():
+def test_mixture_of_routers_of_one_is_topk_softmax():
     given = inputs()
     one = make("mixture_of_routers", num_routers=1).eval()
     same_routing(one(**given).routing, plain(one, given["x"], 2))
@@ -364,7 +361,7 @@ def test_milora_decides_once():
     assert torch.equal(router(**step).routing.experts, chosen.experts)
 
 
-def test_sira():
+def test_sira_bars_some_experts_but_never_all():
     given = inputs()
     router = make("sira", expert_dropout=0.0, capacity_factor=None).train()
     same_routing(router(**given).routing, plain(router, given["x"], 4))
@@ -399,7 +396,7 @@ def test_magnet_flips_its_sign_once():
     assert "specialises" in router.state_dict()
 
 
-def test_drmc():
+def test_drmc_hands_on_its_state_and_may_leave_the_input():
     given = inputs()
     router = make("drmc").eval()
     routed = router(**given)
@@ -447,7 +444,7 @@ def test_cigt_gain_is_largest_for_sure_and_balanced_routes():
 
 
 @pytest.mark.parametrize("name", ["cond_conv", "supernet_mixture", "mhr"])
-def test_merged_experts(name):
+def test_merged_experts_are_weighted_sums_of_parameters(name):
     """Merged parameters are the weighted sums; with linear experts, the sum of the outputs."""
     given = inputs()
     lora = adapters.LoraExperts(normal(EXPERTS, HIDDEN, 3), normal(EXPERTS, 3, HIDDEN, seed=1))

@@ -5,27 +5,19 @@ The example that readers run is the demonstration; the smallest form of it is wo
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import fastmoe_route as fr
 import pytest
 import torch
+from scripts import script
 from torch import Tensor
-
-PATH = Path(__file__).parent.parent / "examples" / "buffer_overflow.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("buffer_overflow", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["buffer_overflow"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["buffer_overflow"]
+    with script("examples", "buffer_overflow") as module:
+        yield module
 
 
 # ---- by hand -----------------------------------------------------------------------------------

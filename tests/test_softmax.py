@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import fastmoe_route as fr
 import pytest
 import torch
 from fastmoe_route import reference
+from levels import LEVELS, run_python
 from tolerance import assert_bound, assert_exact, assert_has_power, assert_literal, softmax_limit
 from torch import Tensor
 
@@ -262,22 +260,11 @@ def test_streamed_output_has_the_same_bits(backend: str) -> None:
         assert torch.equal(y, one.expand_as(y))
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_levels(level: str) -> None:
-    """A short subset on every instruction set this processor has."""
+@pytest.mark.parametrize("level", LEVELS[:3])
+def test_every_instruction_set(level: str) -> None:
+    """A short subset."""
     chosen = "test_within_the_bound or test_exp_over or test_special or test_literals"
-    environment = {**os.environ, "FASTMOE_ROUTE_ISA": level}
-    probe = subprocess.run(
-        [sys.executable, "-c", "import fastmoe_route"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if probe.returncode != 0 and "FASTMOE_ROUTE_ISA must be at most" in probe.stderr:
-        pytest.skip(f"this processor has no {level}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(level, "-m", "pytest", "-q", "-x", __file__, "-k", chosen)
 
 
 # ---- layouts -----------------------------------------------------------------------------------

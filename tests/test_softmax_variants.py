@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from functools import partial
 
+import cases
 import fastmoe_route as fr
 import pytest
 import torch
@@ -15,11 +17,8 @@ from fastmoe_route.softmax_variants import distributions
 from tolerance import assert_bound, close
 
 F64 = torch.float64
+normal = partial(cases.normal, dtype=F64)
 ROW = [2.0, 1.0, 0.0, -1.0, -3.0]
-
-
-def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- X1, X2: the exact algorithms --------------------------------------------------------------
@@ -75,7 +74,7 @@ def test_online_topk_takes_the_ids_of_a_sort():
 
 
 @pytest.mark.parametrize("k", [3, 70])
-def test_sparse_softmax(k):
+def test_sparse_softmax_is_the_softmax_of_the_largest(k):
     x = normal(4, 80)
     p = sv.sparse_softmax(x, k)
     top = x.topk(k, dim=1)
@@ -261,7 +260,7 @@ def test_quantization_bias_restores_the_row_sums():
     assert torch.equal(sv.quantize_probabilities(exact), exact)
 
 
-def test_early_exit():
+def test_early_exit_leaves_at_the_first_stage_that_is_sure():
     stages = [normal(50, 4, seed=s) * (1 + s) for s in range(3)]
     assert sv.early_exit(stages, [0.0, 0.0]).tolist() == [0] * 50
     assert sv.early_exit(stages, [1.1, 1.1]).tolist() == [2] * 50
@@ -272,7 +271,7 @@ def test_early_exit():
     assert two.tolist() == [0, 1]
 
 
-def test_entropy_tolerance():
+def test_entropy_tolerance_costs_nothing_inside_the_band():
     uniform = torch.full((2, 3, 8), 0.125, dtype=F64)
     assert float(sv.entropy_tolerance(uniform, torch.tensor([1.0, 0.9], dtype=F64), 0.2)) == 0.0
     loss = sv.entropy_tolerance(uniform, torch.tensor([1.0, 0.5], dtype=F64), 0.2)
@@ -282,7 +281,7 @@ def test_entropy_tolerance():
 # ---- X8, X9: ranking ---------------------------------------------------------------------------
 
 
-def test_pairwise_softmax_loss():
+def test_pairwise_softmax_loss_with_exp_is_the_softmax_loss():
     positive, negative = normal(6).tanh() / 2, normal(6, 9, seed=1).tanh() / 2
     d = negative - positive[:, None]
     softmax_loss = (d / 0.1).logsumexp(1).mean()
@@ -307,7 +306,7 @@ def test_pairwise_softmax_loss():
         assert (each[name] <= each["exp"] + 1e-9).all()
 
 
-def test_topk_softmax_loss():
+def test_topk_softmax_loss_halves_an_item_at_the_quantile():
     positive, negative = normal(6), normal(6, 9, seed=1)
     plain = ((negative - positive[:, None]) / 0.1).logsumexp(1).mean()
     close(sv.topk_softmax_loss(positive, negative, torch.full((6,), -torch.inf)), plain, 1e-12)

@@ -163,7 +163,9 @@ def test_host_files_are_the_only_ones_that_know_torch() -> None:
     kernels = [*(path for f in folders for path in f.rglob("*")), *(CSRC / "ops").glob("*.h")]
     for path in kernels:
         if path.is_file():
-            assert not re.search(r"#include [<\"](torch/|common/check)", path.read_text()), path
+            assert not re.search(
+                r"#include [<\"](torch/|common/(check|tensor|launch))", path.read_text()
+            ), path
 
 
 def test_every_cuda_return_code_is_looked_at() -> None:

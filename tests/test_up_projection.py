@@ -8,7 +8,8 @@ import fastmoe_route as fr
 import pytest
 import torch
 import vm_backend
-from test_moe_mlp import DTYPES, check_case, make, normal, results
+from cases import normal
+from expert_checks import DTYPES, check_case, make, results
 from tolerance import assert_exact
 
 

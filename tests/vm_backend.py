@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
 # float64 is for gradient checks on the CPU there, by contract.
 FLOAT64_STEMS = ("gate", "grouped_mm", "moe_mlp")
-MORE_FILES = ("device_rules", "up_projection")  # test files that are not named after an op
+MORE_FILES = (
+    "device_rules",
+    "overflow",
+    "up_projection",
+)  # test files that are not named after an op
 # What the kernels of the processor have besides.
 OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fastmoe_route  # noqa: F401  registers the operators
-import torch
+from fastmoe_route.bench.machine import library_info
 
 LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def main() -> None:
-    info = dict(item.split("=") for item in torch.ops.fastmoe_route.machine_info().split(";"))
-    print(*LEVELS[: LEVELS.index(info["best_level"])])
+    print(*LEVELS[: LEVELS.index(library_info()["best_level"])])
 
 
 if __name__ == "__main__":

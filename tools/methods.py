@@ -34,7 +34,8 @@ from fastmoe_route import softmax_variants as variants
 from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.bench.report import duration
 from fastmoe_route.bench.timing import interleave
-from fastmoe_route.methods import DECODE, INVARIANCE, VERIFIED, Method, methods
+from fastmoe_route.invariance import INVARIANCE
+from fastmoe_route.methods import DECODE, VERIFIED, Method, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
@@ -299,7 +300,7 @@ def page() -> str:
 Written by `python tools/methods.py` from the registry; do not edit. Formula, defaults and arguments
 of a method are printed by `python -m fastmoe_route routers --describe NAME`; the same text is the
 docstring of the class or function in the column *code*. Every router is also put through
-`tests/test_routers.py`.
+`tests/test_routers.py`, and trained once in a small language model: [gallery.md](gallery.md).
 
 Invariance, what a token's result depends on:
 

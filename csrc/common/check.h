@@ -1,9 +1,7 @@
-// What every host file says to torch: argument checks with one message form, dtypes, output allocation, launch.
-// Message form: "op: argument must <rule>, got <value>". Everything is checked before anything is allocated.
+// The argument checks of host files. Message form: "op: argument must <rule>, got <value>".
+// Everything is checked before anything is allocated.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -12,7 +10,6 @@
 #include <string>
 
 #include "common/dtype.h"
-#include "common/huge_pages.h"
 
 namespace fastmoe_route {
 
@@ -31,6 +28,8 @@ template <class... Parts>
 inline void check(bool holds, const Parts&... parts) {
   if (__builtin_expect(!holds, 0)) fail(parts...);
 }
+
+constexpr int64_t kInt32Limit = int64_t{1} << 31;  // ids and rows are int32
 
 // The shape of a tensor as a part of a message. Text only when it is printed: a check that holds costs a comparison.
 struct ShapeText {
@@ -75,20 +74,6 @@ inline DType float_dtype(const char* op, const char* argument, const Tensor& ten
   }
 }
 
-inline ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat16: return ScalarType::Half;
-    default: return ScalarType::Double;
-  }
-}
-
-// What scores and weights of this dtype are computed and returned in.
-inline ScalarType arithmetic_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_dim(const char* op, const char* argument, const Tensor& tensor, int64_t dim) {
   check(tensor.dim() == dim, op, ": ", argument, " must have ", dim, " dimensions, got shape ", shape_of(tensor));
 }
@@ -98,9 +83,8 @@ inline void check_size(const char* op, const char* argument, const Tensor& tenso
         shape_of(tensor));
 }
 
-inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted,
-                        const char* wanted_name) {
-  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", wanted_name, ", got ", dtype_of(tensor));
+inline void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType wanted) {
+  check(tensor.scalar_type() == wanted, op, ": ", argument, " must be ", DTypeText{wanted}, ", got ", dtype_of(tensor));
 }
 
 inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like_name,
@@ -109,62 +93,12 @@ inline void check_same_dtype(const char* op, const char* argument, const Tensor&
         dtype_of(tensor));
 }
 
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
-}
-
-// A matrix whose columns are contiguous, rows at any distance: itself if it can, else a copy.
-inline Tensor with_dense_columns(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
-
-// Bytes of an element of a result: the float types, integers and bool.
-inline size_t element_bytes(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-    case ScalarType::Long: return 8;
-    case ScalarType::Float:
-    case ScalarType::Int: return 4;
-    case ScalarType::BFloat16:
-    case ScalarType::Half: return 2;
-    default: return 1;
-  }
-}
-
-// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones
-// on the CPU ask for huge pages.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  int64_t strides[8];
-  int64_t stride = 1;
-  int64_t num_elements = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    num_elements *= shape.begin()[d];
-    stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
-  }
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
-  Tensor tensor(handle);
-  if (device_type == aoti_torch_device_type_cpu()) {
-    const size_t bytes = static_cast<size_t>(num_elements) * element_bytes(dtype);
-    if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
-  }
-  return tensor;
-}
-
-// The pointer of an optional tensor, or null.
-template <class T>
-const T* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+// int32 [size], if given.
+inline void check_vector(const char* op, const char* argument, const OptionalTensor& vector, int64_t size) {
+  if (!vector.has_value()) return;
+  check_dim(op, argument, *vector, 1);
+  check_size(op, argument, *vector, 0, size);
+  check_dtype(op, argument, *vector, ScalarType::Int);
 }
 
 }  // namespace fastmoe_route

@@ -1,4 +1,4 @@
-// The element types kernels see, by the numbers of the one dtype switch (dispatch.h), and their conversions.
+// The element types kernels see, by the numbers of the one dtype switch (dispatch_float, below), and their conversions.
 // All static: each instruction-set level compiles this file, and a copy shared by the linker would leak across levels.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Host side of the weights [E, A, B] of grouped_mm and moe_mlp: read in place where kernels can, else copied.
 #pragma once
 
-#include "common/check.h"
+#include "common/tensor.h"
 #include "ops/grouped_mm.h"
 
 namespace fastmoe_route {

@@ -49,19 +49,33 @@ inline void advise_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+// Whether a page of private memory is there: false for what has just come from the system.
+inline bool has_page([[maybe_unused]] uintptr_t page) {
+#if defined(__linux__)
+  unsigned char is_there = 0;
+  return mincore(reinterpret_cast<void*>(page), 1, &is_there) == 0 && (is_there & 1) != 0;
+#else
+  return false;
+#endif
+}
+
 // Gives fresh memory its pages in one system call, just before it is overwritten: one fault per page costs nearly twice
-// as much (measured: 0.6 s a GB against 1.0 s). Contents are not changed; where memory has its pages already, or the
+// as much (measured: 0.6 s a GB against 1.0 s). Contents are not changed; where the pages are there already, or the
 // system has no such call (Linux before 5.14), nothing happens. Pieces should stay in the cache until they are written.
-inline void populate_pages(void* memory, size_t bytes) {
+// Returns whether the pages were there.
+inline bool populate_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin + 8 * kPage < end) madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
+  if (begin + 8 * kPage >= end) return false;
+  if (has_page(begin) && has_page(end - kPage)) return true;
+  madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
 #else
   (void)memory, (void)bytes;
 #endif
+  return false;
 }
 
 }  // namespace fastmoe_route

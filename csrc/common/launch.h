@@ -12,8 +12,8 @@
 // (tools/ptxvm): there CPU tensors are the memory of the device, and there is one stream.
 #pragma once
 
-#include "common/check.h"
 #include "common/cuda_queue.h"
+#include "common/tensor.h"
 
 #ifdef FASTMOE_ROUTE_BACKEND_CUDA
 #include <dlfcn.h>

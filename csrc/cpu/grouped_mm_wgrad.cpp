@@ -62,7 +62,7 @@ void weight_block(const WeightGradient& g, const WgradKernel& kernel, int64_t ex
   const int64_t height = g.a - i0 < kBlockRows ? g.a - i0 : kBlockRows;
   const int64_t width = g.b - j0 < block_cols ? g.b - j0 : block_cols;
   char* out = static_cast<char*>(g.result) + ((expert * g.a + i0) * g.b + j0) * element;
-  if (width == g.b) populate_pages(out, static_cast<size_t>(height * width * element));
+  const bool had_pages = width == g.b && populate_pages(out, static_cast<size_t>(height * width * element));
   if (count == 0) {
     for (int64_t i = 0; i < height; ++i) std::memset(out + i * g.b * element, 0, static_cast<size_t>(width * element));
     return;
@@ -73,7 +73,7 @@ void weight_block(const WeightGradient& g, const WgradKernel& kernel, int64_t ex
     x[r] = static_cast<const char*>(g.left[begin + r]) + i0 * element;
     y[r] = static_cast<const char*>(g.right[begin + r]) + j0 * element;
   }
-  kernel.multiply(x, y, count, height, width, out, g.b);
+  kernel.multiply(x, y, count, height, width, out, g.b, had_pages);
 }
 
 }  // namespace

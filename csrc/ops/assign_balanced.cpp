@@ -1,6 +1,6 @@
 #include "ops/assign_balanced.h"
 
-#include "common/check.h"
+#include "common/tensor.h"
 
 namespace fastmoe_route {
 namespace {
@@ -10,7 +10,7 @@ Tensor assign_balanced(const Tensor& scores) {
   const DType dtype = float_dtype("assign_balanced", "scores", scores);
   const int64_t tokens = scores.size(0), experts = scores.size(1);
   check(experts >= 1, "assign_balanced: scores must have at least 1 expert, got shape ", shape_of(scores));
-  check(tokens < (int64_t{1} << 31), "assign_balanced: scores must have fewer than 2147483648 tokens, got ", tokens);
+  check(tokens < kInt32Limit, "assign_balanced: scores must have fewer than 2147483648 tokens, got ", tokens);
   check(tokens % experts == 0, "assign_balanced: scores must have a multiple of ", experts, " tokens, got ", tokens);
   Tensor choice = empty(scores, {tokens}, ScalarType::Int);
   if (tokens == 0) return choice;

@@ -21,15 +21,11 @@ std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t c
   const DType dtype = float_dtype("expert_choice", "scores", scores);
   const int64_t tokens = scores.size(0), experts = scores.size(1);
   check(capacity >= 1, "expert_choice: capacity must be at least 1, got ", capacity);
-  check(num_scopes >= 1 && num_scopes < (int64_t{1} << 31),
-        "expert_choice: num_scopes must be in [1, 2147483647], got ", num_scopes);
-  check(experts == 0 || tokens < (int64_t{1} << 31) / experts + ((int64_t{1} << 31) % experts != 0),
+  check(num_scopes >= 1 && num_scopes < kInt32Limit, "expert_choice: num_scopes must be in [1, 2147483647], got ",
+        num_scopes);
+  check(experts == 0 || tokens < kInt32Limit / experts + (kInt32Limit % experts != 0),
         "expert_choice: scores must have fewer than 2147483648 elements, got shape ", shape_of(scores));
-  if (scope_ids.has_value()) {
-    check_dim("expert_choice", "scope_ids", *scope_ids, 1);
-    check_size("expert_choice", "scope_ids", *scope_ids, 0, tokens);
-    check_dtype("expert_choice", "scope_ids", *scope_ids, ScalarType::Int, "int32");
-  }
+  check_vector("expert_choice", "scope_ids", scope_ids, tokens);
   const OptionalTensor scopes = as_contiguous(scope_ids);
   if (kReadsOnHost && scopes.has_value()) check_scopes(*scopes, tokens, num_scopes);
   check_devices("expert_choice", scores, scope_ids);

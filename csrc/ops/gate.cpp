@@ -24,10 +24,9 @@ Strided<T> per_column(const char* name, const OptionalTensor& tensor, int64_t nu
 }
 
 template <class T>
-Strided<T> per_token(const char* name, const OptionalTensor& tensor, int64_t num_tokens, ScalarType dtype,
-                     const char* dtype_name) {
+Strided<T> per_token(const char* name, const OptionalTensor& tensor, int64_t num_tokens, ScalarType dtype) {
   if (!tensor.has_value()) return {};
-  check_dtype("gate", name, *tensor, dtype, dtype_name);
+  check_dtype("gate", name, *tensor, dtype);
   check(tensor->dim() == 1 && tensor->size(0) == num_tokens, "gate: ", name, " must have shape [", num_tokens,
         "], got ", shape_of(*tensor));
   return {static_cast<const T*>(tensor->const_data_ptr()), tensor->stride(0), 1};
@@ -51,7 +50,7 @@ GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool
   check(num_groups >= 1 && num_experts % num_groups == 0, "gate: num_groups must divide the number of experts ",
         num_experts, ", got ", num_groups);
   check(num_groups == 1 || num_null == 0, "gate: num_groups must be 1 with null columns, got ", num_groups);
-  check(logits.size(0) * top_k < (int64_t{1} << 31), "gate: logits must have fewer than 2^31 / top_k rows, got ",
+  check(logits.size(0) * top_k < kInt32Limit, "gate: logits must have fewer than 2^31 / top_k rows, got ",
         shape_of(logits));
   return {logits.size(0),     num_experts, num_null,  top_k, static_cast<Score>(score),
           softmax_over_group, num_groups,  normalize, scale};
@@ -79,16 +78,15 @@ struct Options {
 };
 
 void check_options(const Options& options, int64_t top_k, ScalarType arithmetic) {
-  const char* arithmetic_name = arithmetic == ScalarType::Double ? "float64" : "float32";
   check_range<int64_t>("topk_groups", options.topk_groups, 0, options.num_groups);
   check_range<int64_t>("group_score", options.group_score, 0, 1);
   check(options.max_per_group >= 0, "gate: max_per_group must be at least 0, got ", options.max_per_group);
   check(options.max_per_group == 0 || options.num_null == 0, "gate: max_per_group must be 0 with null columns, got ",
         options.max_per_group);
   check_range<int64_t>("min_k", options.min_k, 0, top_k);
-  if (options.bias) check_dtype("gate", "bias", *options.bias, arithmetic, arithmetic_name);
-  if (options.mask) check_dtype("gate", "mask", *options.mask, ScalarType::Bool, "bool");
-  if (options.noise) check_dtype("gate", "noise", *options.noise, arithmetic, arithmetic_name);
+  if (options.bias) check_dtype("gate", "bias", *options.bias, arithmetic);
+  if (options.mask) check_dtype("gate", "mask", *options.mask, ScalarType::Bool);
+  if (options.noise) check_dtype("gate", "noise", *options.noise, arithmetic);
 }
 
 // Everything but the outputs, checked.
@@ -109,12 +107,11 @@ GateArgs checked_args(const Tensor& logits, int64_t top_k, const Options& option
   args.group_score = static_cast<GroupScore>(options.group_score);
   args.max_per_group = options.max_per_group > 0 ? options.max_per_group : top_k;
   args.top_p = options.top_p.value_or(kOff);
-  args.top_p_per_token = per_token<float>("top_p", options.top_p_per_token, num_tokens, ScalarType::Float, "float32");
+  args.top_p_per_token = per_token<float>("top_p", options.top_p_per_token, num_tokens, ScalarType::Float);
   args.threshold = options.threshold.value_or(-kOff);
-  args.threshold_per_token =
-      per_token<float>("threshold", options.threshold_per_token, num_tokens, ScalarType::Float, "float32");
+  args.threshold_per_token = per_token<float>("threshold", options.threshold_per_token, num_tokens, ScalarType::Float);
   args.min_k = options.min_k;
-  args.k_per_token = per_token<int32_t>("k_per_token", options.k_per_token, num_tokens, ScalarType::Int, "int32");
+  args.k_per_token = per_token<int32_t>("k_per_token", options.k_per_token, num_tokens, ScalarType::Int);
   check_devices("gate", logits, options.bias, options.mask, options.noise, options.top_p_per_token,
                 options.threshold_per_token, options.k_per_token);
   return args;
@@ -172,7 +169,7 @@ using Gate = Operators<int64_t, bool, double, const OptionalTensor&, int64_t, in
 const void* checked_grad(const char* name, OptionalTensor& grad, std::initializer_list<int64_t> shape,
                          ScalarType arithmetic) {
   if (!grad.has_value()) return nullptr;
-  check_dtype("gate_backward", name, *grad, arithmetic, "of the arithmetic dtype of logits");
+  check_dtype("gate_backward", name, *grad, arithmetic);
   check_dim("gate_backward", name, *grad, static_cast<int64_t>(shape.size()));
   for (size_t d = 0; d < shape.size(); ++d)
     check_size("gate_backward", name, *grad, static_cast<int64_t>(d), shape.begin()[d]);
@@ -184,7 +181,7 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
                      OptionalTensor grad_scores, Tensor logits, Tensor experts, OptionalTensor logsumexp, int64_t score,
                      bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize, double scale) {
   check_dim("gate_backward", "experts", experts, 2);
-  check_dtype("gate_backward", "experts", experts, ScalarType::Int, "int32");
+  check_dtype("gate_backward", "experts", experts, ScalarType::Int);
   GateBackwardArgs args{};
   args.shape =
       checked_shape(logits, experts.size(1), score, softmax_over_group, num_groups, num_null, normalize, scale);

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/expert_matrix.h"
+#include "common/kept_tensor.h"
 #include "common/launch.h"
 
 namespace fastmoe_route {
@@ -35,7 +36,7 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets, const
   args.dtype = float_dtype(kOp, "x", x);
   check_same_dtype(kOp, "w", w, "x", x);
   check_size(kOp, "x", x, 1, args.in);
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check_size(kOp, "offsets", offsets, 0, args.num_experts + 1);
   if (bias.has_value()) {
     check_dim(kOp, "bias", *bias, 2);
@@ -74,13 +75,13 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   args.dtype = float_dtype(kOp, "x", x);
   check_same_dtype(kOp, "grad_y", grad_y, "x", x);
   check_size(kOp, "grad_y", grad_y, 0, args.num_rows);
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int, "int32");
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check(args.num_experts >= 0, kOp, ": offsets must have at least one element, got shape ", shape_of(offsets));
   check_devices(kOp, x, grad_y, offsets);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
   const int64_t w_experts = needs_w ? args.num_experts : 0, bias_experts = needs_bias ? args.num_experts : 0;
-  Tensor grad_w = transposed ? empty(x, {w_experts, args.out, args.in}, x.scalar_type())
-                             : empty(x, {w_experts, args.in, args.out}, x.scalar_type());
+  Tensor grad_w = transposed ? empty_kept(x, {w_experts, args.out, args.in}, x.scalar_type())
+                             : empty_kept(x, {w_experts, args.in, args.out}, x.scalar_type());
   Tensor grad_bias = empty(x, {bias_experts, args.out}, x.scalar_type());
   const bool has_w = w_experts * args.in * args.out > 0, has_bias = bias_experts * args.out > 0;
   if (!has_w && !has_bias) return {grad_w, grad_bias};

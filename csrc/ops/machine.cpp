@@ -1,8 +1,9 @@
 // Host side of machine_peak, machine_read and machine_info.
 #include "ops/machine.h"
 
-#include "common/check.h"
+#include "common/kept_memory.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "common/workspace.h"
 #include "cpu/isa/table.h"
 
@@ -24,7 +25,7 @@ double machine_peak(int64_t dtype_code, double seconds) {
 }
 
 double machine_read(const Tensor& buffer, int64_t passes) {
-  check_dtype("machine_read", "buffer", buffer, ScalarType::Float, "float32");
+  check_dtype("machine_read", "buffer", buffer, ScalarType::Float);
   check(buffer.is_contiguous(), "machine_read: buffer must be contiguous, got shape ", shape_of(buffer));
   check(passes >= 1, "machine_read: passes must be at least 1, got ", passes);
   if (buffer.numel() == 0) return 0.0;
@@ -36,7 +37,7 @@ double machine_read(const Tensor& buffer, int64_t passes) {
 std::string machine_info() {
   std::ostringstream text;
   text << "level=" << kernels().level << ";best_level=" << best_level_name() << ";threads=" << num_threads()
-       << ";scratch_bytes=" << scratch_bytes();
+       << ";scratch_bytes=" << scratch_bytes() << ";kept_bytes=" << kept_bytes();
   return text.str();
 }
 

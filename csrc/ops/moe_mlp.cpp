@@ -1,13 +1,14 @@
 #include "ops/moe_mlp.h"
 
 #include "common/expert_matrix.h"
+#include "common/kept_tensor.h"
 #include "common/launch.h"
 
 namespace fastmoe_route {
 namespace {
 
 // What every entry point is given, checked and in the order of the schema.
-struct Inputs {
+struct Arguments {
   const char* op;
   const Tensor& x;
   const Tensor& weights;
@@ -24,14 +25,10 @@ bool are_rows_in_place(const Tensor& x) { return (x.size(1) <= 1 || x.stride(1) 
 
 bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
-// A fresh [E, A, B] with the memory layout of `w`.
-Tensor empty_with_layout(const Tensor& w) {
-  if (!is_column_major(w)) return empty(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
-  return torch::stable::transpose(empty(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
-}
-
-void check_int32(const char* op, const char* argument, const Tensor& tensor) {
-  check_dtype(op, argument, tensor, ScalarType::Int, "int32");
+// The gradient [E, A, B] of `w`, uninitialised, in the memory layout of `w`.
+Tensor empty_gradient(const Tensor& w) {
+  if (!is_column_major(w)) return empty_kept(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
+  return torch::stable::transpose(empty_kept(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
 }
 
 // The maps index memory: a plan that was not made for these sizes must not be believed.
@@ -58,7 +55,7 @@ void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot
   check(astray == 0, op, ": plan must have slot_to_row and row_to_slot that are inverse to each other, got others");
 }
 
-MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved, bool weights_on_input) {
+MoeMlpShape checked_shape(const Arguments& in, int64_t activation, bool interleaved, bool weights_on_input) {
   const char* op = in.op;
   check_dim(op, "x", in.x, 2);
   check_dim(op, "w_up", in.w_up, 3);
@@ -101,12 +98,10 @@ MoeMlpShape checked_shape(const Inputs& in, int64_t activation, bool interleaved
   check_dim(op, "weights", in.weights, 2);
   check_size(op, "weights", in.weights, 0, shape.num_tokens);
   check_size(op, "weights", in.weights, 1, shape.top_k);
-  const bool is_double = shape.dtype == DType::kFloat64;
-  check_dtype(op, "weights", in.weights, is_double ? ScalarType::Double : ScalarType::Float,
-              is_double ? "float64" : "float32");
-  check_int32(op, "offsets", in.offsets);
-  check_int32(op, "row_to_slot", in.row_to_slot);
-  check_int32(op, "slot_to_row", in.slot_to_row);
+  check_dtype(op, "weights", in.weights, arithmetic_type(shape.dtype));
+  check_dtype(op, "offsets", in.offsets, ScalarType::Int);
+  check_dtype(op, "row_to_slot", in.row_to_slot, ScalarType::Int);
+  check_dtype(op, "slot_to_row", in.slot_to_row, ScalarType::Int);
   check_devices(op, in.x, in.weights, in.w_up, in.w_down, in.bias_up, in.bias_down, in.offsets, in.row_to_slot,
                 in.slot_to_row);
   return shape;
@@ -121,36 +116,37 @@ struct Prepared {
   Tensor x, weights, w_up, w_down, offsets, row_to_slot, slot_to_row;
   OptionalTensor bias_up, bias_down;
 
-  explicit Prepared(const Inputs& in)
+  explicit Prepared(const Arguments& in)
       : x(are_rows_in_place(in.x) ? in.x : as_contiguous(in.x)), weights(as_contiguous(in.weights)),
         w_up(as_matrix_view(in.w_up)), w_down(as_matrix_view(in.w_down)), offsets(as_contiguous(in.offsets)),
         row_to_slot(as_contiguous(in.row_to_slot)), slot_to_row(as_contiguous(in.slot_to_row)),
         bias_up(as_contiguous(in.bias_up)), bias_down(as_contiguous(in.bias_down)) {
     if (kReadsOnHost) check_maps(in.op, offsets, row_to_slot, slot_to_row);
   }
+
+  MoeMlpInputs inputs(const MoeMlpShape& shape) const {
+    return {shape,
+            x.const_data_ptr(),
+            x.stride(0),
+            offsets.const_data_ptr<int32_t>(),
+            row_to_slot.const_data_ptr<int32_t>(),
+            slot_to_row.const_data_ptr<int32_t>(),
+            static_cast<const float*>(weights.const_data_ptr()),
+            expert_matrix(w_up),
+            expert_matrix(w_down),
+            data_or_null<void>(bias_down)};
+  }
 };
 
-void run_forward(const Inputs& in, const MoeMlpShape& shape, Tensor& y, Tensor* preactivation) {
+void run_forward(const Arguments& in, const MoeMlpShape& shape, Tensor& y, Tensor* preactivation) {
   if (is_empty(shape)) {
     torch::stable::zero_(y);
     if (preactivation != nullptr) torch::stable::zero_(*preactivation);
     return;
   }
   const Prepared p(in);
-  MoeMlpArgs args{};
-  args.shape = shape;
-  args.x = p.x.const_data_ptr();
-  args.x_stride = p.x.stride(0);
-  args.offsets = p.offsets.const_data_ptr<int32_t>();
-  args.row_to_slot = p.row_to_slot.const_data_ptr<int32_t>();
-  args.slot_to_row = p.slot_to_row.const_data_ptr<int32_t>();
-  args.weights = static_cast<const float*>(p.weights.const_data_ptr());
-  args.w_up = expert_matrix(p.w_up);
-  args.w_down = expert_matrix(p.w_down);
-  args.bias_up = data_or_null<void>(p.bias_up);
-  args.bias_down = data_or_null<void>(p.bias_down);
-  args.y = y.mutable_data_ptr();
-  args.preactivation = preactivation != nullptr ? preactivation->mutable_data_ptr() : nullptr;
+  void* const kept = preactivation != nullptr ? preactivation->mutable_data_ptr() : nullptr;
+  const MoeMlpArgs args{p.inputs(shape), data_or_null<void>(p.bias_up), y.mutable_data_ptr(), kept};
   launch(in.op, &kernels::moe_mlp, args, in.x);
 }
 
@@ -158,7 +154,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
                                    const OptionalTensor& bias_up, const OptionalTensor& bias_down,
                                    const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
                                    int64_t activation, bool interleaved, bool weights_on_input) {
-  const Inputs in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
+  const Arguments in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
   const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
   Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
   Tensor preactivation = empty(x, {shape.num_rows, w_up.size(2)}, x.scalar_type());
@@ -170,7 +166,7 @@ Tensor moe_mlp_forward(const Tensor& x, const Tensor& weights, const Tensor& w_u
                        const OptionalTensor& bias_up, const OptionalTensor& bias_down, const Tensor& offsets,
                        const Tensor& row_to_slot, const Tensor& slot_to_row, int64_t activation, bool interleaved,
                        bool weights_on_input) {
-  const Inputs in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
+  const Arguments in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
   const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
   Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
   run_forward(in, shape, y, nullptr);
@@ -186,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const Tensor& preactivation, int64_t activation, bool interleaved, bool weights_on_input, int64_t wanted) {
   const char* op = "moe_mlp_backward";
   const OptionalTensor none;
-  const Inputs in{op, x, weights, w_up, w_down, none, bias_down, offsets, row_to_slot, slot_to_row};
+  const Arguments in{op, x, weights, w_up, w_down, none, bias_down, offsets, row_to_slot, slot_to_row};
   const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
   check_dim(op, "grad_y", grad_y, 2);
   check_size(op, "grad_y", grad_y, 0, shape.num_tokens);
@@ -205,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   };
   Tensor grad_x = make(kX, {shape.num_tokens, shape.hidden}, dtype);
   Tensor grad_weights = make(kWeights, {shape.num_tokens, shape.top_k}, weights.scalar_type());
-  Tensor grad_w_up = wants(kUp) ? empty_with_layout(w_up) : empty(x, {0}, dtype);
-  Tensor grad_w_down = wants(kDown) ? empty_with_layout(w_down) : empty(x, {0}, dtype);
+  Tensor grad_w_up = wants(kUp) ? empty_gradient(w_up) : empty(x, {0}, dtype);
+  Tensor grad_w_down = wants(kDown) ? empty_gradient(w_down) : empty(x, {0}, dtype);
   Tensor grad_bias_up = make(kBiasUp, {shape.num_experts, w_up.size(2)}, dtype);
   Tensor grad_bias_down = make(kBiasDown, {shape.num_experts, shape.hidden}, dtype);
   const auto results = [&] {
@@ -221,17 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const Prepared p(in);
   const Tensor g = as_contiguous(grad_y), pre = as_contiguous(preactivation);
   MoeMlpBackwardArgs args{};
-  args.shape = shape;
+  static_cast<MoeMlpInputs&>(args) = p.inputs(shape);
   args.grad_y = g.const_data_ptr();
-  args.x = p.x.const_data_ptr();
-  args.x_stride = p.x.stride(0);
-  args.offsets = p.offsets.const_data_ptr<int32_t>();
-  args.row_to_slot = p.row_to_slot.const_data_ptr<int32_t>();
-  args.slot_to_row = p.slot_to_row.const_data_ptr<int32_t>();
-  args.weights = static_cast<const float*>(p.weights.const_data_ptr());
-  args.w_up = expert_matrix(p.w_up);
-  args.w_down = expert_matrix(p.w_down);
-  args.bias_down = data_or_null<void>(p.bias_down);
   args.preactivation = pre.const_data_ptr();
   args.grad_x = wants(kX) ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_weights = wants(kWeights) ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;

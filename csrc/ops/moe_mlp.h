@@ -31,7 +31,8 @@ struct MoeMlpShape {
   DType dtype;  // of x, w_up, w_down, biases, y
 };
 
-struct MoeMlpArgs {
+// What both passes read.
+struct MoeMlpInputs {
   MoeMlpShape shape;
   const void* x;  // [T, H]
   int64_t x_stride;
@@ -41,24 +42,17 @@ struct MoeMlpArgs {
   const float* weights;        // [T, K], contiguous (double for float64)
   ExpertMatrix w_up;
   ExpertMatrix w_down;
-  const void* bias_up;    // [E, U], contiguous, or null
   const void* bias_down;  // [E, H], contiguous, or null
-  void* y;                // [T, H], contiguous
-  void* preactivation;    // [R, U] of dtype, after bias_up, for backward; or null. Rows without a slot are zero.
 };
 
-struct MoeMlpBackwardArgs {
-  MoeMlpShape shape;
-  const void* grad_y;  // [T, H], contiguous
-  const void* x;
-  int64_t x_stride;
-  const int32_t* offsets;
-  const int32_t* row_to_slot;
-  const int32_t* slot_to_row;
-  const float* weights;
-  ExpertMatrix w_up;
-  ExpertMatrix w_down;
-  const void* bias_down;
+struct MoeMlpArgs : MoeMlpInputs {
+  const void* bias_up;  // [E, U], contiguous, or null
+  void* y;              // [T, H], contiguous
+  void* preactivation;  // [R, U] of dtype, after bias_up, for backward; or null. Rows without a slot are zero.
+};
+
+struct MoeMlpBackwardArgs : MoeMlpInputs {
+  const void* grad_y;         // [T, H], contiguous
   const void* preactivation;  // [R, U]
   // Results; null where not wanted. Contiguous; the weight gradients follow the layout of their weights.
   void* grad_x;         // [T, H]

@@ -14,6 +14,7 @@ struct PlanMaps {
   int64_t top_k;
   int64_t num_rows;
 
+  PermuteShape shape(int64_t hidden, DType dtype) const { return {num_tokens, top_k, num_rows, hidden, dtype}; }
   const int32_t* slots() const { return static_cast<const int32_t*>(row_to_slot.const_data_ptr()); }
   const int32_t* rows() const { return static_cast<const int32_t*>(slot_to_row.const_data_ptr()); }
 };
@@ -21,8 +22,8 @@ struct PlanMaps {
 PlanMaps plan_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot_to_row) {
   check_dim(op, "plan.row_to_slot", row_to_slot, 1);
   check_dim(op, "plan.slot_to_row", slot_to_row, 2);
-  check_dtype(op, "plan.row_to_slot", row_to_slot, ScalarType::Int, "int32");
-  check_dtype(op, "plan.slot_to_row", slot_to_row, ScalarType::Int, "int32");
+  check_dtype(op, "plan.row_to_slot", row_to_slot, ScalarType::Int);
+  check_dtype(op, "plan.slot_to_row", slot_to_row, ScalarType::Int);
   return {as_contiguous(row_to_slot), as_contiguous(slot_to_row), slot_to_row.size(0), slot_to_row.size(1),
           row_to_slot.size(0)};
 }
@@ -52,24 +53,17 @@ OptionalTensor plan_weights(const char* op, const OptionalTensor& weights, const
 
 Tensor permute(const Tensor& x, const Tensor& row_to_slot, const Tensor& slot_to_row) {
   check_dim("permute", "x", x, 2);
-  PermuteArgs args{};
-  args.dtype = float_dtype("permute", "x", x);
+  const DType dtype = float_dtype("permute", "x", x);
   const PlanMaps maps = plan_maps("permute", row_to_slot, slot_to_row);
   check_size("permute", "x", x, 0, maps.num_tokens);
   check_devices("permute", x, row_to_slot, slot_to_row);
   check_maps_agree("permute", maps);
+  const PermuteShape shape = maps.shape(x.size(1), dtype);
+  Tensor rows = empty(x, {shape.num_rows, shape.hidden}, x.scalar_type());
+  if (shape.num_rows == 0 || shape.hidden == 0) return rows;
   const Tensor source = with_dense_columns(x);
-  args.num_tokens = maps.num_tokens;
-  args.top_k = maps.top_k;
-  args.num_rows = maps.num_rows;
-  args.hidden = x.size(1);
-  Tensor rows = empty(x, {args.num_rows, args.hidden}, x.scalar_type());
-  if (args.num_rows == 0 || args.hidden == 0) return rows;
-  args.x = source.const_data_ptr();
-  args.x_stride = source.stride(0);
-  args.row_to_slot = maps.slots();
-  args.slot_to_row = maps.rows();
-  args.rows = rows.mutable_data_ptr();
+  const PermuteArgs args{shape,       source.const_data_ptr(), source.stride(0), maps.slots(),
+                         maps.rows(), rows.mutable_data_ptr()};
   launch("permute", &kernels::permute, args, x);
   return rows;
 }
@@ -77,20 +71,16 @@ Tensor permute(const Tensor& x, const Tensor& row_to_slot, const Tensor& slot_to
 Tensor unpermute(const Tensor& rows, const OptionalTensor& weights, const Tensor& row_to_slot,
                  const Tensor& slot_to_row) {
   check_dim("unpermute", "rows", rows, 2);
-  UnpermuteArgs args{};
-  args.dtype = float_dtype("unpermute", "rows", rows);
+  const DType dtype = float_dtype("unpermute", "rows", rows);
   const PlanMaps maps = plan_maps("unpermute", row_to_slot, slot_to_row);
   check_size("unpermute", "rows", rows, 0, maps.num_rows);
+  UnpermuteArgs args{maps.shape(rows.size(1), dtype)};
   const OptionalTensor dense_weights = plan_weights("unpermute", weights, maps, args.weights_dtype);
   check_devices("unpermute", rows, weights, row_to_slot, slot_to_row);
   check_rows_in_range("unpermute", maps);
-  const Tensor source = with_dense_columns(rows);
-  args.num_tokens = maps.num_tokens;
-  args.top_k = maps.top_k;
-  args.num_rows = maps.num_rows;
-  args.hidden = rows.size(1);
   Tensor y = empty(rows, {args.num_tokens, args.hidden}, rows.scalar_type());
   if (args.num_tokens == 0 || args.hidden == 0) return y;
+  const Tensor source = with_dense_columns(rows);
   args.rows = source.const_data_ptr();
   args.rows_stride = source.stride(0);
   args.slot_to_row = maps.rows();
@@ -106,10 +96,10 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
                                               const Tensor& slot_to_row, bool needs_rows, bool needs_weights) {
   constexpr const char* kOp = "unpermute_backward";
   check_dim(kOp, "grad_y", grad_y, 2);
-  UnpermuteBackwardArgs args{};
-  args.dtype = float_dtype(kOp, "grad_y", grad_y);
+  const DType dtype = float_dtype(kOp, "grad_y", grad_y);
   const PlanMaps maps = plan_maps(kOp, row_to_slot, slot_to_row);
   check_size(kOp, "grad_y", grad_y, 0, maps.num_tokens);
+  UnpermuteBackwardArgs args{maps.shape(grad_y.size(1), dtype)};
   const OptionalTensor dense_weights = plan_weights(kOp, weights, maps, args.weights_dtype);
   check_devices(kOp, grad_y, rows, weights, row_to_slot, slot_to_row);
   check_maps_agree(kOp, maps);
@@ -125,10 +115,6 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
     args.rows = source->const_data_ptr();
     args.rows_stride = source->stride(0);
   }
-  args.num_tokens = maps.num_tokens;
-  args.top_k = maps.top_k;
-  args.num_rows = maps.num_rows;
-  args.hidden = grad_y.size(1);
   args.grad_y = grad.const_data_ptr();
   args.grad_y_stride = grad.stride(0);
   args.row_to_slot = maps.slots();

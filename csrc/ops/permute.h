@@ -15,12 +15,15 @@
 
 namespace fastmoe_route {
 
-struct PermuteArgs {
+struct PermuteShape {
   int64_t num_tokens;  // T
   int64_t top_k;       // K
   int64_t num_rows;    // R
   int64_t hidden;      // H
   DType dtype;
+};
+
+struct PermuteArgs : PermuteShape {
   const void* x;               // [T, H]
   int64_t x_stride;            // elements between rows; columns are contiguous
   const int32_t* row_to_slot;  // [R]
@@ -28,12 +31,7 @@ struct PermuteArgs {
   void* rows;                  // [R, H], contiguous
 };
 
-struct UnpermuteArgs {
-  int64_t num_tokens;
-  int64_t top_k;
-  int64_t num_rows;
-  int64_t hidden;
-  DType dtype;
+struct UnpermuteArgs : PermuteShape {
   const void* rows;  // [R, H]
   int64_t rows_stride;
   const int32_t* slot_to_row;  // [T, K], contiguous
@@ -44,12 +42,7 @@ struct UnpermuteArgs {
 
 // grad_rows[r] = weight of its slot * grad_y[token], zero for padding; grad_weights[t, j] = <grad_y[t], rows[row]>,
 // zero for slots without a row. One read of grad_y and of rows.
-struct UnpermuteBackwardArgs {
-  int64_t num_tokens;
-  int64_t top_k;
-  int64_t num_rows;
-  int64_t hidden;
-  DType dtype;
+struct UnpermuteBackwardArgs : PermuteShape {
   const void* grad_y;  // [T, H]
   int64_t grad_y_stride;
   const void* rows;  // [R, H], or null when grad_weights is

@@ -8,9 +8,6 @@
 namespace fastmoe_route {
 namespace {
 
-constexpr int64_t kInt32Limit = int64_t{1} << 31;
-constexpr int64_t kMaxExperts = 65536;
-
 // a * b for non-negative numbers, at most 2^31.
 int64_t capped_product(int64_t a, int64_t b) {
   int64_t product;
@@ -21,8 +18,8 @@ void check_arguments(const Tensor& experts, const OptionalTensor& weights, const
                      const PlanArgs& args, int64_t max_rows) {
   const bool is_integer = experts.scalar_type() == ScalarType::Int || experts.scalar_type() == ScalarType::Long;
   check(is_integer, "plan_dispatch: experts must be int32 or int64, got ", dtype_of(experts));
-  check(args.num_experts >= 1 && args.num_experts <= kMaxExperts, "plan_dispatch: num_experts must be in [1, ",
-        kMaxExperts, "], got ", args.num_experts);
+  check(args.num_experts >= 1 && args.num_experts <= kMaxPlanExperts, "plan_dispatch: num_experts must be in [1, ",
+        kMaxPlanExperts, "], got ", args.num_experts);
   check(capped_product(args.num_tokens, args.top_k) < kInt32Limit,
         "plan_dispatch: experts must hold fewer than 2^31 slots, got shape ", shape_of(experts));
   check(args.capacity >= 0, "plan_dispatch: capacity must be at least 1, got ", args.capacity);
@@ -30,11 +27,7 @@ void check_arguments(const Tensor& experts, const OptionalTensor& weights, const
         args.num_scopes);
   check(args.align >= 1 && args.align < kInt32Limit, "plan_dispatch: align must be in [1, 2^31), got ", args.align);
   check(max_rows >= -1, "plan_dispatch: max_rows must be at least 0, got ", max_rows);
-  if (scope_ids.has_value()) {
-    check_dim("plan_dispatch", "scope_ids", *scope_ids, 1);
-    check_size("plan_dispatch", "scope_ids", *scope_ids, 0, args.num_tokens);
-    check_dtype("plan_dispatch", "scope_ids", *scope_ids, ScalarType::Int, "int32");
-  }
+  check_vector("plan_dispatch", "scope_ids", scope_ids, args.num_tokens);
   if (args.drop_policy == DropPolicy::kPosition) return;
   check(args.drop_policy == DropPolicy::kScore, "plan_dispatch: drop_policy must be 0 or 1, got ",
         static_cast<int>(args.drop_policy));

@@ -14,6 +14,8 @@
 
 namespace fastmoe_route {
 
+constexpr int64_t kMaxPlanExperts = 65536;
+
 enum class DropPolicy : int32_t { kPosition, kScore };
 
 // What stopped a plan. Ids and scopes are judged before anything is written, the number of rows before any row is.

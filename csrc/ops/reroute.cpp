@@ -9,21 +9,12 @@ namespace fastmoe_route {
 namespace {
 
 constexpr const char* kOp = "reroute";
-constexpr int64_t kInt32Limit = int64_t{1} << 31;
-constexpr int64_t kMaxExperts = 65536;
-
-void check_vector(const char* argument, const OptionalTensor& vector, int64_t size) {
-  if (!vector.has_value()) return;
-  check_dim(kOp, argument, *vector, 1);
-  check_size(kOp, argument, *vector, 0, size);
-  check_dtype(kOp, argument, *vector, ScalarType::Int, "int32");
-}
 
 void check_arguments(const Tensor& experts, const RerouteArgs& args) {
   const bool is_integer = experts.scalar_type() == ScalarType::Int || experts.scalar_type() == ScalarType::Long;
   check(is_integer, "reroute: experts must be int32 or int64, got ", dtype_of(experts));
-  check(args.num_experts >= 1 && args.num_experts <= kMaxExperts, "reroute: num_experts must be in [1, ", kMaxExperts,
-        "], got ", args.num_experts);
+  check(args.num_experts >= 1 && args.num_experts <= kMaxPlanExperts, "reroute: num_experts must be in [1, ",
+        kMaxPlanExperts, "], got ", args.num_experts);
   check(args.num_candidates == 0 || args.num_tokens <= (kInt32Limit - 1) / args.num_candidates,
         "reroute: experts must hold fewer than 2^31 slots, got shape ", shape_of(experts));
   check(args.top_k >= 0 && args.top_k <= args.num_candidates, "reroute: top_k must be in [0, ", args.num_candidates,
@@ -67,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> reroute(const Tensor& experts, const Optional
   args.num_scopes = num_scopes;
   args.width = args.fill == Fill::kNone ? top_k : args.num_candidates;
   check_arguments(experts, args);
-  check_vector("scope_ids", scope_ids, args.num_tokens);
-  check_vector("rank_of_expert", rank_of_expert, num_experts);
-  check_vector("rank_of_token", rank_of_token, args.num_tokens);
+  check_vector(kOp, "scope_ids", scope_ids, args.num_tokens);
+  check_vector(kOp, "rank_of_expert", rank_of_expert, num_experts);
+  check_vector(kOp, "rank_of_token", rank_of_token, args.num_tokens);
   check(args.overflow != Overflow::kLocal || (rank_of_expert.has_value() && rank_of_token.has_value()),
         "reroute: rank_of_expert and rank_of_token must be given with overflow local");
   const bool needs_weights = args.drop_policy == DropPolicy::kScore || args.fill != Fill::kNone;

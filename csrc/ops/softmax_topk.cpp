@@ -11,8 +11,7 @@ DType check_input(const Tensor& x, int64_t k) {
   check_dim("softmax_topk", "x", x, 2);
   const DType dtype = float_dtype("softmax_topk", "x", x);
   const int64_t columns = x.size(1);
-  check(columns < (int64_t{1} << 31), "softmax_topk: x must have fewer than 2147483648 columns, got shape ",
-        shape_of(x));
+  check(columns < kInt32Limit, "softmax_topk: x must have fewer than 2147483648 columns, got shape ", shape_of(x));
   const int64_t most = columns < kSoftmaxTopkLimit ? columns : kSoftmaxTopkLimit;
   check(k >= 1 && k <= most, "softmax_topk: k must be in [1, ", most, "], got ", k);
   return dtype;
@@ -68,8 +67,8 @@ Tensor softmax_topk_backward(const Tensor& grad_values, const Tensor& x, const T
   check_saved("statistics", statistics, x, 2);
   check_saved("indices", indices, x, k);
   check_same_dtype("softmax_topk_backward", "grad_values", grad_values, "x", x);
-  check_dtype("softmax_topk_backward", "statistics", statistics, ScalarType::Double, "float64");
-  check_dtype("softmax_topk_backward", "indices", indices, ScalarType::Long, "int64");
+  check_dtype("softmax_topk_backward", "statistics", statistics, ScalarType::Double);
+  check_dtype("softmax_topk_backward", "indices", indices, ScalarType::Long);
   check_devices("softmax_topk_backward", x, grad_values, statistics, indices);
   Tensor grad_x = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   if (x.size(0) == 0) return grad_x;

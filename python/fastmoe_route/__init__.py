@@ -29,8 +29,8 @@ from fastmoe_route.overflow import (  # noqa: E402
     drop_counts,
     pass_through,
     renormalize_after_drop,
-    reroute,
 )
+from fastmoe_route.reroute import reroute  # noqa: E402
 from fastmoe_route.results import DispatchPlan, Routing  # noqa: E402
 from fastmoe_route.softmax import softmax, softmax_topk  # noqa: E402
 from fastmoe_route.transport import transport  # noqa: E402

@@ -91,7 +91,7 @@ class MixtureOfShards(nn.Module):
 
     Every row of `A` (and of `B`) of every module is the concatenation of `num_shards` shards, named
     by a fixed random index; the last `num_private` rows of every module use shards that nobody else
-    does. Gradients add up in the pools. From memory: unverified.
+    does. Gradients add up in the pools.
 
     Args:
         hidden_size: `H` of all modules, a multiple of `num_shards`.
@@ -156,7 +156,6 @@ class QueryableLora(nn.Module):
     With `u = x A` `[T, r]` and a running summary `m` of the blocks before, the query
     `q = W [u, m]` attends over shared atoms: `alpha = softmax(q K^T / sqrt(r) + prior)`, and
     `y = s * (sum over j of alpha_j u M_j) B`. One atom, the identity, and no prior is plain LoRA.
-    From the abstract: unverified.
 
     Args:
         hidden_size: `H`.
@@ -245,7 +244,7 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
         energy: share of the squared singular values to keep, in (0, 1].
 
     Returns:
-        `[H, r]`, orthonormal columns.
+        `[H, r]`, orthonormal columns; differentiable as far as singular vectors are.
     """
     check_tensor("kept_directions", "inputs", inputs, 2)
     check_number("kept_directions", "energy", energy, high=1, above=0)

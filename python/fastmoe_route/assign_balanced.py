@@ -88,5 +88,5 @@ _library.impl("assign_balanced", _on_host, "CUDA")
 
 @torch.library.register_fake("fastmoe_route::assign_balanced")
 @torch.library.register_fake("fastmoe_route::assign_balanced_exact")
-def _(scores: Tensor) -> Tensor:
+def _assign_balanced_fake(scores: Tensor) -> Tensor:
     return scores.new_empty(scores.shape[0], dtype=torch.int32)

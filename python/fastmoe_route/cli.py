@@ -89,29 +89,28 @@ def parser() -> argparse.ArgumentParser:
     )
     add = bench.add_argument
     add("--quick", action="store_true", help="a selection of rows, about a minute")
-    add("--op", action="append", choices=OPS, default=[], help="only this op; repeatable")
-    add("--shape", action="append", type=_argument(parse_shape), default=[], metavar="NAME|H,I,E,K",
-        help="a shape listed below, or sizes; repeatable")  # fmt: skip
+    add("--op", dest="ops", action="append", choices=OPS, default=[],
+        help="only this op; repeatable")  # fmt: skip
+    add("--shape", dest="shapes", action="append", type=_argument(parse_shape), default=[],
+        metavar="NAME|H,I,E,K", help="a shape listed below, or sizes; repeatable")  # fmt: skip
     add("--tokens", type=_argument(parse_tokens), action="extend", default=[], metavar="T[,T...]",
         help="numbers of tokens")  # fmt: skip
-    add("--dtype", action="append", choices=DTYPES, default=[],
+    add("--dtype", dest="dtypes", action="append", choices=DTYPES, default=[],
         help="element type; repeatable; float32 and bfloat16 if left out")  # fmt: skip
     add("--pass", dest="passes", choices=("forward", "training", "both"), default="both",
         help="forward, forward and backward, or both (default)")  # fmt: skip
-    add(
-        "--peers",
-        action="store_true",
+    add("--peers", action="store_true",
         help="moe_mlp forward, also beside vLLM, SGLang, zentorch and ONNX Runtime where they are"
-        " installed (make bench-peers)",
-    )
+        " installed (make bench-peers)")  # fmt: skip
     add("--reuse-memory", action="store_true",
         help="keep freed memory: results lie in warm buffers, not in fresh pages")  # fmt: skip
     add("--threads", type=_argument(_positive_int), metavar="N", help="threads of torch")
     add("--seconds", type=_argument(_positive_float), metavar="S",
         help=f"time per row (default {ROW_SECONDS}, quick {QUICK_ROW_SECONDS})")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of all data (default 0)")
-    add("--json", type=Path, metavar="FILE", help="write the full report there")
-    add("--plot", type=Path, metavar="FILE", help="draw ratio and share of limit (matplotlib)")
+    add("--json", dest="json_path", type=Path, metavar="FILE", help="write the full report there")
+    add("--plot", dest="plot_path", type=Path, metavar="FILE",
+        help="draw ratio and share of limit (matplotlib)")  # fmt: skip
 
     info = commands.add_parser("info", help="versions, instruction set, CUDA library, threads")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -142,6 +141,7 @@ def info_report() -> dict[str, object]:
         "instruction_set_offered": library["best_level"],
         "threads": int(library["threads"]),
         "scratch_bytes": int(library["scratch_bytes"]),
+        "kept_bytes": int(library["kept_bytes"]),
         "cpu_library": str(_load.find_library("fastmoe_route_cpu")),
         "cuda_library": None if cuda is None else str(cuda),
         "cuda_architectures": architectures,
@@ -178,23 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return print_methods(options.describe, options.kind)
     from fastmoe_route.bench.runner import Options, run
 
-    wanted = Options(
-        ops=options.op,
-        shapes=options.shape,
-        tokens=options.tokens,
-        dtypes=options.dtype,
-        passes=options.passes,
-        quick=options.quick,
-        threads=options.threads,
-        seconds=options.seconds,
-        seed=options.seed,
-        json_path=options.json,
-        plot_path=options.plot,
-        peers=options.peers,
-        reuse_memory=options.reuse_memory,
-    )
+    del options.command
     try:
-        return run(wanted)
+        return run(Options(**vars(options)))
     except (ImportError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -195,7 +195,7 @@ def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) ->
 
 
 @torch.library.register_fake("fastmoe_route::plan_dispatch")
-def _(
+def _plan_dispatch_fake(
     experts: Tensor,
     num_experts: int,
     capacity: int,
@@ -276,7 +276,7 @@ def _check_fit(op: str, argument: str, value: Tensor, plan: DispatchPlan) -> Non
 
 @torch.library.register_fake("fastmoe_route::permute")
 @torch.library.register_fake("fastmoe_route::permute_forward")
-def _(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
     _check_fake("permute", x, slot_to_row)
     return x.new_empty((row_to_slot.shape[0], x.shape[1]))
 
@@ -352,13 +352,15 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
 
 @torch.library.register_fake("fastmoe_route::unpermute")
 @torch.library.register_fake("fastmoe_route::unpermute_forward")
-def _(rows: Tensor, weights: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+def _unpermute_fake(
+    rows: Tensor, weights: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor
+) -> Tensor:
     _check_fake("unpermute", rows, row_to_slot)
     return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
 
 
 @torch.library.register_fake("fastmoe_route::unpermute_backward")
-def _(
+def _unpermute_backward_fake(
     grad_y: Tensor,
     rows: Tensor | None,
     weights: Tensor | None,

@@ -65,7 +65,9 @@ def expert_choice(
     return Routing(experts, weights, demand)
 
 
-def _fake_expert_choice(
+@torch.library.register_fake("fastmoe_route::expert_choice")
+@torch.library.register_fake("fastmoe_route::expert_choice_forward")
+def _expert_choice_fake(
     scores: Tensor, capacity: int, scope_ids: Tensor | None, num_scopes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     del capacity, scope_ids, num_scopes
@@ -76,10 +78,6 @@ def _fake_expert_choice(
         scores.new_empty(tokens, experts, dtype=torch.int32),
         scores.new_empty(experts, dtype=torch.int32),
     )
-
-
-torch.library.register_fake("fastmoe_route::expert_choice")(_fake_expert_choice)
-torch.library.register_fake("fastmoe_route::expert_choice_forward")(_fake_expert_choice)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -84,12 +84,12 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
 
 @torch.library.register_fake("fastmoe_route::grouped_mm")
 @torch.library.register_fake("fastmoe_route::grouped_mm_forward")
-def _fake(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped_mm_fake(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[2]))
 
 
 @torch.library.register_fake("fastmoe_route::grouped_mm_wgrad")
-def _wgrad_fake(
+def _grouped_mm_wgrad_fake(
     x: Tensor, grad_y: Tensor, offsets: Tensor, transposed: bool, needs_w: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     num_experts = offsets.shape[0] - 1

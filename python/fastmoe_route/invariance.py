@@ -6,9 +6,16 @@ from typing import Any
 
 from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.dispatch import DROP_POLICIES
-from fastmoe_route.overflow import FILLS, OVERFLOWS
+from fastmoe_route.reroute import FILLS, OVERFLOWS
 
-INVARIANCE = ("I", "S", "C", "B*", "B")
+# The tags, from the most independent to the least.
+INVARIANCE = {
+    "I": "a token's result depends on the token and on frozen state only",
+    "S": "depends on the token's own sequence",
+    "C": "as I, unless a capacity binds",
+    "B*": "depends on the batch in training only",
+    "B": "depends on the batch",
+}
 _ALLOWED_IN_SERVING = ("I", "S", "B*")
 
 
@@ -57,7 +64,7 @@ def dispatch_invariance(
     'S'
     """
     op = "dispatch_invariance"
-    check_choice(op, "routing", routing, INVARIANCE)
+    check_choice(op, "routing", routing, tuple(INVARIANCE))
     check_choice(op, "drop_policy", drop_policy, DROP_POLICIES)
     check_choice(op, "overflow", overflow, OVERFLOWS)
     if fill not in FILLS:
@@ -73,7 +80,7 @@ def dispatch_invariance(
         added = "C"
     if {routing, added} == {"B*", "C"}:
         return "B"
-    return max(routing, added, key=INVARIANCE.index)
+    return max(routing, added, key=list(INVARIANCE).index)
 
 
 def check_servable(tag: Any, what: str = "the layer") -> None:

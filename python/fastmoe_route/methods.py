@@ -13,16 +13,10 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from fastmoe_route._arguments import check_choice, fail
+from fastmoe_route.invariance import INVARIANCE
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-INVARIANCE = {
-    "I": "a token's result depends on the token and on frozen state only",
-    "C": "as I, unless a capacity binds",
-    "S": "depends on the token's own sequence",
-    "B*": "depends on the batch in training only",
-    "B": "depends on the batch",
-}
 DECODE = {
     "ok": "can decode causally",
     "leak": "training or prefill looks at later tokens, so decoding cannot reproduce it",
@@ -127,7 +121,14 @@ def _row_order(method: Method) -> tuple[int, int]:
 
 
 def methods(kind: str | None = None) -> list[Method]:
-    """Every method in the order of the survey, or those of one kind."""
+    """Every method in the order of the survey, or those of one kind.
+
+    Args:
+        kind: `router`, `loss`, `softmax`, `adapters` or `audit`; None for all.
+
+    Returns:
+        The entries; a kind that nothing has gives none.
+    """
     for module in _MODULES:
         import_module(f"fastmoe_route.{module}")
     found: Iterator[Method] = iter(_methods.values())
@@ -136,6 +137,12 @@ def methods(kind: str | None = None) -> list[Method]:
 
 def find(name: str) -> Method:
     """The method of that name.
+
+    Args:
+        name: as `build` takes it.
+
+    Returns:
+        The entry of the registry.
 
     Raises:
         TypeError: the name is no string.

@@ -41,10 +41,10 @@ from fastmoe_route._arguments import (
     fail,
 )
 from fastmoe_route._layouts import Weights, read_weights, write_weights
-from fastmoe_route.methods import Method
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.results import DispatchPlan, Routing
-from fastmoe_route.routers import Context, Routed, Router
+from fastmoe_route.routers import Routed, Router
+from fastmoe_route.routers.own import router_of_layer
 from fastmoe_route.routers.scores import wide
 
 __all__ = ["Experts", "MoE", "MoEStats", "aux_loss"]
@@ -259,7 +259,7 @@ class MoE(nn.Module):
         ):
             if factor is not None:
                 options[name] = factor
-        self.router = _router(router, hidden_size, num_experts, top_k, options, device)
+        self.router = router_of_layer(router, hidden_size, num_experts, top_k, options, device)
         self.shared: Experts | None = None
         self.shared_gate: nn.Linear | None = None
         if num_shared_experts:
@@ -438,62 +438,6 @@ def aux_loss(model: nn.Module) -> Tensor:
         if isinstance(module, MoE) and module.aux_loss is not None:
             total = total.to(module.aux_loss.device) + module.aux_loss
     return total
-
-
-class _OwnRouter(Router):
-    """A router of the user's, of any form that maps hidden states to a routing."""
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, function: Callable[[Tensor], Any]
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k)
-        self.function = function
-
-    def route(self, x: Tensor, context: Context) -> Routed:
-        found = self.function(x)
-        if isinstance(found, Routed):
-            return found
-        routing, plan = found, None
-        if isinstance(found, tuple) and len(found) == 2:
-            routing, plan = found
-        if not isinstance(routing, Routing):
-            rule = "return a Routing, a pair of it and a DispatchPlan, or a Routed"
-            fail(TypeError, "MoE", "router", rule, type(found).__name__)
-        return Routed(routing, {}, plan)
-
-
-# Nothing is known of it, so the most careful assumption is made.
-_OwnRouter.method = Method("own", "-", "", "mem", "B", "n/a", (), _OwnRouter)
-
-
-def _router(
-    router: str | Router | Callable[[Tensor], Any],
-    hidden_size: int,
-    num_experts: int,
-    top_k: int | None,
-    options: dict[str, Any],
-    device: torch.device | str | None,
-) -> Router:
-    if isinstance(router, str):
-        if device is None:
-            return routers.build(router, hidden_size, num_experts, top_k, **options)
-        with torch.device(device):
-            return routers.build(router, hidden_size, num_experts, top_k, **options)
-    if not callable(router):
-        rule = "be a name, a fastmoe_route.routers.Router, or a function of hidden states"
-        fail(TypeError, "MoE", "router", rule, type(router).__name__)
-    if not isinstance(router, Router):
-        most = num_experts if top_k is None else top_k
-        router = _OwnRouter(hidden_size, num_experts, most, router)
-    if options:
-        rule = f"be None beside a router that is made already; give it {min(options)} there"
-        fail(ValueError, "MoE", "router_options", rule, options)
-    for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts)):
-        if getattr(router, name) != value:
-            fail(ValueError, "MoE", "router", f"have {name} {value}", getattr(router, name))
-    if top_k not in (None, router.top_k):
-        fail(ValueError, "MoE", "top_k", f"be None or the router's {router.top_k}", top_k)
-    return router
 
 
 def _per_token(value: Any, x: Tensor) -> Any:

@@ -104,22 +104,20 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
     return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
 
 
-def _fake_softmax(x: Tensor, method: int = 0) -> Tensor:
+@torch.library.register_fake("fastmoe_route::softmax")
+@torch.library.register_fake("fastmoe_route::softmax_forward")
+def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
     del method
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("fastmoe_route::softmax")(_fake_softmax)
-torch.library.register_fake("fastmoe_route::softmax_forward")(_fake_softmax)
-
-
 @torch.library.register_fake("fastmoe_route::softmax_out")
-def _fake_softmax_out(x: Tensor, method: int, out: Tensor) -> None:
+def _softmax_out_fake(x: Tensor, method: int, out: Tensor) -> None:
     del x, method, out
 
 
 @torch.library.register_fake("fastmoe_route::softmax_backward")
-def _fake_softmax_backward(grad_y: Tensor, y: Tensor) -> Tensor:
+def _softmax_backward_fake(grad_y: Tensor, y: Tensor) -> Tensor:
     del grad_y
     return y.new_empty(y.shape)
 
@@ -182,7 +180,7 @@ def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastmoe_route::softmax_topk")
-def _fake_softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_topk_fake(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     return (
         x.new_empty(rows, k),
@@ -192,12 +190,12 @@ def _fake_softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastmoe_route::softmax_topk_forward")
-def _fake_softmax_topk_forward(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _softmax_topk_forward_fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 @torch.library.register_fake("fastmoe_route::softmax_topk_backward")
-def _fake_softmax_topk_backward(
+def _softmax_topk_backward_fake(
     grad_values: Tensor, x: Tensor, statistics: Tensor, indices: Tensor
 ) -> Tensor:
     del grad_values, statistics, indices

@@ -383,25 +383,15 @@ _library.impl("transport_backward", _transport_backward, "CompositeExplicitAutog
 
 
 @torch.library.register_fake("fastmoe_route::transport")
-def _(
-    scores: Tensor,
-    method: int,
-    iters: int,
-    temperature: float,
-    marginal: Tensor | None,
-    top_k: int,
-    gamma: float,
-    learning_rate: float,
-    scope_ids: Tensor | None,
-    num_scopes: int,
-) -> Tensor:
+def _transport_fake(scores: Tensor, method: int, *others: Any) -> Tensor:
+    *_, scope_ids, _ = others
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     shape = scores.shape[1:] if _is_bias(method, scope_ids) else scores.shape
     return scores.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("fastmoe_route::transport_backward")
-def _(grad_plan: Tensor, scores: Tensor, *_: Any) -> Tensor:
+def _transport_backward_fake(grad_plan: Tensor, scores: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 

@@ -299,8 +299,7 @@ void pack_outputs(const void* const* y, int64_t rows, int64_t j0, int64_t width,
   }
 }
 
-// Up to 32 x 32 sums, rounded. Ordinary stores: a fresh result's pages have just been cleared through the caches, and
-// stores past them would write memory twice.
+// Up to 32 x 32 sums, rounded.
 void store_gradient(const float* sum, int64_t in, int64_t width, char* out, int64_t out_stride) {
   const __mmask32 columns = first_words(width);
   for (int64_t i = 0; i < in; ++i, out += out_stride * 2) {
@@ -344,7 +343,7 @@ void gradient_block(const void* const* x, const void* const* y, int64_t rows, in
 }
 
 void weight_gradient(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
-                     int64_t out_stride) {
+                     int64_t out_stride, bool) {
   if (rows == 0) {
     for (int64_t i = 0; i < a; ++i) std::memset(static_cast<char*>(out) + i * out_stride * 2, 0, b * 2);
     return;

@@ -65,10 +65,12 @@ struct PairMath {
 
 // ---- Outer form and weight gradients: pairs of x broadcast against a panel of interleaved pairs [pair][4 vectors]
 
-// sum[i][0 .. 63] over `pairs` pairs, continued unless `first`; pair p of row i at x[i * row_step + p * pair_step].
-template <int kM>
-void outer_tile(const int32_t* x, int64_t row_step, int64_t pair_step, const char* panel, int64_t pairs, bool first,
-                float* sum, int64_t sum_stride, NextPanel next) {
+// Products of kM rows with 64 columns over `pairs` pairs, added to `sum` unless `first`; pair p of row i at
+// x[i * row_step + p * pair_step]. What becomes of them is up to end(acc).
+template <int kM, class End>
+inline __attribute__((always_inline)) void outer_tile(const int32_t* x, int64_t row_step, int64_t pair_step,
+                                                      const char* panel, int64_t pairs, bool first, const float* sum,
+                                                      int64_t sum_stride, NextPanel next, const End& end) {
   __m512 acc[kM][kCols];
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
@@ -91,10 +93,20 @@ void outer_tile(const int32_t* x, int64_t row_step, int64_t pair_step, const cha
       for (int v = 0; v < kCols; ++v) acc[i][v] = add_products(acc[i][v], value, w[v]);
     }
   }
+  end(acc);
+}
+
+// The sums go back to `sum`.
+template <int kM>
+void outer_tile(const int32_t* x, int64_t row_step, int64_t pair_step, const char* panel, int64_t pairs, bool first,
+                float* sum, int64_t sum_stride, NextPanel next) {
+  outer_tile<kM>(x, row_step, pair_step, panel, pairs, first, sum, sum_stride, next,
+                 [&](const __m512(&acc)[kM][kCols]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kM; ++i)
+                   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kCols; ++v) _mm512_storeu_ps(sum + i * sum_stride + v * 16, acc[i][v]);
+                     for (int v = 0; v < kCols; ++v) _mm512_storeu_ps(sum + i * sum_stride + v * 16, acc[i][v]);
+                 });
 }
 
 void outer_tile(int64_t rows, const int32_t* x, int64_t row_step, int64_t pair_step, const char* panel, int64_t pairs,
@@ -259,37 +271,60 @@ void interleave_inputs(const void* const* x, int64_t count, int64_t i0, int64_t 
   }
 }
 
-// `in` rows of 64 sums, rounded.
-void store_gradient(const float* sum, int64_t in, int64_t width, char* out, int64_t out_stride) {
-  for (int64_t i = 0; i < in; ++i, sum += kTileCols, out += out_stride * 2)
-    for (int64_t j = 0; j < width; j += 16) store_rounded(_mm512_load_ps(sum + j), width - j, out + j * 2);
+inline __m512i rounded_pair(__m512 low, __m512 high) {
+  const __m512bh words = _mm512_cvtne2ps_pbh(high, low);
+  return reinterpret_cast<const __m512i&>(words);
+}
+
+// A tile of a gradient, rounded from registers: the first `rows` rows, `width` outputs of each.
+inline __attribute__((always_inline)) void store_gradient(const __m512 (&acc)[kRows][kCols], int64_t rows,
+                                                          int64_t width, char* out, int64_t out_stride, bool streams) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= rows) break;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512i words = rounded_pair(acc[i][2 * half], acc[i][2 * half + 1]);
+      char* to = out + i * out_stride * 2 + half * 64;
+      if (streams) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), words);
+      else if (width == kTileCols) _mm512_storeu_si512(to, words);
+      else _mm512_mask_storeu_epi16(to, first_words(width - half * 32), words);
+    }
+  }
 }
 
 void weight_gradient(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
-                     int64_t out_stride) {
+                     int64_t out_stride, bool past_caches) {
   GradientPanels* panels = static_cast<GradientPanels*>(scratch(Scratch::kMicroKernel, sizeof(GradientPanels)));
   const int64_t blocks = divide_up(rows, kGradRows);
   const int64_t block_rows = blocks > 0 ? divide_up(divide_up(rows, blocks), 2) * 2 : 0;  // pairs stay together
+  const bool streams = past_caches && is_whole_lines(out, out_stride * 2);
   for (int64_t i0 = 0; i0 < a; i0 += kGradIn)
     for (int64_t j0 = 0; j0 < b; j0 += kTileCols) {
       const int64_t in = smaller(a - i0, kGradIn), width = smaller(b - j0, kTileCols);
       char* result = static_cast<char*>(out) + (i0 * out_stride + j0) * 2;
       for (int64_t r0 = 0; r0 < rows; r0 += block_rows) {
-        const int64_t count = smaller(rows - r0, block_rows);
+        const int64_t count = smaller(rows - r0, block_rows), pairs = divide_up(count, 2);
         if (j0 == 0 || blocks > 1)  // one block of rows: x is interleaved once for all outputs
           interleave_inputs(x + r0, count, i0, in, panels->x);
         for (int64_t r = 0; r < count; r += 2)
           interleave_rows(row_at(y + r0, r, count, j0), row_at(y + r0, r + 1, count, j0), width,
                           panels->y + r / 2 * kTileCols * 4, 0);
         for (int64_t i = 0; i < in; i += kRows) {
-          float* sum = panels->sum + (blocks > 1 ? i * kTileCols : 0);
-          outer_tile(kRows, panels->x + i * kGradPairs, 1, kRows, panels->y, divide_up(count, 2), r0 == 0, sum,
-                     kTileCols);
-          if (r0 + block_rows >= rows)
-            store_gradient(sum, smaller(in - i, kRows), width, result + i * out_stride * 2, out_stride);
+          float* sum = panels->sum + i * kTileCols;
+          const int32_t* inputs = panels->x + i * kGradPairs;
+          if (r0 + block_rows < rows)
+            outer_tile<kRows>(inputs, 1, kRows, panels->y, pairs, r0 == 0, sum, kTileCols, {});
+          else
+            outer_tile<kRows>(inputs, 1, kRows, panels->y, pairs, r0 == 0, sum, kTileCols, {},
+                              [&](const __m512(&acc)[kRows][kCols]) __attribute__((always_inline)) {
+                                store_gradient(acc, in - i, width, result + i * out_stride * 2, out_stride,
+                                               streams && width == kTileCols);
+                              });
         }
       }
     }
+  if (streams) _mm_sfence();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Register blocks the bfloat16 units share: 16 x 16 transposes, interleaving of row pairs, masked edges, rounding.
+// Register blocks the bfloat16 units share: 16 x 16 transposes, interleaving of row pairs, masked edges.
 // A "pair" is two bfloat16 that are neighbours in the reduction, held in one 32-bit lane, the lower index low.
 #pragma once
 
@@ -73,14 +73,6 @@ inline void interleave(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
   odd = _mm512_permutexvar_epi64(order, odd);
   low = _mm512_unpacklo_epi16(even, odd);
   high = _mm512_unpackhi_epi16(even, odd);
-}
-
-// Rounds to nearest even; subnormals become zeros.
-inline void store_rounded(__m512 value, int64_t count, void* out) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(value);
-  const __m256i bits = reinterpret_cast<const __m256i&>(rounded);
-  if (count >= 16) _mm256_storeu_si256(static_cast<__m256i*>(out), bits);
-  else _mm256_mask_storeu_epi16(out, first_dwords(count), bits);
 }
 
 }  // namespace

@@ -28,19 +28,18 @@ enum class OuterEnd {
   kContinue,  // the running sums themselves are in c
 };
 
-// c[R, V vectors] against a[k][kStep], its first R, and w[k][V vectors]; the last of `count` outputs may end inside a
-// vector, unless the sums continue. kPrefetch asks for the same columns of the rows `k` further on.
-template <int R, int V, bool kPrefetch, int kStep, class T>
-inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
-                                                      int64_t c_stride, int64_t count, OuterEnd end,
-                                                      NextPanel next = {}) {
+// The products of a[k][kStep], its first R, with w[k][V vectors], added to c if they continue; end(sums) takes them.
+// kPrefetch asks for the same columns of the rows `k` further on.
+template <int R, int V, bool kPrefetch, int kStep, class T, class End>
+inline __attribute__((always_inline)) void outer_sums(const float* a, const T* w, int64_t w_stride, int64_t k,
+                                                      const float* c, int64_t c_stride, bool continues, NextPanel next,
+                                                      const End& end) {
   constexpr int L = Vec::kLanes;
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < V; ++j)
-      sums[i][j] = end == OuterEnd::kContinue ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
+    for (int j = 0; j < V; ++j) sums[i][j] = continues ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
   for (int64_t q = 0; q < k; ++q, w += w_stride, a += kStep) {
     if (!kPrefetch) next.fetch();
     if (kPrefetch) {
@@ -62,20 +61,33 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w
       for (int j = 0; j < V; ++j) sums[i][j] = fma(row, weights[j], sums[i][j]);
     }
   }
+  end(sums);
+}
+
+// Sums of `count` outputs to c; the last may end inside a vector, unless the sums continue.
+template <int R, int V, bool kPrefetch, int kStep, class T>
+inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
+                                                      int64_t c_stride, int64_t count, OuterEnd end,
+                                                      NextPanel next = {}) {
+  constexpr int L = Vec::kLanes;
   const bool add = end == OuterEnd::kAdd;
+  outer_sums<R, V, kPrefetch, kStep>(
+      a, w, w_stride, k, c, c_stride, end == OuterEnd::kContinue, next,
+      [&](const Vec(&sums)[R][V]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-    float* out = c + i * c_stride;
-    if (count >= V * L) {
+        for (int i = 0; i < R; ++i) {
+          float* out = c + i * c_stride;
+          if (count >= V * L) {
 #pragma GCC unroll 16
-      for (int j = 0; j < V; ++j) (add ? Vec::load(out + j * L) + sums[i][j] : sums[i][j]).store(out + j * L);
-    } else {
-      for (int j = 0; j < V && j * L < count; ++j) {
-        const int lanes = count - j * L < L ? static_cast<int>(count - j * L) : L;
-        (add ? Vec::load(out + j * L, lanes) + sums[i][j] : sums[i][j]).store(out + j * L, lanes);
-      }
-    }
-  }
+            for (int j = 0; j < V; ++j) (add ? Vec::load(out + j * L) + sums[i][j] : sums[i][j]).store(out + j * L);
+          } else {
+            for (int j = 0; j < V && j * L < count; ++j) {
+              const int lanes = count - j * L < L ? static_cast<int>(count - j * L) : L;
+              (add ? Vec::load(out + j * L, lanes) + sums[i][j] : sums[i][j]).store(out + j * L, lanes);
+            }
+          }
+        }
+      });
 }
 
 template <class T>

@@ -3,9 +3,7 @@
 // The reduction runs over rows, so the native form is an outer product: a tile of 6 inputs by 4 (AVX-512) or 2 vectors
 // of outputs stays in registers while the rows go by, one broadcast of x against whole vectors of y. Both operands are
 // copied to small float panels first: they live in L1 and L2, strides no longer alias, and 2-byte types are widened
-// once. More rows than a panel holds continue in a float tile, so the result is rounded once.
-// Ordinary stores: a fresh result's pages have just been cleared through the caches, and stores past them would write
-// memory twice (measured: 0.8 of torch's speed with such stores, 1.1 without).
+// once. More rows than a panel holds continue in a float tile, so the result is rounded once, from registers.
 // Order of summation: one fma per row, ascending, from +0; a function of nothing else.
 #include <cstring>
 
@@ -58,43 +56,70 @@ void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64
   }
 }
 
+// Where a gradient goes: rows of `stride` elements; past the caches if `streams`.
 template <class T>
-void store_block(const float* sum, int64_t in, int64_t width, T* out, int64_t out_stride) {
-  for (int64_t i = 0; i < in; ++i, sum += kGroupOut, out += out_stride)
-    for (int64_t j = 0; j < width; j += Vec::kLanes) {
-      const Vec value = Vec::load(sum + j);
-      if (width - j < Vec::kLanes) value.store(out + j, static_cast<int>(width - j));
-      else value.store(out + j);
+struct Destination {
+  T* out;
+  int64_t stride;
+  bool streams;
+};
+
+// A finished tile, rounded from registers; `count` outputs of each row.
+template <int R, class T>
+inline __attribute__((always_inline)) void store_tile(const Vec (&sums)[R][kOuterVecs], int64_t count, T* out,
+                                                      int64_t stride, bool streams) {
+  constexpr int L = Vec::kLanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i, out += stride) {
+    if (streams) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kOuterVecs; ++j) sums[i][j].stream(out + j * L);
+    } else if (count >= kTileOut) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kOuterVecs; ++j) sums[i][j].store(out + j * L);
+    } else {
+      for (int j = 0; j < kOuterVecs && j * L < count; ++j)
+        sums[i][j].store(out + j * L, count - j * L < L ? static_cast<int>(count - j * L) : L);
     }
+  }
 }
 
-// A block of rows against one panel of y, the products going to c.
-void multiply_panels(const Panels& panels, int64_t count, int64_t in, int64_t width, bool first, float* c,
-                     int64_t c_stride) {
+// One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
+template <class T>
+void multiply_panels(Panels* panels, int64_t count, int64_t in, int64_t j0, int64_t width, bool first, bool last,
+                     const Destination<T>& to) {
   for (int64_t i = 0; i < in; i += kTileIn)
     with_rows<kTileIn>(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
       constexpr int R = decltype(height)::value;
-      const float* x = panels.x + i * kBlockRows;
-      for (int64_t j = 0; j < width; j += kTileOut)
-        outer_tile<R, kOuterVecs, false, kTileIn>(x, panels.y + j * kBlockRows, kTileOut, count, c + i * c_stride + j,
-                                                  c_stride, width - j, first ? OuterEnd::kStore : OuterEnd::kContinue);
+      const float* x = panels->x + i * kBlockRows;
+      for (int64_t j = 0; j < width; j += kTileOut) {
+        const float* y = panels->y + j * kBlockRows;
+        float* sum = panels->sum + i * kGroupOut + j0 + j;
+        if (!last)
+          outer_tile<R, kOuterVecs, false, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
+                                                    first ? OuterEnd::kStore : OuterEnd::kContinue);
+        else
+          outer_sums<R, kOuterVecs, false, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, {},
+                                                    [&](const Vec(&sums)[R][kOuterVecs])
+                                                        __attribute__((always_inline)) {
+                                                          store_tile<R>(sums, width - j, to.out + i * to.stride + j,
+                                                                        to.stride, to.streams && width - j >= kTileOut);
+                                                        });
+      }
     });
 }
 
 template <class T>
 void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
-              int64_t out_stride) {
+              int64_t out_stride, bool past_caches) {
   Panels* panels = static_cast<Panels*>(scratch(Scratch::kMicroKernel, sizeof(Panels)));
   const auto smaller = [](int64_t p, int64_t q) { return p < q ? p : q; };
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const bool streams = past_caches && is_whole_lines(out, out_stride * static_cast<int64_t>(sizeof(T)));
   for (int64_t i0 = 0; i0 < a; i0 += kBlockIn)
     for (int64_t g0 = 0; g0 < b; g0 += kGroupOut) {
       const int64_t in = smaller(a - i0, kBlockIn), group = smaller(b - g0, kGroupOut);
       T* result = static_cast<T*>(out) + i0 * out_stride + g0;
-      // Float sums run in the result itself; sums that continue are whole tiles.
-      const bool direct = sizeof(T) == sizeof(float) && (blocks == 1 || group % kTileOut == 0);
-      float* c = direct ? reinterpret_cast<float*>(result) : panels->sum;
-      const int64_t c_stride = direct ? out_stride : kGroupOut;
       int64_t r0 = 0;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t count = rows * (block + 1) / blocks - r0;
@@ -104,17 +129,18 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
           copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
-          multiply_panels(*panels, count, in, direct ? width : padded, block == 0, c + j0, c_stride);
+          multiply_panels<T>(panels, count, in, j0, width, block == 0, block + 1 == blocks,
+                             {result + j0, out_stride, streams});
         }
         r0 += count;
       }
-      if (!direct) store_block(panels->sum, in, group, result, out_stride);
     }
+  if (streams) Vec::stream_fence();
 }
 
 // float64, for gradient checks: plain loops.
 void multiply_double(const void* const* x, const void* const* y, int64_t rows, int64_t a, int64_t b, void* out,
-                     int64_t out_stride) {
+                     int64_t out_stride, bool) {
   for (int64_t i = 0; i < a; ++i) {
     double* line = static_cast<double*>(out) + i * out_stride;
     std::memset(line, 0, b * sizeof(double));

@@ -32,7 +32,7 @@ _DEFAULT_CACHE = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}
 
 
 def library_info() -> dict[str, str]:
-    """What the compiled library says of itself: level, best_level, threads, scratch_bytes."""
+    """What the compiled library says: level, best_level, threads, scratch_bytes, kept_bytes."""
     text: str = torch.ops.fastmoe_route.machine_info()
     return dict(part.split("=", 1) for part in text.split(";"))
 

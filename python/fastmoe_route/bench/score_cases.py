@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,64 +152,78 @@ def softmax_topk_case(row: Row, limits: Limits, seed: int) -> Case:
     )
 
 
+class _Recipe(NamedTuple):
+    """A gate: ours, in plain PyTorch, the experts that this chooses, and the exact weights."""
+
+    ours: Callable[[Tensor], fr.Routing]
+    plain: Function
+    ids: Function
+    exact: Function
+
+
+def _softmax_recipe(k: int, has_stats: bool) -> _Recipe:
+    """Softmax and renormalise, or softmax with statistics."""
+    composition = baselines.gate_with_statistics if has_stats else baselines.gate_softmax
+
+    def plain(x: Tensor) -> Tensor:
+        weights: Tensor = composition(x, k)[0]
+        return weights
+
+    def ids(x: Tensor) -> Tensor:
+        return x.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
+
+    def exact_weights(x: Tensor) -> Tensor:
+        chosen = torch.softmax(x, -1).gather(1, ids(x).long())
+        return chosen if has_stats else chosen / chosen.sum(-1, keepdim=True)
+
+    return _Recipe(
+        lambda x: fr.gate(x, k, normalize=not has_stats, stats=has_stats), plain, ids, exact_weights
+    )
+
+
+def _dsv3_recipe(k: int, num_experts: int, seed: int) -> _Recipe:
+    """DeepSeek-V3: sigmoid, a bias that only chooses, the four best of eight groups."""
+    bias = 0.1 * torch.randn(num_experts, generator=torch.Generator().manual_seed(seed))
+
+    def ours(x: Tensor) -> fr.Routing:
+        return fr.gate(
+            x, k, score="sigmoid", bias=bias, num_groups=8, topk_groups=4,
+            group_score="top2_sum", normalize=True, scale=2.5,
+        )  # fmt: skip
+
+    def exact_weights(x: Tensor) -> Tensor:
+        chosen = x.sigmoid().gather(1, baselines.gate_dsv3(x.float(), k, bias)[1])
+        return chosen / chosen.sum(-1, keepdim=True) * 2.5
+
+    return _Recipe(
+        ours,
+        lambda x: baselines.gate_dsv3(x, k, bias)[0],
+        lambda x: baselines.gate_dsv3(x, k, bias)[1].int(),
+        exact_weights,
+    )
+
+
 def gate_case(row: Row, limits: Limits, seed: int) -> Case:
     """Softmax and renormalise, softmax with statistics, or DeepSeek-V3's recipe."""
-    columns, k = row.shape.num_experts, row.shape.top_k
+    columns, k, kind = row.shape.num_experts, row.shape.top_k, row.shape.gate
     elements = row.tokens * columns
     size: int = getattr(torch, row.dtype).itemsize
+    is_dsv3, has_stats = kind == "dsv3", kind == "stats"
+    recipe = _dsv3_recipe(k, columns, seed) if is_dsv3 else _softmax_recipe(k, has_stats)
     variants: dict[str, Function] = {}
-    if row.shape.gate == "dsv3":
-        bias = 0.1 * torch.randn(columns, generator=torch.Generator().manual_seed(seed))
-
-        def routing(x: Tensor) -> fr.Routing:
-            return fr.gate(
-                x, k, score="sigmoid", bias=bias, num_groups=8, topk_groups=4,
-                group_score="top2_sum", normalize=True, scale=2.5,
-            )  # fmt: skip
-
-        def plain(x: Tensor) -> Tensor:
-            return baselines.gate_dsv3(x, k, bias)[0]
-
-        def plain_ids(x: Tensor) -> Tensor:
-            return baselines.gate_dsv3(x, k, bias)[1].int()
-
-        def wide(x: Tensor) -> Tensor:
-            scores = x.sigmoid()
-            chosen = scores.gather(1, baselines.gate_dsv3(x.float(), k, bias)[1])
-            return chosen / chosen.sum(-1, keepdim=True) * 2.5
-
-    else:
-        has_stats = row.shape.gate == "stats"
-        composition = baselines.gate_with_statistics if has_stats else baselines.gate_softmax
-
-        def routing(x: Tensor) -> fr.Routing:
-            return fr.gate(x, k, normalize=not has_stats, stats=has_stats)
-
-        def plain(x: Tensor) -> Tensor:
-            weights: Tensor = composition(x, k)[0]
-            return weights
-
-        def plain_ids(x: Tensor) -> Tensor:
-            return x.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
-
-        def wide(x: Tensor) -> Tensor:
-            chosen = torch.softmax(x, -1).gather(1, plain_ids(x).long())
-            return chosen if has_stats else chosen / chosen.sum(-1, keepdim=True)
-
-        if has_stats:
-            variants["without statistics"] = lambda x: fr.gate(x, k).weights
-
+    if has_stats:
+        variants["without statistics"] = lambda x: fr.gate(x, k).weights
     return _row_case(
         row,
         limits,
         seed,
-        ours=lambda x: routing(x).weights,
-        plain={"plain": plain},
-        exact_function=wide,
+        ours=lambda x: recipe.ours(x).weights,
+        plain={"plain": recipe.plain},
+        exact_function=recipe.exact,
         columns=columns,
         num_bytes=(3 if row.training else 1) * elements * size + row.tokens * k * 8,
         flops=EXP_FLOPS * elements * (2 if row.training else 1),
         grad_columns=k,
-        ids=(lambda x: routing(x).experts, plain_ids),
+        ids=(lambda x: recipe.ours(x).experts, recipe.ids),
         variants=variants,
     )

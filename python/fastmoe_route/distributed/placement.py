@@ -188,7 +188,7 @@ class _Problem:
             from scipy.sparse import coo_array
         except ImportError:
             raise ImportError(
-                "plan_placement needs SciPy; install it with: pip install scipy"
+                "plan_placement: needs SciPy: pip install fastmoe-route[routers]"
             ) from None
         num_x = self.num_experts * self.num_ranks
         num_y = len(self.pairs) * self.num_ranks

@@ -22,7 +22,7 @@ from fastmoe_route.reference.gate import (
     gate_scores,
     gate_weights,
 )
-from fastmoe_route.reference.overflow import reroute
+from fastmoe_route.reference.reroute import reroute
 from fastmoe_route.reference.softmax import falling_order, softmax, softmax_topk
 from fastmoe_route.reference.transport import assign_balanced, project_sparse, transport
 

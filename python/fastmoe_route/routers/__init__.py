@@ -25,6 +25,7 @@ from fastmoe_route.routers.assignment import (
 )
 from fastmoe_route.routers.balance import Bip, DeepSeekV3, LossFree, SparseOt, Ssr
 from fastmoe_route.routers.base import Common, Context, Routed, Router
+from fastmoe_route.routers.centroids import AdaptDHM, KMeans
 from fastmoe_route.routers.competition import (
     CompeteSMoEv1,
     CompeteSMoEv2,
@@ -32,6 +33,7 @@ from fastmoe_route.routers.competition import (
     MixtureOfRouters,
     S2MoE,
 )
+from fastmoe_route.routers.dense import BlockFFN, Finedeep, SoftMoE
 from fastmoe_route.routers.dynamic import (
     AdaMoE,
     DaMoE,
@@ -42,28 +44,14 @@ from fastmoe_route.routers.dynamic import (
 )
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.groups import M6T, LocMoE, Sam, Smile, angle_capacity
+from fastmoe_route.routers.logits import HyperRouter, RMoE, XMoE, YuanAttention
+from fastmoe_route.routers.merging import CondConv, Mhr, Smear, SupernetMixture
 from fastmoe_route.routers.pool import UniPool, pool_partition
-from fastmoe_route.routers.prototypes import AdaptDHM, Glider, KMeans, Phatgoose, ProMoE, VQMoE
+from fastmoe_route.routers.prefix import Flextron, Ride, slice_experts
+from fastmoe_route.routers.prototypes import Glider, Phatgoose, ProMoE, VQMoE
 from fastmoe_route.routers.sampled import BinaryGate, Grin, ReMix, SiRA
-from fastmoe_route.routers.sequence import (
-    Accord,
-    CondConv,
-    GraphOfTokens,
-    Mhr,
-    MiLoRA,
-    SupernetMixture,
-)
-from fastmoe_route.routers.skipping import (
-    DrLLM,
-    DuoLLM,
-    DynamicTokenRouting,
-    Flextron,
-    Ftp,
-    MindSkip,
-    ReadMe,
-    Ride,
-    slice_experts,
-)
+from fastmoe_route.routers.sequence import Accord, GraphOfTokens, MiLoRA
+from fastmoe_route.routers.skipping import DrLLM, DuoLLM, DynamicTokenRouting, Ftp, MindSkip
 from fastmoe_route.routers.steering import (
     R2T2,
     MultilingualSteer,
@@ -73,19 +61,10 @@ from fastmoe_route.routers.steering import (
     task_experts,
 )
 from fastmoe_route.routers.stochastic import Hash, RlR, Thor
-from fastmoe_route.routers.structure import (
-    BlockFFN,
-    Finedeep,
-    HyperRouter,
-    RMoE,
-    Smear,
-    SoftMoE,
-    XMoE,
-    YuanAttention,
-)
 from fastmoe_route.routers.token_choice import (
     MaskMoE,
     OpenMoE,
+    ReadMe,
     SMoEDropout,
     Switch,
     TopkSoftmax,

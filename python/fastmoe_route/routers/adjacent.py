@@ -24,8 +24,7 @@ class Magnet(LinearRouter):
 
     Softmax top-k, renormalised. The loss `entropy` is `-coef * H` (coverage) until the entropy of
     the mean distribution reaches `switch * log E`, and `+coef * H(p)` (specialisation) from then
-    on: the sign flips once, and the buffer `specialises` remembers it. From the abstract:
-    unverified.
+    on: the sign flips once, and the buffer `specialises` remembers it.
 
     Args:
         hidden_size: `H`.
@@ -120,7 +119,7 @@ class Cigt(LinearRouter):
     The `top_k` largest of `softmax(z / temperature)`, each with weight 1 and, in training, the
     gradient of its probability (straight-through). Loss `-gain_coef * (H(mean p) - mean H(p))`, the
     information gain. Lower `temperature` as training goes on (`softmax_variants.
-    temperature_schedule`). From memory: unverified.
+    temperature_schedule`).
 
     Args:
         hidden_size: `H`.

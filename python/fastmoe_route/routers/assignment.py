@@ -13,14 +13,13 @@ from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
-from fastmoe_route.overflow import reroute
+from fastmoe_route.reroute import reroute
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
 from fastmoe_route.routers.parts import LinearRouter, scopes, sequences
-from fastmoe_route.routers.plans import capped_plan, chosen_by_experts
+from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, segment_softmax, sigmoid
 from fastmoe_route.softmax import softmax
-from fastmoe_route.transport import transport
 
 
 @register(
@@ -127,8 +126,8 @@ class SBase(LinearRouter):
     """S-BASE: in training the largest entries of a Sinkhorn plan choose, the softmax weighs.
 
     `P = transport(z, "sinkhorn")`, experts by `P`, `w = softmax(z)` of them, as it is. Evaluation
-    chooses by `z`. From memory, unverified. The number of iterations is fixed: a loop until
-    convergence, as in Megatron, waits for the device every time.
+    chooses by `z`. The number of iterations is fixed: a loop until convergence, as in Megatron,
+    waits for the device every time.
 
     Args:
         hidden_size: `H`.
@@ -157,13 +156,12 @@ class SBase(LinearRouter):
         logits = self.score(x)
         if not self.training:
             return self.routed(gate(logits, self.top_k), context)
-        plan = transport(
+        plan = balanced(
             logits.detach(),
             "sinkhorn",
+            context,
             iters=self.iters,
             temperature=self.temperature,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
         )
         experts = gate(plan, self.top_k, score="identity").experts
         weights = softmax(logits).gather(1, experts.long().clamp(min=0))

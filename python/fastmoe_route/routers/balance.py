@@ -14,7 +14,7 @@ from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.parts import LinearRouter, every_expert
-from fastmoe_route.routers.plans import expert_plan
+from fastmoe_route.routers.plans import balanced, expert_plan
 from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
 from fastmoe_route.transport import transport
@@ -136,8 +136,7 @@ class DeepSeekV3(BiasedRouter):
 
     `s = sigmoid(z)`; experts by `s + bias` inside the `topk_groups` best groups, a group scored by
     the sum of its two best; `w = scale * s_i / sum_{chosen} s_j`. Shared experts are the layer's
-    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights. After
-    the public modelling code, from memory: unverified.
+    and have weight 1. Unlike softmax, adding a constant to all logits changes the weights.
 
     Args:
         hidden_size: `H`.
@@ -197,7 +196,7 @@ class Bip(LinearRouter):
     `bias = transport(softmax(z), "bip", iters, top_k)`, experts by `p + bias`, `w = p`. Training
     prices the batch itself, which leaks later tokens into earlier choices, unless `carry` is on:
     then it chooses by the prices of the batch before. Evaluation uses the last prices, the buffer
-    `bias`. The formula is from memory, unverified; the balance it reaches was simulated.
+    `bias`. The balance it reaches was simulated.
 
     Defaults: two experts, 4 iterations (the paper has 2 to 14).
 
@@ -286,13 +285,12 @@ class Ssr(LinearRouter):
         if not (self.training and x.shape[0] > 0 and float(torch.rand(())) < self.plan_share):
             routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
             return self.routed(routing, context)
-        plan = transport(
+        plan = balanced(
             softmax(logits),
             "sinkhorn",
+            context,
             iters=self.iters,
             temperature=self.temperature,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
         )
         chosen = gate(plan, self.top_k, score="identity", normalize=True)
         routing = self.built(chosen.experts, chosen.weights, logits)
@@ -357,12 +355,11 @@ class SparseOt(LinearRouter):
             plan = expert_plan(p.detach(), self.top_k, context, **self.options)
             slots = every_expert(x.shape[0], self.num_experts, x.device)
             return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
-        plan = transport(
+        plan = balanced(
             p.detach(),
             "ksparse",
+            context,
             k=self.top_k,
-            scope_ids=context.scope_ids,
-            num_scopes=context.num_scopes if context.scope_ids is not None else None,
             **self.options,
         )
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import fail
-from fastmoe_route.dispatch import expert_capacity, plan_dispatch
+from fastmoe_route.dispatch import MAX_EXPERTS, expert_capacity, plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
 
-MAX_GROUPS = 65536
 ROUNDINGS = ("ceil", "four", "per_choice")
 
 
@@ -89,8 +88,8 @@ def capacity_plan(
             weights=weights,
         )
     scope_ids, num_scopes = scopes
-    if num_scopes * num_experts > MAX_GROUPS:
-        fail(ValueError, name, "num_scopes", f"be at most {MAX_GROUPS // num_experts}", num_scopes)
+    if num_scopes * num_experts > MAX_EXPERTS:
+        fail(ValueError, name, "num_scopes", f"be at most {MAX_EXPERTS // num_experts}", num_scopes)
     sizes = scope_sizes(scope_ids, num_scopes)
     room = limit.of_scopes(sizes, num_experts, top_k)[scope_ids.long(), None]
     kept = _rank(routing, limit.drop_policy, scope_ids, num_scopes) < room

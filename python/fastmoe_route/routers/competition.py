@@ -75,8 +75,7 @@ class Competition(LinearRouter):
             "diversity": diversity * losses.diversity(outputs.gather(1, ids)),
             "usage": -entropy * losses.usage_entropy(p),
         }
-        if self.stats:
-            routing = routing._replace(score_sum=p.sum(0), logsumexp=z.logsumexp(1))
+        routing = self.measured(routing, z)
         return self.routed(routing, context, losses=found, extra={"response": loudness})
 
 
@@ -109,8 +108,7 @@ class CompeteSMoEv2(Competition):
 class CompeteSMoEv1(Competition):
     """CompeteSMoE v1: as `compete_smoe_v2`, but the loudness is that of the output's norm.
 
-    `a_e = softplus(|E_e(x)|)`: an expert whose output is scaled up wins more often. From the
-    abstract and memory: unverified.
+    `a_e = softplus(|E_e(x)|)`: an expert whose output is scaled up wins more often.
 
     Args:
         hidden_size: `H`.
@@ -131,7 +129,7 @@ class S2MoE(LinearRouter):
     `x~ = x * N(1, sigma) + N(0, sigma)`; `y = g * moe(x) + (1 - g) * moe(x~)` with
     `g = sigmoid(w . x)`. Loss `uncertainty`: InfoNCE between the two outputs of each token, against
     those of the other tokens, when `experts` are given. `sigma = 0` and evaluation are
-    `topk_softmax`. From memory: unverified.
+    `topk_softmax`.
 
     Args:
         hidden_size: `H`.
@@ -191,7 +189,7 @@ class MixtureOfRouters(LinearRouter):
     """Mixture of Routers: several routers, weighed by a main one.
 
     `z = sum over j of g_j z^(j)` with `g = softmax(x G)`, then softmax top-k, renormalised. One
-    sub-router is `topk_softmax`. From memory: unverified (the paper may mix probabilities).
+    sub-router is `topk_softmax`. The paper may mix probabilities.
 
     Args:
         hidden_size: `H`.

@@ -131,8 +131,8 @@ class DaMoE(LinearRouter):
 
     `k_t = clamp(round(top_k * I_t / mean of I over the sequence), 1, E)` with the importance `I_t`
     = `attention_mass`, the column mass of the attention matrix averaged over heads. Equal attention
-    gives every token `top_k`. The map from importance to `k_t` is from memory: unverified. With
-    bidirectional attention the mass knows later tokens, so decoding cannot reproduce it.
+    gives every token `top_k`. The map from importance to `k_t` is from memory. With bidirectional
+    attention the mass knows later tokens, so decoding cannot reproduce it.
 
     Args:
         hidden_size: `H`.

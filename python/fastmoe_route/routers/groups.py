@@ -22,7 +22,7 @@ class M6T(LinearRouter):
     """M6-T expert prototyping: `K` groups of `E / K` experts, the best of each by its own softmax.
 
     `p^(k) = softmax over group k`, one expert per group, weights as they are: each is at most 1,
-    so their sum may exceed 1. With one group it is Switch. From memory, unverified.
+    so their sum may exceed 1. With one group it is Switch.
 
     Defaults: two groups, capacity factor 1.25, no auxiliary loss (the paper: balance is not what
     matters).
@@ -59,7 +59,6 @@ class Sam(LinearRouter):
 
     `q = softmax(x W_group)`, the best group `g`; inside it the `top_k` best of
     `p = softmax over the group (x W)`; `w_i = p_i q_g`. All experts of a token lie on one device.
-    From memory, unverified.
 
     Args:
         hidden_size: `H`.
@@ -107,7 +106,7 @@ class Smile(Router):
 
     `p = softmax(x W_node)`, `q = softmax(x W_device)`, the best of each; the expert is
     `node * devices + device`, `w = p q`. Losses `node_balance` and `device_balance`, Switch's loss
-    on either level. With one node it is Switch. From memory, unverified.
+    on either level. With one node it is Switch.
 
     Args:
         hidden_size: `H`.
@@ -163,7 +162,7 @@ class LocMoE(Router):
     need no parameters. Softmax, the best one, its weight as it is. Losses `balance` and
     `locality`, the divergence of the nodes' load from `target`. The paper's least capacity follows
     from the angles between tokens and their gate rows: `least_capacity`, to be set as
-    `min_capacity`. From memory, unverified.
+    `min_capacity`.
 
     Defaults: one expert, capacity factor 1.25, coefficients 0.01 (the paper's are unknown).
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 
-from fastmoe_route.methods import DECODE, INVARIANCE, VERIFIED, Method, find, methods
+from fastmoe_route.invariance import INVARIANCE
+from fastmoe_route.methods import DECODE, VERIFIED, Method, find, methods
 
 
 def table(found: list[Method]) -> str:

@@ -36,7 +36,10 @@ class LinearRouter(Router):
 
     def built(self, experts: Tensor, weights: Tensor, logits: Tensor) -> Routing:
         """A routing of these slots `[T, K]`, with what the common losses need of the logits."""
-        routing = assemble(experts, weights, self.num_experts)
+        return self.measured(assemble(experts, weights, self.num_experts), logits)
+
+    def measured(self, routing: Routing, logits: Tensor) -> Routing:
+        """The routing, with what the common losses need of the logits."""
         if not self.stats:
             return routing
         score_sum = logits.softmax(1).sum(0)[: self.num_experts]

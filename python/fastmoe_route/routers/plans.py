@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,13 @@ from fastmoe_route.routers.base import Context
 from fastmoe_route.routers.capacity import Capacity, scope_sizes
 from fastmoe_route.routers.parts import assemble, every_expert, scopes, segment_rank
 from fastmoe_route.routers.scores import segment_softmax
-from fastmoe_route.transport import Prices
+from fastmoe_route.transport import Prices, transport
+
+
+def balanced(scores: Tensor, method: str, context: Context, **options: Any) -> Tensor:
+    """`transport`, inside every scope if there are any."""
+    num_scopes = None if context.scope_ids is None else context.num_scopes
+    return transport(scores, method, scope_ids=context.scope_ids, num_scopes=num_scopes, **options)
 
 
 def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Context) -> Routing:

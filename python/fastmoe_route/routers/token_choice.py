@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import overflow
-from fastmoe_route._arguments import check_int
+from fastmoe_route._arguments import check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
@@ -259,3 +259,30 @@ class MaskMoE(LinearRouter):
         hidden = ~self.visible[context.token_ids.long()]
         logits = self.score(x).masked_fill(hidden, -torch.inf)
         return self.routed(gate(logits, self.top_k, stats=self.stats), context)
+
+
+@register("read_me", row="R46", source="arXiv:2410.19123", verified="mem")
+class ReadMe(LinearRouter):
+    """Read-ME: experts are chosen once, before the first layer, for all layers.
+
+    The first layer scores the tokens (softmax top-k, renormalised) and hands the logits on as
+    `state`; every later layer uses them instead of its own, so the whole model's experts are known
+    before it runs, and caches can look ahead.
+
+    Args:
+        hidden_size: `H`.
+        num_experts: `E`.
+        top_k: experts per token.
+        common: see `Common`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+
+    def route(self, x: Tensor, context: Context) -> Routed:
+        z = self.score(x) if context.state is None else context.state
+        check_shape(self.name, "state", z, (x.shape[0], self.num_experts))
+        routing = gate(z, self.top_k, normalize=True, stats=self.stats)
+        return self.routed(routing, context, state=z)

@@ -9,21 +9,12 @@ every function. All work along the last dimension unless they take `dim`.
 
 from fastmoe_route.softmax_variants.distributions import (
     adaptive_temperature_softmax,
-    early_exit,
-    entropy_temperature,
-    entropy_tolerance,
-    merge_normalizers,
     noisy_sparse_softmax,
-    normalizer,
-    polytope_weights,
-    quantization_bias,
-    quantize_probabilities,
     softpick,
     sparse_softmax,
     sparse_softmax_loss,
     stablemax,
     stablemax_cross_entropy,
-    temperature_schedule,
     two_pass_softmax,
     unified_max_softmax,
 )
@@ -32,6 +23,18 @@ from fastmoe_route.softmax_variants.objectives import (
     sample_classes,
     sharded_cross_entropy,
     topk_softmax_loss,
+)
+from fastmoe_route.softmax_variants.online import merge_normalizers, normalizer
+from fastmoe_route.softmax_variants.probabilities import (
+    early_exit,
+    entropy_tolerance,
+    quantization_bias,
+    quantize_probabilities,
+)
+from fastmoe_route.softmax_variants.temperature import (
+    entropy_temperature,
+    polytope_weights,
+    temperature_schedule,
 )
 
 __all__ = [

@@ -23,7 +23,7 @@ from fastmoe_route._arguments import (
     fail,
 )
 from fastmoe_route.methods import register
-from fastmoe_route.softmax_variants.distributions import normalizer
+from fastmoe_route.softmax_variants.online import normalizer
 
 SURROGATES = ("tanh", "relu", "atan", "exp")
 

@@ -1,0 +1,156 @@
+#include "common/kept_memory.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "common/huge_pages.h"
+
+namespace fastmoe_route {
+
+struct KeptBlock {
+  void* mapping;
+  size_t mapped;  // with what aligns `memory`
+  char* memory;
+  size_t bytes;
+  uint64_t freed_at;  // number of requests at that time
+  int uses;
+  bool asked_for_huge_pages;
+};
+
+#if defined(__linux__)
+namespace {
+
+constexpr size_t kUnit = size_t{2} << 20;  // a huge page
+// Huge pages that the host has to find first (reports_free_pages) cost more than a few uses gain.
+constexpr int kUsesForHugePages = 4;
+constexpr uint64_t kMostIdle = 64;  // requests, at least; and four times as many as there are blocks
+
+class Pool {
+ public:
+  KeptBlock* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t wanted = (bytes + kUnit - 1) / kUnit * kUnit;
+    ++requests_;
+    drop_idle();
+    KeptBlock* block = take_free(wanted);
+    if (block == nullptr) {
+      most_in_use_ = std::max(most_in_use_, in_use_ + wanted);
+      while (!free_.empty() && mapped_ + wanted > most_in_use_) drop(oldest());
+      block = map(wanted);
+      if (block == nullptr) return nullptr;
+    }
+    in_use_ += block->bytes;
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    ask_for_huge_pages(block);
+    return block;
+  }
+
+  void give_back(KeptBlock* block) {
+    madvise(block->memory, block->bytes, MADV_FREE);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ -= block->bytes;
+    block->freed_at = requests_;
+    free_.push_back(block);
+  }
+
+  size_t mapped() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return mapped_;
+  }
+
+ private:
+  using Place = std::vector<KeptBlock*>::iterator;
+
+  // The smallest that is not an eighth too large; of equal ones the last freed, whose pages are the likeliest to be
+  // there.
+  KeptBlock* take_free(size_t wanted) {
+    Place best = free_.end();
+    for (Place at = free_.begin(); at != free_.end(); ++at) {
+      const size_t bytes = (*at)->bytes;
+      if (bytes >= wanted && bytes <= wanted + wanted / 8 && (best == free_.end() || bytes <= (*best)->bytes))
+        best = at;
+    }
+    if (best == free_.end()) return nullptr;
+    KeptBlock* block = *best;
+    free_.erase(best);
+    return block;
+  }
+
+  Place oldest() {
+    return std::min_element(free_.begin(), free_.end(),
+                            [](const KeptBlock* a, const KeptBlock* b) { return a->freed_at < b->freed_at; });
+  }
+
+  void drop_idle() {
+    const uint64_t most = std::max(kMostIdle, 4 * num_blocks_);
+    while (!free_.empty() && requests_ - (*oldest())->freed_at > most) drop(oldest());
+  }
+
+  void drop(Place at) {
+    KeptBlock* block = *at;
+    free_.erase(at);
+    munmap(block->mapping, block->mapped);
+    mapped_ -= block->bytes;
+    --num_blocks_;
+    delete block;
+  }
+
+  KeptBlock* map(size_t bytes) {
+    void* mapping = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) return nullptr;
+    char* memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapping) + kUnit - 1) / kUnit * kUnit);
+    KeptBlock* block = new (std::nothrow) KeptBlock{mapping, bytes + kUnit, memory, bytes, 0, 0, false};
+    if (block == nullptr) {
+      munmap(mapping, bytes + kUnit);
+      return nullptr;
+    }
+    mapped_ += bytes;
+    ++num_blocks_;
+    return block;
+  }
+
+  // At once where they are cheap; else for a block that has shown to be used again and again, whose small pages go.
+  static void ask_for_huge_pages(KeptBlock* block) {
+    if (block->asked_for_huge_pages) return;
+    const bool are_dear = reports_free_pages();
+    if (are_dear && ++block->uses < kUsesForHugePages) return;
+    if (are_dear) madvise(block->memory, block->bytes, MADV_DONTNEED);
+    madvise(block->memory, block->bytes, MADV_HUGEPAGE);
+    block->asked_for_huge_pages = true;
+  }
+
+  std::mutex mutex_;
+  std::vector<KeptBlock*> free_;
+  size_t in_use_ = 0;
+  size_t most_in_use_ = 0;
+  size_t mapped_ = 0;
+  uint64_t num_blocks_ = 0;
+  uint64_t requests_ = 0;
+};
+
+// Never destroyed: tensors may be freed after static objects are.
+Pool& pool() {
+  static Pool* const only = new Pool;
+  return *only;
+}
+
+}  // namespace
+
+KeptBlock* take_kept(size_t bytes) { return pool().take(bytes); }
+void give_back(KeptBlock* block) { pool().give_back(block); }
+size_t kept_bytes() { return pool().mapped(); }
+
+#else
+
+KeptBlock* take_kept(size_t) { return nullptr; }
+void give_back(KeptBlock*) {}
+size_t kept_bytes() { return 0; }
+
+#endif
+
+void* memory_of(const KeptBlock* block) { return block->memory; }
+
+}  // namespace fastmoe_route

@@ -1,0 +1,62 @@
+// Tensors in kept memory (common/kept_memory.h), for the weight gradients of both expert ops.
+#pragma once
+
+#include "common/tensor.h"
+
+#ifndef FASTMOE_ROUTE_BACKEND_CUDA
+#include <dlfcn.h>
+
+#include "common/kept_memory.h"
+#endif
+
+namespace fastmoe_route {
+
+#ifdef FASTMOE_ROUTE_BACKEND_CUDA
+
+// torch's allocator on CUDA keeps memory itself.
+inline Tensor empty_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return empty(like, shape, dtype);
+}
+
+#else
+
+// torch_from_blob of the stable ABI of torch 2.11, looked up by name: this library asks for 2.10 only.
+using FromBlob = AOTITorchError (*)(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                    int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                    AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+                                    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context),
+                                    void* context);
+inline FromBlob find_from_blob() {
+  static const FromBlob found = [] {
+    void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
+    return reinterpret_cast<FromBlob>(library != nullptr ? dlsym(library, "torch_from_blob") : nullptr);
+  }();
+  return found;
+}
+
+// As `empty`; large tensors lie in kept memory, where torch can be told who takes it back. Their storage cannot be
+// resized, which is why other results do not.
+inline Tensor empty_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  const size_t element = element_bytes(dtype);
+  size_t bytes = element;
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  if (bytes < kKeptBytes || find_from_blob() == nullptr) return empty(like, shape, dtype);
+  KeptBlock* block = take_kept(bytes);
+  if (block == nullptr) return empty(like, shape, dtype);
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = find_from_blob()(
+      memory_of(block), static_cast<int64_t>(shape.size()), shape.begin(), strides, 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(),
+      like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void*, void* context) { give_back(static_cast<KeptBlock*>(context)); }, block);
+  if (error != AOTI_TORCH_SUCCESS) give_back(block);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
+
+#endif
+
+}  // namespace fastmoe_route

@@ -1,0 +1,84 @@
+// Tensors as host files use them: the dtype and the layout that kernels take, fresh results, pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "common/check.h"
+#include "common/huge_pages.h"
+
+namespace fastmoe_route {
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return ScalarType::Float;
+    case DType::kBFloat16: return ScalarType::BFloat16;
+    case DType::kFloat16: return ScalarType::Half;
+    default: return ScalarType::Double;
+  }
+}
+
+// What scores and weights of this dtype are computed and returned in.
+inline ScalarType arithmetic_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// A matrix whose columns are contiguous, rows at any distance: itself if it can, else a copy.
+inline Tensor with_dense_columns(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+// Bytes of an element of a result: the float types, integers and bool.
+inline size_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    default: return 1;
+  }
+}
+
+// A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones
+// on the CPU ask for huge pages.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  int64_t strides[8];
+  int64_t stride = 1;
+  int64_t num_elements = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    num_elements *= shape.begin()[d];
+    stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    const size_t bytes = static_cast<size_t>(num_elements) * element_bytes(dtype);
+    if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
+}
+
+// The pointer of an optional tensor, or null.
+template <class T>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace fastmoe_route
