@@ -39,11 +39,11 @@ demo: build  ## set up, run the bench in quick form and train a small language m
 	@echo "The numbers and the plots are in demo/."
 
 .PHONY: gallery
-gallery: build  ## train a small language model with every router; table and plots in demo/compare_routers
+gallery: build $(VENV)/.test  ## train a small language model with every router; table and plots in demo/compare_routers
 	$(PY) examples/compare_routers.py $(ARGS)
 
 .PHONY: test
-test: build  ## set up and pass the tests
+test: build $(VENV)/.test  ## set up and pass the tests
 	$(PYTEST) $(ARGS)
 
 .PHONY: test-clients
@@ -52,13 +52,13 @@ test-clients: $(CLIENTS)/.built  ## pass the tests against transformers, peft an
 	$(CLIENTS)/bin/python -m pytest --large tests/test_distributed.py
 
 .PHONY: test-isa
-test-isa: build  ## pass the kernels' tests on every instruction set this processor has, one after the other
+test-isa: build $(VENV)/.test  ## pass the kernels' tests on every instruction set this processor has, one after the other
 	@for level in $$($(PY) tools/levels.py); do \
 	  echo "instruction set: $$level"; \
 	  FASTMOE_ROUTE_ISA=$$level $(PYTEST) --kernels $(ARGS); done
 
 .PHONY: test-asan
-test-asan: build/asan/fastmoe_route_cpu.so  ## pass the kernels' tests with the address and undefined-behaviour sanitizers
+test-asan: build/asan/fastmoe_route_cpu.so $(VENV)/.test  ## pass the kernels' tests with the address and undefined-behaviour sanitizers
 	@FASTMOE_ROUTE_LIBRARY_DIR=build/asan OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=127:max_malloc_fill_size=268435456 \
@@ -118,12 +118,12 @@ cuda: $(VENV)/.base  ## compile the CUDA library in build/cuda for every archite
 
 VM_SEEDS ?= 1 2 3 4 5
 .PHONY: test-cuda-vm
-test-cuda-vm: build build/vm/.built  ## run the CUDA kernels in the PTX virtual machine: its tests, then the ops' tests on VM_SEEDS
+test-cuda-vm: build $(VENV)/.test build/vm/.built  ## run the CUDA kernels in the PTX virtual machine: its tests, then the ops' tests on VM_SEEDS
 	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini $(ARGS) tools/ptxvm/tests
 	@$(PY) tools/ptxvm/run_op_tests.py --seeds $(VM_SEEDS) -- $(ARGS)
 
 .PHONY: test-cuda-vm-mutants
-test-cuda-vm-mutants: build build/vm/.built  ## take every barrier, fence, wait, member mask and guard of the CUDA kernels away in turn and expect red
+test-cuda-vm-mutants: build $(VENV)/.test build/vm/.built  ## take every barrier, fence, wait, member mask and guard of the CUDA kernels away in turn and expect red
 	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini -m mutants tools/ptxvm/tests/test_mutants.py
 
 VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
@@ -151,7 +151,7 @@ test-wheel-cuda: wheel-cuda  ## install that wheel beside a torch with CUDA and 
 	TORCH=$(TORCH) tools/test_wheel.sh $(PY) dist/cuda/*.whl dist/*.tar.gz
 
 .PHONY: gpu-check
-gpu-check: build  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
+gpu-check: build $(VENV)/.test  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(MAKE) cuda && FASTMOE_ROUTE_LIBRARY_DIR="$(abspath build/cuda)" $(PY) tools/gpu_check.py $(ARGS); \
 	else $(PY) tools/gpu_check.py $(ARGS); fi
@@ -169,7 +169,8 @@ clean:  ## remove what was built (.venv stays)
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# ---- The environment, by stamps: each step runs again only when what it depends on has changed.
+# ---- The environment, by stamps: each step runs again only when what it depends on has changed. Bytecode of what pip
+# installs is left to the first import: compiling all of it takes 17 s, and programs import a sixth of its modules.
 $(VENV)/.base: pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \
 	  echo "fastmoe_route needs Python 3.10 or newer with the venv module, and none was found."; \
@@ -182,12 +183,16 @@ $(VENV)/.base: pyproject.toml
 	  echo "Install g++ (Debian, Ubuntu: apt-get install g++) or name one: make CXX=/path/to/compiler"; exit 1; }
 	@echo "Setting up $(VENV) with $(TORCH) for $$($(PYTHON) --version 2>&1)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install "$(TORCH)" "scikit-build-core>=0.10" "cmake>=3.20" ninja
+	@$(PIP) install --no-compile "$(TORCH)" "scikit-build-core>=0.10" "cmake>=3.20" ninja
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.base $(SOURCES)
 	@echo "Building fastmoe_route"
-	@$(PIP) install --no-build-isolation -e ".[bench,test]"
+	@$(PIP) install --no-compile --no-build-isolation -e ".[bench]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@$(PIP) install --no-compile $$(sed -nE 's/^test = \[(.*)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
 
 # The peers see the packages of $(VENV), torch and fastmoe_route among them; $(VENV) does not see the peers.
@@ -205,7 +210,7 @@ $(VENV)/.lint: $(VENV)/.base
 	@touch $@
 
 # The clients' environment takes torch and this package from $(VENV), and adds its own packages.
-$(CLIENTS)/.built: $(VENV)/.built
+$(CLIENTS)/.built: $(VENV)/.built $(VENV)/.test
 	@echo "Setting up $(CLIENTS)"
 	@test -x $(CLIENTS)/bin/python || $(PY) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -c "import sysconfig, pathlib, sys; \

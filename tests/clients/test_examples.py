@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +55,27 @@ def test_finetune(tmp_path):
     assert report["largest_difference"] < 1e-3
     losses = report["losses"]["fastmoe_route"]
     assert losses[-1] < losses[0]
+
+
+def test_expert_parallel_under_torchrun(tmp_path):
+    pytest.importorskip("scipy")
+    path = tmp_path / "report.json"
+    done = subprocess.run(
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+         *(str(FOLDER / "expert_parallel.py"), "--steps", "4", "--experts", "8", "--top-k", "2"),
+         *("--hidden", "32", "--batch", "2", "--context", "16", "--planning", "2"),
+         *("--json", str(path))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(path.read_text())
+    assert report["processes"] == 2
+    assert report["difference"] <= 1e-5
+    assert report["losses"][-1] < report["losses"][0]
+    assert 0 < report["neighbours"]["rows_sent"] < report["neighbours"]["rows_one_by_one"]
+    assert sorted(report["placement"]["rank_of_expert"]) == [0] * 4 + [1] * 4
+    assert "rows between processes" in done.stdout
 
 
 @pytest.mark.parametrize(
