@@ -15,6 +15,7 @@ from mutant_expert_cases import (
     biased_product,
     experts,
     many_groups,
+    native,
     permute,
     preactivations_of_padding,
     rows_of_no_expert,
@@ -405,4 +406,6 @@ CASES: dict[str, Case] = {
     "experts, preactivations of padding": preactivations_of_padding,
     "product, biased": biased_product,
     "many groups": partial(many_groups, 1),
+    "native": partial(native, FAR, 7),
+    "native, few blocks": partial(native, 1, 300),
 }
