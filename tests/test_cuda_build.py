@@ -98,6 +98,23 @@ def test_cpu_results_are_untouched_by_loading_it() -> None:
     assert run_python(code) == "[[0.5, 0.5]]\n"
 
 
+def test_the_package_loads_it_where_torch_has_cuda_and_there_is_no_driver() -> None:
+    """A torch that only says it has CUDA: the library finds neither torch's nor the driver's."""
+    code = (
+        "import torch\ntorch.version.cuda = '13.0'\nimport fastmoe_route as fr\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        f"print(all(has('fastmoe_route::' + name, 'CUDA') for name in {on_cuda()}))\n"
+        "print(fr.gate(torch.tensor([[1.0, 2.0]]), 1).experts.tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTMOE_ROUTE_LIBRARY_DIR": str(LIBRARY.parent)},
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n[[1]]\n"), done.stderr
+
+
 def test_links_torch_for_the_cpu_only() -> None:
     if not shutil.which("readelf"):
         pytest.skip("no readelf: binutils is not installed")

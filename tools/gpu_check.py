@@ -141,10 +141,7 @@ def further(
 
     def planned(**options: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         limited = {"capacity": max(1, g.capacity // 2), **options}
-        return (
-            lambda e: torch.cat([fr.plan_dispatch(e, experts, **limited).row_to_slot, e.flatten()]),
-            g.routing.experts,
-        )
+        return lambda e: fr.plan_dispatch(e, experts, **limited).row_to_slot, g.routing.experts
 
     return {
         "gate, statistics": (statistics, g.logits),

@@ -75,9 +75,10 @@ struct Work {
         a.experts_are_int64 ? static_cast<const int64_t*>(a.experts)[at] : static_cast<const int32_t*>(a.experts)[at];
     debug_assert(id >= -1 && id < a.num_experts + a.allow_unrouted);
     if (id < 0 || id >= a.num_experts) return -1;
-    const bool has_scope = a.scope_ids == nullptr || (a.scope_ids[token] >= 0 && a.scope_ids[token] < a.num_scopes);
-    debug_assert(has_scope);
-    if (!has_scope) return -1;
+    if (a.scope_ids != nullptr && (a.scope_ids[token] < 0 || a.scope_ids[token] >= a.num_scopes)) {
+      debug_assert(false);
+      return -1;
+    }
     if (is_dropped != nullptr && is_dropped[slot] != 0) return -1;
     if (first_cut != nullptr && slot >= *first_cut) return -1;
     return static_cast<int>(id);

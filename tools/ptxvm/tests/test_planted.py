@@ -39,7 +39,8 @@ def marks() -> dict[str, dict[int, list[str]]]:
         if match := re.search(r"// BUG (.*)$", line):
             found[owner][number] = match[1].split("; ")
     for kernel, function in calls.items():
-        found[kernel] = found[function]
+        if function in found:
+            found[kernel] = found[function]
     kernels = set(re.findall(r"^KERNEL (\w+)\(", "\n".join(source()), re.M))
     return {kernel: lines for kernel, lines in found.items() if kernel in kernels}
 
