@@ -41,7 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITE = [
     f"tests/test_{name}.py"
     for name in ("gate", "plan_dispatch", "permute", "grouped_mm", "moe_mlp", "up_projection",
-                 "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules")
+                 "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules",
+                 "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
+                 "expert_extremes")
 ]  # fmt: skip
 # Wrong ids and offsets, sizes off every tile, padding.
 SANITIZED = ["tests/test_device_rules.py", "tests/test_moe_mlp.py", "tests/test_permute.py",

@@ -127,8 +127,8 @@ class LaneRow {
   unsigned chosen_;
 };
 
-// Rows [begin, end), 32 at most, of a warp: their experts, weights, demand, statistics and scores. Returns the lanes whose rows
-// have to go the general way. `sums` are the warp's sums of scores, or null.
+// Rows [begin, end), 32 at most, of a warp: their experts, weights, demand, statistics and scores. Returns the lanes
+// whose rows have to go the general way. `sums` are the warp's sums of scores, or null.
 template <class T, int kColumns>
 __device__ unsigned choose_by_lanes(const FastArgs& args, unsigned begin, unsigned end, int* demand, float* sums) {
   const unsigned t = begin + own_lane();

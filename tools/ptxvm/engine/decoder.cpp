@@ -75,8 +75,8 @@ constexpr Modifiers kModifiers[] = {
     {"bfind", "shiftamt"},
     {"cvta isspacep", "to global shared shared::cta local param const"},
     {"ld ldu st",
-     "global shared shared::cta local param param::entry const weak relaxed acquire release volatile mmio gpu sys nc v2 "
-     "v4 ca cg cs lu cv wb wt L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
+     "global shared shared::cta local param param::entry const weak relaxed acquire release volatile mmio gpu sys nc "
+     "v2 v4 ca cg cs lu cv wb wt L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
      "L2::64B L2::128B L2::256B L2::cache_hint"},
     {"atom red",
      "global shared shared::cta relaxed acquire release acq_rel gpu sys add min max inc dec and or xor exch cas"},

@@ -1,5 +1,5 @@
 // The entry points of libcudart.so.13 that host code compiled by nvcc calls: registration, launches, errors, device.
-// There is one device, of compute capability 8.0 unless a test says other; launches run to their end before they return.
+// There is one device, of compute capability 8.0 unless a test says other; a launch runs to its end before it returns.
 #include "runtime/registry.h"
 
 using ptxvm::Engine;

@@ -1,6 +1,6 @@
-// What stands in for the kernels of CUTLASS 3 (wgmma, tcgen05, TMA), whose instructions the virtual machine has not: plain
-// products that read the arrays of native.h as those kernels do. So the arrays, the zeros and the way there are executed;
-// the kernels themselves are not.
+// What stands in for the kernels of CUTLASS 3 (wgmma, tcgen05, TMA), whose instructions the virtual machine has not:
+// plain products that read the arrays of native.h as those kernels do. So the arrays, the zeros and the way there are
+// executed; the kernels themselves are not.
 #include "cuda/gemm/native.h"
 
 namespace fastmoe_route {

@@ -1,8 +1,8 @@
 // Kernels with one bug each, on purpose. The engine must report every one of them, on every seed, as the kind and at
 // the line that its mark names. Every kernel takes: in [n] and table [n] read-only, out [n] and scratch [n] undefined.
 //
-// A mark is a comment "BUG kind" on the line of the report; a race may be reported at either of two marked lines. Bugs
-// that break no rule have the mark "BUG wrong result": the control of the same name without "_wrongly" says what is right.
+// A mark is a comment "BUG kind" on the line of the report; a race may be reported at either of two marked lines. A bug
+// that breaks no rule has the mark "BUG wrong result": the control of its name without "_wrongly" says what is right.
 #include "tests/matrix_product.cuh"
 
 #include <cstdint>
