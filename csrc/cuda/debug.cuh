@@ -1,5 +1,5 @@
-// In a build without NDEBUG (CMAKE_BUILD_TYPE=Debug) an id out of range stops the kernel: an error of the next call that
-// waits for it. In other builds it is none, and nothing is paid for.
+// In a build without NDEBUG (CMAKE_BUILD_TYPE=Debug) an id out of range stops the kernel: an error of the next call
+// that waits for it. In other builds it is none, and nothing is paid for.
 #pragma once
 
 #include <cassert>

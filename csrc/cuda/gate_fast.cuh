@@ -3,11 +3,12 @@
 // the same choice; which way a row goes depends on the row alone.
 //
 // A lane has kPerLane logits, in packs of up to 16 bytes, which are loaded one by one where rows do not lie in packs:
-// the same lanes have the same columns, so bits do not depend on the layout. For K up to kMostPicks it shows its best
-// and keeps its second best: K picks, one redux each, move on whoever shows what was picked. They are right if exactly K
-// logits reach the last value picked: a tie between lanes moves two on, a lane with three of the K best shows nothing in
-// time, and either leaves more than K there. Such rows, and larger K, bisect for the K-th largest key (FastRow::select),
-// which takes ties by column; the chosen ones then lie side by side in shared memory and are ranked by counting.
+// the same lanes have the same columns, so bits do not depend on the layout. For K up to kMostPicks a lane shows its
+// best and keeps its second best: K picks, one redux each, move on whoever shows what was picked. They are right if
+// exactly K logits reach the last value picked: a tie between lanes moves two on, a lane with three of the K best shows
+// nothing in time, and either leaves more than K there. Such rows, and larger K, bisect for the K-th largest key
+// (FastRow::select), which takes ties by column; the chosen ones then lie side by side in shared memory and are ranked
+// by counting.
 #pragma once
 
 #include <utility>
