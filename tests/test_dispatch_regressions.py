@@ -22,6 +22,7 @@ def case(num_tokens: int = 40, top_k: int = 3, num_experts: int = 8, seed: int =
     return x, experts, torch.rand(num_tokens, top_k, generator=generator)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("stray", [-(10**6), -2, 8, 10**6, 2**31 - 1])
 def test_stray_id_is_an_error_and_no_crash(backend: str, stray: int) -> None:
     """vLLM's CPU kernels crash on ids such as 10^6."""
@@ -99,7 +100,13 @@ def test_shapes_that_do_not_fit(backend: str) -> None:
     ):
         with pytest.raises(ValueError, match=r"must have shape .*, got float32 tensor of shape"):
             call()
-    mixed = plan._replace(slot_to_row=other.slot_to_row)
+
+
+@pytest.mark.cpu_only
+def test_maps_of_two_plans_do_not_fit(backend: str) -> None:
+    x, experts, _ = case()
+    mixed = fr.plan_dispatch(experts, 8)
+    mixed = mixed._replace(slot_to_row=fr.plan_dispatch(experts[:39], 8).slot_to_row)
     with pytest.raises(RuntimeError, match="plan must come from plan_dispatch"):
         fr.permute(x[:39], mixed)
 

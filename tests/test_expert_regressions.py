@@ -107,6 +107,7 @@ def test_weights_that_change_in_place(backend: str, dtype: torch.dtype) -> None:
         assert_exact(layer(*case), loop(*case))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("stray", [-2, 6, 10**6, -(10**6), 2**31 - 1])
 def test_stray_ids_are_an_error(backend: str, stray: int) -> None:
     """An id of 10^6 crashes vLLM's CPU kernels, id E reads stale memory in transformers."""
@@ -173,6 +174,7 @@ def test_rows_past_the_last_group_are_zero(backend: str, dtype: torch.dtype) -> 
     assert grad_w.isfinite().all()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("stops", [(4, 2, 6), (4, -1, 6), (2, 4, 7), (2**31 - 1, 4, 6)])
 def test_offsets_that_fall_or_leave_the_rows_are_an_error(backend: str, stops: tuple) -> None:
     """torch's grouped_mm takes decreasing and negative offsets."""

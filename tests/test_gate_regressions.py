@@ -257,6 +257,7 @@ def test_gradient_of_normalised_weights_far_below_the_largest_logit(depth, dtype
         )
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("stats", [False, True])
 def test_memory_of_the_whole_gate_is_its_outputs(stats):
     logits = torch.randn(20_000, 256)

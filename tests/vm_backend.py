@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "example")
 # float64 is for gradient checks on the CPU there, by contract.
 FLOAT64_STEMS = ("gate", "grouped_mm", "moe_mlp")
+# Test files that are not named after an op.
 MORE_FILES = (
-    "device_rules",
-    "overflow",
-    "up_projection",
-)  # test files that are not named after an op
+    *("device_rules", "up_projection", "native_products", "gate_contract", "gate_regressions"),
+    *("dispatch_regressions", "expert_regressions", "expert_extremes", "overflow"),
+)
 # What the kernels of the processor have besides.
 OF_THE_CPU = ("threads", "instruction_set", "level", "streamed", "scratch")
 
@@ -67,6 +67,8 @@ def load() -> None:
 
     engine()
     use_cuda_kernels()
+    # Changes nothing on the 8.0 that the vm says it is; test_native_products.py has it say other.
+    os.environ["FASTMOE_ROUTE_CUDA_GEMM"] = "native"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Oo]verrid.*")
         torch.ops.load_library(str(folder() / "fastmoe_route_vm.so"))
@@ -133,7 +135,9 @@ def _is_of_float64(item: pytest.Item) -> bool:
     parameters = getattr(item, "callspec", None)
     is_wide = parameters is not None and torch.float64 in parameters.params.values()
     stem = item.path.stem.removeprefix("test_")
-    return stem in FLOAT64_STEMS and (is_wide or "gradcheck" in item.name or "float64" in item.name)
+    return stem.startswith(FLOAT64_STEMS) and (
+        is_wide or "gradcheck" in item.name or "float64" in item.name
+    )
 
 
 def takes(item: pytest.Item) -> bool:
@@ -150,7 +154,7 @@ def takes(item: pytest.Item) -> bool:
 def start(seed: int) -> None:
     """Before a test: its schedules follow from the seed and its own launches only."""
     engine().clear_reports()
-    engine().set_options(seed=seed, num_sms=1 + seed % 4)
+    engine().set_options(seed=seed, num_sms=1 + seed % 4, capability=80)
 
 
 def reports() -> list[str]:
@@ -163,4 +167,7 @@ def record() -> dict[str, object]:
     vm = engine()
     launches = {vm.readable(name): count for name, count in vm.launches().items()}
     known = [vm.readable(name) for name in vm.known_kernels()]
+    for name in [name for name in known if "stand_in" in name]:  # tools/ptxvm's own
+        known.remove(name)
+        launches.pop(name, None)
     return {"launches": launches, "known": known, "instructions": vm.instructions()}

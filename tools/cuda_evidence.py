@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "cuda" / "fastmoe_route_cuda.so"
@@ -317,57 +317,147 @@ instructions of its matrix products and an occupancy floor."""
 BANDWIDTH, TENSOR_FLOPS = 3.0e12, 798e12
 
 
-def models() -> list[str]:
-    """Least bytes and operations of the ops at common sizes, and what an H100 needs for them."""
-    rows = []
+class Modelled(NamedTuple):
+    """What an op has to move and compute at least, or as its launches do, at one size."""
 
-    def add(op: str, shape: str, num_bytes: float, flops: float = 0.0) -> None:
-        memory, arithmetic = num_bytes / BANDWIDTH, flops / TENSOR_FLOPS
+    op: str
+    kernels: str  # those it launches, CUB's left out
+    shape: str
+    num_bytes: float
+    flops: float = 0.0
+
+
+PASS = 24  # bytes a slot that one pass of a sort over 8 bits of key reads and writes
+
+
+def modelled_scores() -> list[Modelled]:
+    """Gate, expert choice and softmax."""
+    t, e, k, vocabulary, rows = 8192, 256, 8, 128256, 256
+    gate = t * (2 * e + 8 * k)
+    scores = f"T={t}, E={e}, bfloat16"
+    words = f"{rows} x {vocabulary}, bfloat16"
+    size = 2.0 * rows * vocabulary
+    return [
+        Modelled("gate", "gate_kernel", f"T={t}, E={e}, K={k}, bfloat16", gate),
+        Modelled("gate, statistics", "gate_kernel, sum_tiles_kernel",
+                 f"T={t}, E={e}, K={k}, bfloat16", gate + 4 * t + 8 * e * t / 8),
+        Modelled("gate, backward", "gate_backward_kernel", f"T={t}, E={e}, K={k}, bfloat16",
+                 t * (4 * e + 8 * k)),
+        Modelled("expert_choice, as launched",
+                 "score_keys_kernel, group_keys_kernel, mark_surplus_kernel, write_choice_kernel",
+                 f"T={t}, E={e}, float32", t * e * (16 + 4 * PASS + 12 + 2 * PASS + 13 + 13)),
+        Modelled("softmax", "softmax_warp_kernel", scores, 4 * t * e),
+        Modelled("softmax, backward", "softmax_backward_warp_kernel", scores, 6 * t * e),
+        Modelled("softmax, long rows", "softmax_block_kernel", words, 2 * size),
+        Modelled("softmax, long rows, backward", "softmax_backward_block_kernel", words, 3 * size),
+        Modelled("softmax_topk", "chunk_kernel, merge_kernel", f"{words}, k={k}", size),
+        Modelled("softmax_topk, backward", "softmax_topk_backward_kernel", f"{words}, k={k}",
+                 2 * size),
+    ]  # fmt: skip
+
+
+def modelled_rows() -> list[Modelled]:
+    """Plans and the movement of rows."""
+    t, e, k = 8192, 256, 8
+    slots, m = t * k, 2 * k
+    plan = "walk_kernel, place_kernel"
+    rows = [
+        Modelled("plan_dispatch", plan, f"T={t}, E={e}, K={k}", slots * 16),
+        Modelled("plan_dispatch, more than 512 experts", "walk_kernel, scan_kernel",
+                 f"T={t}, E=1024, K={k}", slots * 16 + 16 * 1024 * slots / 1024),
+        Modelled("plan_dispatch, capacity by score, as launched",
+                 f"{plan}, scan_kernel, fill_score_keys_kernel, fill_group_keys_kernel, "
+                 "mark_surplus_kernel", f"T={t}, E={e}, K={k}",
+                 slots * (4 + 16 + 4 * PASS + 20 + 2 * PASS + 13 + 18)),
+        Modelled("plan_dispatch, max_rows", f"{plan}, scan_kernel, count_used_kernel, "
+                 "find_cut_kernel", f"T={t}, E={e}, K={k}", slots * 24),
+        Modelled("reroute, as launched", "prepare_kernel, list_kernel, key_kernel, group_kernel, "
+                 "grant_kernel, finish_kernel", f"T={t}, E={e}, K={k} of {m}",
+                 t * m * (5 + 4 + 16 + 2 * PASS + 20 + 12 + PASS + 21 + 5)),
+    ]  # fmt: skip
+    t, h = 32768, 2048
+    moved = 2 * t * h * (1 + k)
+    shape = f"T={t}, H={h}, K={k}, bfloat16"
+    return [
+        *rows,
+        Modelled("permute", "permute_kernel", shape, moved),
+        Modelled("unpermute", "unpermute_kernel", shape, moved),
+        Modelled(
+            "unpermute, backward", "unpermute_backward_kernel", shape, 2 * t * h * (1 + 2 * k)
+        ),
+    ]
+
+
+def modelled_experts() -> list[Modelled]:
+    """Products and the expert layer."""
+    t, h, i, e, k = 32768, 2048, 768, 128, 8
+    r = t * k
+    weights = 2 * 3 * e * h * i
+    rows_product = "group_rows_kernel, rows_product_kernel"
+    groups_product = "group_rows_kernel, groups_product_kernel"
+    native = "native_arrays_kernel and CUTLASS's"
+    up = 2 * r * (h + 2 * i) + 2 * e * h * 2 * i
+    shape = f"R={r}, {h} x {2 * i}, E={e}, bfloat16"
+    layer = f"T={t}, H={h}, I={i}, E={e}, K={k}, bfloat16"
+    # x by index, activated rows written and read, the experts' outputs written and read.
+    own = weights + 2 * t * h + 2 * r * (h + 2 * i + 2 * h) + 2 * t * h
+    # Rows [R, H] written three times and read four times, u and a' once each, pre read and its
+    # gradient written and read twice; g, x and dx by token.
+    back = 2 * weights + 2 * r * (7 * h + 4 * i + 4 * 2 * i) + 2 * 3 * t * h
+    return [
+        Modelled("grouped_mm, up", rows_product, shape, up, 4 * r * h * i),
+        Modelled("grouped_mm, weights", groups_product, shape, up, 4 * r * h * i),
+        Modelled("grouped_mm, bias", "group_rows_kernel, column_sums_kernel", shape, 4 * r * i),
+        Modelled("grouped_mm, up, native", f"{native}, zero_rest_kernel", shape, up, 4 * r * h * i),
+        Modelled("grouped_mm, weights, native", f"{native}, zero_empty_kernel", shape, up,
+                 4 * r * h * i),
+        Modelled("activation", "activate_kernel", f"R={r}, I={i}, bfloat16", 2 * r * 3 * i),
+        Modelled("weights on input", "scale_rows_kernel", f"R={r}, H={h}, bfloat16", 2 * r * 2 * h),
+        Modelled("moe_mlp, as launched",
+                 "group_rows_kernel, up_product_kernel, rows_product_kernel, unpermute_kernel",
+                 layer, own, 6 * r * h * i),
+        Modelled("moe_mlp, least", "", layer, weights + 4 * t * h, 6 * r * h * i),
+        Modelled("moe_mlp, backward, as launched",
+                 f"{groups_product}, rows_product_kernel, permute_kernel, "
+                 "activate_backward_kernel, unpermute_kernel", layer, back, 12 * r * h * i),
+    ]  # fmt: skip
+
+
+def modelled() -> list[Modelled]:
+    return [*modelled_scores(), *modelled_rows(), *modelled_experts()]
+
+
+def models() -> list[str]:
+    """The rows of `modelled`, and what an H100 needs for them at least."""
+    rows = []
+    for one in modelled():
+        memory, arithmetic = one.num_bytes / BANDWIDTH, one.flops / TENSOR_FLOPS
         bound = "arithmetic" if arithmetic > memory else "memory"
-        work = f"{flops / 1e12:.2f}" if flops else ""
+        work = f"{one.flops / 1e12:.2f}" if one.flops else ""
         least = max(memory, arithmetic) * 1e6
         rows.append(
-            f"| `{op}` | {shape} | {num_bytes / 1e6:.2f} | {work} | {least:.1f} | {bound} |"
+            f"| `{one.op}` | {one.kernels} | {one.shape} | {one.num_bytes / 1e6:.2f} | {work}"
+            f" | {least:.1f} | {bound} |"
         )
+    head = "| op | kernels | shape | MB | TFLOP | least us | bound by |"
+    return [head, "|---|---|---|---|---|---|---|", *rows]
 
-    t, e, k = 8192, 256, 8
-    add("gate", f"T={t}, E={e}, K={k}, bfloat16", t * (2 * e + 8 * k))
-    add(
-        "gate, statistics",
-        f"T={t}, E={e}, K={k}, bfloat16",
-        t * (2 * e + 8 * k + 4) + 8 * e * t / 8,
-    )
-    add("plan_dispatch", f"T={t}, E={e}, K={k}", t * k * (4 + 4 + 4 + 4))
-    t, h, i, e = 32768, 2048, 768, 128
-    add("permute", f"T={t}, H={h}, K={k}, bfloat16", 2 * t * h * (1 + k))
-    add("unpermute", f"T={t}, H={h}, K={k}, bfloat16", 2 * t * h * (1 + k))
-    rows_ = t * k
-    weights = 2 * 3 * e * h * i
-    up = 2 * rows_ * (h + 2 * i) + 2 * e * h * 2 * i
-    add("grouped_mm, up", f"R={rows_}, {h} x {2 * i}, E={e}, bfloat16", up, 4 * rows_ * h * i)
-    add("activation", f"R={rows_}, I={i}, bfloat16", 2 * rows_ * 3 * i)
-    # x by index, activated rows written and read, the experts' outputs written and read.
-    own = weights + 2 * t * h + 2 * rows_ * (h + 2 * i + 2 * h) + 2 * t * h
-    add(
-        "moe_mlp, as launched",
-        f"T={t}, H={h}, I={i}, E={e}, K={k}, bfloat16",
-        own,
-        6 * rows_ * h * i,
-    )
-    add(
-        "moe_mlp, least",
-        f"T={t}, H={h}, I={i}, E={e}, K={k}, bfloat16",
-        weights + 4 * t * h,
-        6 * rows_ * h * i,
-    )
-    head = "| op | shape | MB | TFLOP | least us | bound by |"
-    return [head, "|---|---|---|---|---|---|", *rows]
+
+@cache
+def compiler() -> str:
+    """The version of nvcc, as it says it."""
+    nvcc = os.environ.get("CUDACXX", "nvcc")
+    said = run([nvcc, "--version"]) if shutil.which(nvcc) else ""
+    found = re.search(r"release [\d.]+, V[\d.]+", said)
+    return f"nvcc {found[0]}" if found else "an unknown nvcc"
 
 
 def page(library: Path) -> str:
     kernels = read(library)
     lines = [
         *HEAD.splitlines(),
+        "",
+        f"Compiled by {compiler()}.",
         "",
         "## Modelled: bytes and operations at common sizes",
         "",

@@ -7,7 +7,8 @@ In this order, each part even if one before it failed:
   dispatcher  the CUDA library is loaded and every op has a CUDA kernel
   suite       the tests of the ops, whose CPU tensors take a trip to the GPU (tests/cuda_backend.py)
   sanitizer   a part of them under compute-sanitizer (memcheck, racecheck), where it is installed
-  graphs      every op, and its gradient, captured in a CUDA graph and replayed on new inputs
+  graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
+              on new inputs
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
   bench       every op beside plain PyTorch and installed peers, with the share of the copy
               bandwidth and of the matmul peak measured in the same process
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITE = [
     f"tests/test_{name}.py"
     for name in ("gate", "plan_dispatch", "permute", "grouped_mm", "moe_mlp", "up_projection",
-                 "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules")
+                 "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules",
+                 "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
+                 "expert_extremes")
 ]  # fmt: skip
 # Wrong ids and offsets, sizes off every tile, padding.
 SANITIZED = ["tests/test_device_rules.py", "tests/test_moe_mlp.py", "tests/test_permute.py",
@@ -59,13 +63,13 @@ def find_no_gpu() -> str | None:
     return NO_GPU.format(torch=torch.__version__, cuda=torch.version.cuda or "none")
 
 
-# ---- the ops, as functions of inputs that stay where they are -----------------------------------
+# ---- the ops, as functions of one input ----------------------------------------------------------
 
 
-def ops(
+def given(
     device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
-) -> dict[str, Any]:
-    """`name -> (function, its input, bytes, flops)` of every op at one shape, in bfloat16."""
+) -> SimpleNamespace:
+    """Inputs of every op at one shape, in bfloat16, that stay where they are."""
     import fastmoe_route as fr
 
     generator = torch.Generator(device).manual_seed(0)
@@ -74,34 +78,93 @@ def ops(
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     x, logits = random(tokens, hidden), random(tokens, experts)
-    w_up, w_down = random(experts, hidden, 2 * inter) / 32, random(experts, inter, hidden) / 32
     routing = fr.gate(logits, top_k, normalize=True)
     plan = fr.plan_dispatch(routing.experts, experts)
-    rows = fr.permute(x, plan)
-    asked = fr.gate(logits, 2 * top_k, normalize=True)
-    capacity = -(-tokens * top_k // experts)
-    wide = random(8, 128256)
+    return SimpleNamespace(
+        x=x,
+        logits=logits,
+        w_up=random(experts, hidden, 2 * inter) / 32,
+        w_down=random(experts, inter, hidden) / 32,
+        routing=routing,
+        plan=plan,
+        rows=fr.permute(x, plan),
+        asked=fr.gate(logits, 2 * top_k, normalize=True),
+        capacity=-(-tokens * top_k // experts),
+        wide=random(8, 128256),
+        bias=random(experts, dtype=torch.float32),
+        scopes=torch.arange(tokens, device=device, dtype=torch.int32) % 4,
+    )
+
+
+def ops(
+    device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
+) -> dict[str, Any]:
+    """`name -> (function, its input, bytes, flops)` of every op at one shape."""
+    import fastmoe_route as fr
+
+    g = given(device, tokens, hidden, inter, experts, top_k)
     num_rows = tokens * top_k
     moved = 2 * hidden * (tokens + num_rows)
     return {
-        "gate": (lambda z: fr.gate(z, top_k, normalize=True).weights, logits,
+        "gate": (lambda z: fr.gate(z, top_k, normalize=True).weights, g.logits,
                  tokens * (2 * experts + 8 * top_k), 0),
         "expert_choice": (lambda z: fr.expert_choice(z, max(1, num_rows // experts)).weights,
-                          logits, tokens * experts * 10, 0),
-        "plan_dispatch": (lambda e: fr.plan_dispatch(e, experts).row_to_slot, routing.experts,
+                          g.logits, tokens * experts * 10, 0),
+        "plan_dispatch": (lambda e: fr.plan_dispatch(e, experts).row_to_slot, g.routing.experts,
                           num_rows * 16, 0),
-        "reroute": (lambda e: fr.reroute((e, asked.weights), experts, top_k, capacity).experts,
-                    asked.experts, tokens * 2 * top_k * 12, 0),
-        "permute": (lambda v: fr.permute(v, plan), x, moved, 0),
-        "unpermute": (lambda v: fr.unpermute(v, plan, routing.weights), rows, moved, 0),
-        "grouped_mm": (lambda v: fr.grouped_mm(v, w_up, plan.offsets), rows,
-                       2 * (num_rows * (hidden + 2 * inter) + w_up.numel()),
+        "reroute": (lambda e: fr.reroute((e, g.asked.weights), experts, top_k, g.capacity).experts,
+                    g.asked.experts, tokens * 2 * top_k * 12, 0),
+        "permute": (lambda v: fr.permute(v, g.plan), g.x, moved, 0),
+        "unpermute": (lambda v: fr.unpermute(v, g.plan, g.routing.weights), g.rows, moved, 0),
+        "grouped_mm": (lambda v: fr.grouped_mm(v, g.w_up, g.plan.offsets), g.rows,
+                       2 * (num_rows * (hidden + 2 * inter) + g.w_up.numel()),
                        4 * num_rows * hidden * inter),
-        "moe_mlp": (lambda v: fr.moe_mlp(v, routing, w_up, w_down, plan=plan), x,
-                    2 * (2 * tokens * hidden + w_up.numel() + w_down.numel()),
+        "moe_mlp": (lambda v: fr.moe_mlp(v, g.routing, g.w_up, g.w_down, plan=g.plan), g.x,
+                    2 * (2 * tokens * hidden + g.w_up.numel() + g.w_down.numel()),
                     6 * num_rows * hidden * inter),
-        "softmax": (lambda v: fr.softmax(v), wide, 4 * wide.numel(), 0),
-        "softmax_topk": (lambda v: fr.softmax_topk(v, 8)[0], wide, 2 * wide.numel(), 0),
+        "softmax": (lambda v: fr.softmax(v), g.wide, 4 * g.wide.numel(), 0),
+        "softmax_topk": (lambda v: fr.softmax_topk(v, 8)[0], g.wide, 2 * g.wide.numel(), 0),
+    }  # fmt: skip
+
+
+def further(
+    device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
+) -> dict[str, Any]:
+    """`name -> (function, its input)`: other kernels of the ops, and gradients of other inputs."""
+    import fastmoe_route as fr
+
+    g = given(device, tokens, hidden, inter, experts, top_k)
+    grouped = {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum"}
+
+    def statistics(z: Tensor) -> Tensor:
+        routing = fr.gate(z, top_k, stats=True, keep_scores=True)
+        parts = (routing.weights, routing.score_sum, routing.logsumexp, routing.scores)
+        return torch.cat([part.flatten() for part in parts])
+
+    def planned(**options: Any) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        limited = {"capacity": max(1, g.capacity // 2), **options}
+        return lambda e: fr.plan_dispatch(e, experts, **limited).row_to_slot, g.routing.experts
+
+    return {
+        "gate, statistics": (statistics, g.logits),
+        "gate, bias and groups": (
+            lambda z: fr.gate(z, 2, score="sigmoid", bias=g.bias, **grouped).weights, g.logits),
+        "plan_dispatch, by position": planned(),
+        "plan_dispatch, by score": planned(drop_policy="score", weights=g.routing.weights),
+        "plan_dispatch, scopes": planned(scope_ids=g.scopes, num_scopes=4),
+        "plan_dispatch, max_rows": planned(max_rows=tokens),
+        "unpermute, weights": (lambda w: fr.unpermute(g.rows, g.plan, w), g.routing.weights),
+        "grouped_mm, weights": (lambda w: fr.grouped_mm(g.rows, w, g.plan.offsets), g.w_up),
+        "moe_mlp, w_up": (
+            lambda w: fr.moe_mlp(g.x, g.routing, w, g.w_down, plan=g.plan), g.w_up),
+        "moe_mlp, w_down": (
+            lambda w: fr.moe_mlp(g.x, g.routing, g.w_up, w, plan=g.plan), g.w_down),
+        "moe_mlp, weights": (
+            lambda w: fr.moe_mlp(g.x, (g.routing.experts, w), g.w_up, g.w_down, plan=g.plan),
+            g.routing.weights),
+        "softmax, short rows": (lambda v: fr.softmax(v), g.logits),
+        "softmax, three_pass": (lambda v: fr.softmax(v, method="three_pass"), g.wide),
+        "transport": (lambda z: fr.transport(z, "sinkhorn", iters=3), g.logits.float()),
     }  # fmt: skip
 
 
@@ -206,21 +269,26 @@ def gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return run
 
 
-def with_gradients(found: dict[str, Any]) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """`name -> (function, its input)` of every op and of the backward pass of every float op."""
-    pairs = {name: (function, given) for name, (function, given, _, _) in found.items()}
+def with_gradients(
+    device: str, shape: tuple[int, ...]
+) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """`name -> (function, its input)` of all that can be captured, backward passes included."""
+    pairs = {
+        name: (function, value) for name, (function, value, _, _) in ops(device, *shape).items()
+    }
+    pairs |= further(device, *shape)
     return pairs | {
-        f"{name}, backward": (gradient(function), given)
-        for name, (function, given) in pairs.items()
-        if given.is_floating_point()
+        f"{name}, backward": (gradient(function), value)
+        for name, (function, value) in pairs.items()
+        if value.is_floating_point()
     }
 
 
 def check_graphs(shape: tuple[int, ...]) -> bool:
     """Captures every op, changes its input in place, replays, and compares with an eager call."""
     good = True
-    for name, (function, given) in with_gradients(ops("cuda", *shape)).items():
-        fixed = given.clone()
+    for name, (function, value) in with_gradients("cuda", shape).items():
+        fixed = value.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -229,11 +297,11 @@ def check_graphs(shape: tuple[int, ...]) -> bool:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = function(fixed)
-        fixed.copy_(given.flip(0))
+        fixed.copy_(value.flip(0))
         graph.replay()
         torch.cuda.synchronize()
         same = torch.equal(captured, function(fixed))
-        print(f"  {name:<24} {'same bits' if same else 'DIFFERENT'}")
+        print(f"  {name:<36} {'same bits' if same else 'DIFFERENT'}")
         good &= same
     return good
 
@@ -304,14 +372,14 @@ def run_bench(device: str, shape: tuple[int, ...], repeats: int, size: int) -> d
     print(f"  shape: T, H, I, E, K = {shape}")
     report: dict[str, Any] = {"bandwidth": bandwidth, "peak": peak, "shape": shape, "rows": []}
     others = baselines(device, *shape)
-    for name, (function, given, num_bytes, flops) in ops(device, *shape).items():
-        own = seconds_of(partial(function, given), device, repeats)
+    for name, (function, value, num_bytes, flops) in ops(device, *shape).items():
+        own = seconds_of(partial(function, value), device, repeats)
         limit = max(num_bytes / bandwidth, flops / peak)
         row = {"op": name, "seconds": own, "share_of_limit": limit / own, "others": {}}
         text = f"  {name:<16} {own * 1e6:9.1f} us  {limit / own:5.0%} of the limit"
         for (op, contender), other in others.items():
             if op == name:
-                taken = seconds_of(partial(other, given), device, repeats)
+                taken = seconds_of(partial(other, value), device, repeats)
                 row["others"][contender] = taken
                 text += f"  {taken / own:5.2f}x {contender}"
         print(text)
@@ -347,8 +415,8 @@ def main() -> int:
     parts: dict[str, Callable[[], bool]] = {"dispatcher": lambda: check_dispatcher(device)}
     if options.rehearse:
         parts["gradients"] = lambda: all(
-            bool(function(given).isfinite().all())
-            for function, given in with_gradients(ops(device, *shape)).values()
+            bool(function(value).isfinite().all())
+            for function, value in with_gradients(device, shape).values()
         )
     else:
         parts["suite"] = lambda: pytest_run(SUITE)

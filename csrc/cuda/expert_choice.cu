@@ -8,6 +8,7 @@
 // Why sorts. A radix select per (expert, scope) would read the scores six times and need the tokens of every scope side
 // by side; two stable sorts handle any scopes, and are those of plan_dispatch. Bytes: 24 a slot and pass over 8 bits of
 // key (four for the scores, one or two for the groups), the scores twice, the results once.
+#include "cuda/debug.cuh"
 #include "cuda/surplus.cuh"
 #include "ops/expert_choice.h"
 
@@ -22,6 +23,7 @@ __device__ inline uint64_t group_of(const ExpertChoiceArgs& a, uint32_t token, u
   const uint64_t num_scopes = static_cast<uint64_t>(a.num_scopes);
   if (a.scope_ids == nullptr) return expert * num_scopes;
   const int32_t scope = a.scope_ids[token];
+  debug_assert(scope >= 0 && scope < a.num_scopes);
   if (scope < 0 || scope >= a.num_scopes) return static_cast<uint64_t>(a.num_experts) * num_scopes;
   return expert * num_scopes + static_cast<uint32_t>(scope);
 }

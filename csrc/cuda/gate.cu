@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(kGateThreads, kWarpRows > 1 ? 2 : 1)
       } else if constexpr (kPerLane > 0) {
         FastRow<T, kPerLane> fast(call.fast, demand);
         if (fast.choose(t, m)) {
-          if (call.tile_sums != nullptr) fast.add_statistics(t, sums_of(warp));
+          if (call.fast.has_more) fast.write_more(t, call.tile_sums != nullptr ? sums_of(warp) : nullptr);
           continue;
         }
       }
@@ -417,40 +417,50 @@ GateCall call_of(const GateArgs& a) {
   const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
   call.fast = {a.logits.data,
                a.logits.stride_row,
+               a.logits.stride_col,
                static_cast<float*>(a.weights),
                a.experts,
                static_cast<float*>(a.logsumexp),
+               static_cast<float*>(a.scores),
                call.num_columns,
                call.top_k,
                shape.score,
                shape.normalize,
-               static_cast<float>(shape.scale)};
+               a.logsumexp != nullptr || a.scores != nullptr,
+               static_cast<float>(shape.scale),
+               LogitLoads::kElements};
   call.noisy_scores =
       a.noise.data != nullptr && (!call.logit_keys || call.has_top_p || call.has_threshold || sums_groups);
   return call;
 }
 
-// How rows of a call are taken: the template arguments of gate_kernel.
+// How rows of a call are taken: the template arguments of gate_kernel. It follows from what is computed, never from the
+// layout of the logits or from which results are asked for beside the weights, so these change no bit.
 struct Way {
   int per_lane, warp_rows;
 };
-template <class T>
 Way way_of(const GateCall& call) {
   constexpr Way kGeneral{0, 1};
   const GateArgs& a = call.a;
-  const bool is_plain = call.logit_keys && a.mask.data == nullptr && a.noise.data == nullptr && a.scores == nullptr &&
+  const bool is_plain = call.logit_keys && a.mask.data == nullptr && a.noise.data == nullptr &&
                         a.k_per_token.data == nullptr && !call.has_top_p && !call.has_threshold;
   const bool is_free = a.topk_groups == a.shape.num_groups && a.max_per_group >= a.shape.top_k;
-  if (!is_plain || !is_free || a.shape.num_null > 0 || a.logits.stride_col != 1) return kGeneral;
-  const auto lies_in_packs = [&](int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(a.logits.data) % bytes == 0 && a.logits.stride_row * sizeof(T) % bytes == 0 &&
-           call.num_columns * sizeof(T) % bytes == 0;
-  };
-  if (call.num_columns <= kLanesMostColumns && a.shape.score != Score::kSqrtSoftplus && lies_in_packs(16))
+  if (!is_plain || !is_free || a.shape.num_null > 0) return kGeneral;
+  if (call.num_columns <= kLanesMostColumns && a.shape.score != Score::kSqrtSoftplus)
     return {call.num_columns <= kLanesMostColumns / 2 ? kLanesMostColumns / 2 : kLanesMostColumns, kWarp};
   const int per_lane = call.num_columns <= 2 * kWarp ? 2 : call.num_columns <= 4 * kWarp ? 4 : 8;
-  if (call.num_columns > per_lane * kWarp || call.top_k > kFastMostK) return kGeneral;
-  return lies_in_packs(per_lane * sizeof(T) < 16 ? per_lane * sizeof(T) : 16) ? Way{per_lane, 1} : kGeneral;
+  return call.num_columns > per_lane * kWarp || call.top_k > kFastMostK ? kGeneral : Way{per_lane, 1};
+}
+
+template <class T>
+LogitLoads loads_of(const GateCall& call, const Way& way) {
+  const Strided<void>& logits = call.a.logits;
+  const int64_t most = way.per_lane * static_cast<int64_t>(sizeof(T)), bytes = most < 16 ? most : 16;
+  const auto is_whole = [&](int64_t size) { return size * static_cast<int64_t>(sizeof(T)) % bytes == 0; };
+  if (way.per_lane == 0 || logits.stride_col != 1 || !is_whole(logits.stride_row) || !is_whole(call.num_columns) ||
+      reinterpret_cast<uintptr_t>(logits.data) % bytes != 0)
+    return LogitLoads::kElements;
+  return call.num_columns == way.per_lane * kWarp ? LogitLoads::kAllPacks : LogitLoads::kPacks;
 }
 
 template <class T>
@@ -478,7 +488,8 @@ CudaStatus gate_as(const GateArgs& a, const CudaQueue& queue) {
     return status_of(cudaMemsetAsync(a.score_sum, 0, call.num_experts * sizeof(float), queue.stream));
   }
   call.num_tokens = static_cast<unsigned>(num_tokens);
-  const Way way = way_of<T>(call);
+  const Way way = way_of(call);
+  call.fast.loads = loads_of<T>(call, way);
   const int64_t block_rows = kGateWarps * way.warp_rows;
   call.rows_per_tile = static_cast<unsigned>(ceil_div(ceil_div(num_tokens, kMaxTiles), block_rows) * block_rows);
   call.num_tiles = static_cast<unsigned>(ceil_div(num_tokens, call.rows_per_tile));

@@ -2,11 +2,13 @@
 // or stop rules. What it does not take (a NaN, an infinity, fewer numbers than K) goes the general way of gate.cu, with
 // the same choice; which way a row goes depends on the row alone.
 //
-// A lane has kPerLane logits, in packs of up to 16 bytes. For K up to kMostPicks it shows its best and keeps its
-// second best: K picks, one redux each, move on whoever shows what was picked. They are right if exactly K logits reach
-// the last value picked: a tie between lanes moves two on, a lane with three of the K best shows nothing in time, and
-// either leaves more than K there. Such rows, and larger K, bisect for the K-th largest key (FastRow::select), which
-// takes ties by column; the chosen ones then lie side by side in shared memory and are ranked by counting.
+// A lane has kPerLane logits, in packs of up to 16 bytes, which are loaded one by one where rows do not lie in packs:
+// the same lanes have the same columns, so bits do not depend on the layout. For K up to kMostPicks a lane shows its
+// best and keeps its second best: K picks, one redux each, move on whoever shows what was picked. They are right if
+// exactly K logits reach the last value picked: a tie between lanes moves two on, a lane with three of the K best shows
+// nothing in time, and either leaves more than K there. Such rows, and larger K, bisect for the K-th largest key
+// (FastRow::select), which takes ties by column; the chosen ones then lie side by side in shared memory and are ranked
+// by counting.
 #pragma once
 
 #include <utility>
@@ -59,18 +61,25 @@ class Exponentials {
   float max_, shift_;
 };
 
+// How a lane loads its logits: in packs, all of which are there, in packs, or one by one.
+enum class LogitLoads { kAllPacks, kPacks, kElements };
+
 // The part of a call that fast rows look at.
 struct FastArgs {
   const void* logits;
   int64_t stride_row;
+  int64_t stride_col;
   float* weights;
   int32_t* experts;
   float* logsumexp;
+  float* scores;  // [T, E], or null
   int num_columns;
   int top_k;
   Score score;
   bool normalize;
+  bool has_more;  // statistics or scores
   float scale;
+  LogitLoads loads;
 };
 
 // One row; every function is for all lanes.
@@ -127,15 +136,17 @@ class FastRow {
     return select(t, k, floor, largest, reinterpret_cast<uint64_t*>(warp_memory(memory, warp_index())));
   }
 
-  // After a choice. `sums` are the warp's sums of scores.
-  __device__ void add_statistics(unsigned t, float* sums) {
-    if (own_lane() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
+  // After a choice: statistics, where `sums` are the warp's sums of scores and not null, and scores.
+  __device__ void write_more(unsigned t, float* sums) {
+    if (sums != nullptr && own_lane() == 0) a_.logsumexp[t] = exponentials_.log_of(sum_);
     const bool is_softmax = a_.score == Score::kSoftmax;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int column = column_of(i);
       if (column >= a_.num_columns) continue;
-      sums[column] += is_softmax ? e_[i] / sum_ : elementwise_score(a_.score, z_[i]);
+      const float score = is_softmax ? e_[i] / sum_ : elementwise_score(a_.score, z_[i]);
+      if (sums != nullptr) sums[column] += score;
+      if (a_.scores != nullptr) a_.scores[int64_t{t} * a_.num_columns + column] = score;
     }
   }
 
@@ -150,11 +161,17 @@ class FastRow {
   __device__ static int column_of(int i) { return i % kPack + i / kPack * (kPack * kWarp) + own_lane() * kPack; }
 
   __device__ void load(unsigned t) {
-    const T* const row = static_cast<const T*>(a_.logits) + (t * a_.stride_row + own_lane() * kPack);
-    if (a_.num_columns == kMostColumns) {
-      load<true>(row);
+    const T* const row = static_cast<const T*>(a_.logits) + t * a_.stride_row;
+    if (a_.loads == LogitLoads::kAllPacks) {
+      load<true>(row + own_lane() * kPack);
+    } else if (a_.loads == LogitLoads::kPacks) {
+      load<false>(row + own_lane() * kPack);
     } else {
-      load<false>(row);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int column = column_of(i);
+        z_[i] = column < a_.num_columns ? widen(row[column * a_.stride_col]) : -INFINITY;
+      }
     }
   }
   template <bool kIsFull>
@@ -279,13 +296,7 @@ class FastRow {
   // The K best, K up to kFastMostK, by bisection of [low, high], where the K-th largest key is. False, and nothing
   // written, if there are fewer numbers.
   __device__ bool select(unsigned t, int k, int low, int high, uint64_t* entries) {
-    while (low < high) {
-      const int middle = middle_key(low, high);
-      const int count = count_from(middle);
-      if (count >= k) low = middle;
-      if (count < k) high = middle - 1;
-      if (count == k) break;
-    }
+    find_kth_key(k, &low, &high, [this](int key) { return count_from(key); });
     unsigned own = at_least(key_value(low));
     const int found = __reduce_add_sync(kAllLanes, __popc(own));
     if (found < k) return false;

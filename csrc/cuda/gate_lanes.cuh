@@ -60,9 +60,14 @@ class LaneRow {
  private:
   __device__ void load(unsigned t) {
     const T* const row = static_cast<const T*>(a_.logits) + t * a_.stride_row;
+    if (a_.loads == LogitLoads::kElements) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) z_[i] = i < a_.num_columns ? widen(row[i * a_.stride_col]) : -INFINITY;
+      return;
+    }
 #pragma unroll
     for (int p = 0; p < kColumns; p += kPack) {
-      Pack<T, kPack> pack;
+      Pack<T, kPack> pack{};
       const bool is_there = p < a_.num_columns;
       if (is_there) pack = *reinterpret_cast<const Pack<T, kPack>*>(row + p);
 #pragma unroll
@@ -122,14 +127,19 @@ class LaneRow {
   unsigned chosen_;
 };
 
-// Rows [begin, end), 32 at most, of a warp: their experts, weights, demand and statistics. Returns the lanes whose rows
-// have to go the general way. `sums` are the warp's sums of scores, or null.
+// Rows [begin, end), 32 at most, of a warp: their experts, weights, demand, statistics and scores. Returns the lanes
+// whose rows have to go the general way. `sums` are the warp's sums of scores, or null.
 template <class T, int kColumns>
 __device__ unsigned choose_by_lanes(const FastArgs& args, unsigned begin, unsigned end, int* demand, float* sums) {
   const unsigned t = begin + own_lane();
   LaneRow<T, kColumns> row(args);
   const bool is_row = t < end, is_done = is_row && row.choose(t);
   if (is_done && sums != nullptr) args.logsumexp[t] = row.logsumexp();
+  if (is_done && args.scores != nullptr) {
+#pragma unroll
+    for (int e = 0; e < kColumns; ++e)
+      if (e < args.num_columns) args.scores[int64_t{t} * args.num_columns + e] = row.score(e);
+  }
   int count = 0;
   float sum = 0.0f;
 #pragma unroll

@@ -67,6 +67,19 @@ __device__ inline int middle_key(int low, int high) {
   return high - static_cast<int>((static_cast<unsigned>(high) - static_cast<unsigned>(low)) / 2);
 }
 
+// Narrows [low, high], where the k-th largest key is, until both are that key or exactly k keys reach `low`.
+// count_from(key): how many keys are as large or larger. All lanes.
+template <class CountFrom>
+__device__ inline void find_kth_key(int k, int* low, int* high, const CountFrom& count_from) {
+  while (*low < *high) {
+    const int middle = middle_key(*low, *high);
+    const int count = count_from(middle);
+    if (count >= k) *low = middle;
+    if (count < k) *high = middle - 1;
+    if (count == k) break;
+  }
+}
+
 constexpr int64_t ranking_words(int64_t k) { return 2 * (k + 2) + k; }
 
 // The k best allowed of keys [n], best first, into order [k]; returns their number. entries [k + 1] is memory of the
@@ -89,13 +102,7 @@ __device__ inline int rank_best(const int* keys, int n, int k, uint64_t* entries
     return __reduce_add_sync(kAllLanes, count);
   };
   int num_equal = INT_MAX;  // to be taken of those at the floor
-  while (low < high) {
-    const int middle = middle_key(low, high);
-    const int count = count_from(middle);
-    if (count >= k) low = middle;
-    if (count < k) high = middle - 1;
-    if (count == k) break;
-  }
+  find_kth_key(k, &low, &high, count_from);
   if (low == high) num_equal = k - count_from(low + 1);
   const unsigned before = (1u << own_lane()) - 1u;
   int num_taken = 0;

@@ -20,6 +20,7 @@
 // window of shared memory of E counters per block; the ids stay in the second-level cache at these sizes.
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: ids twice, both maps once,
 // 8 E a tile; a sort adds about 24 bytes a slot and pass over 8 bits of key.
+#include "cuda/debug.cuh"
 #include "cuda/surplus.cuh"
 #include "ops/plan_dispatch.h"
 
@@ -72,8 +73,12 @@ struct Work {
     const int64_t at = token * a.experts_stride_token + choice * a.experts_stride_slot;
     const int64_t id =
         a.experts_are_int64 ? static_cast<const int64_t*>(a.experts)[at] : static_cast<const int32_t*>(a.experts)[at];
+    debug_assert(id >= -1 && id < a.num_experts + a.allow_unrouted);
     if (id < 0 || id >= a.num_experts) return -1;
-    if (a.scope_ids != nullptr && (a.scope_ids[token] < 0 || a.scope_ids[token] >= a.num_scopes)) return -1;
+    if (a.scope_ids != nullptr && (a.scope_ids[token] < 0 || a.scope_ids[token] >= a.num_scopes)) {
+      debug_assert(false);
+      return -1;
+    }
     if (is_dropped != nullptr && is_dropped[slot] != 0) return -1;
     if (first_cut != nullptr && slot >= *first_cut) return -1;
     return static_cast<int>(id);

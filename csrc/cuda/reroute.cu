@@ -14,6 +14,7 @@
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: 24 a slot and pass over 8 bits
 // of key, three sorts (two by position, two more for a fill), and 21 a slot in its round. A sort per round instead
 // would have to read the same keys again: they do not change, only who still asks does.
+#include "cuda/debug.cuh"
 #include "cuda/surplus.cuh"
 #include "ops/reroute.h"
 
@@ -40,9 +41,11 @@ struct Work {
   __device__ int32_t expert_of(int64_t slot) const {
     const int64_t id = a.experts_are_int64 ? static_cast<const int64_t*>(a.experts)[slot]
                                            : static_cast<const int32_t*>(a.experts)[slot];
+    debug_assert(id >= -1 && id < a.num_experts);
     if (id < 0 || id >= a.num_experts) return -1;
     if (a.scope_ids != nullptr) {
       const int32_t scope = a.scope_ids[token_of(slot)];
+      debug_assert(scope >= 0 && scope < a.num_scopes);
       if (scope < 0 || scope >= a.num_scopes) return -1;
     }
     return static_cast<int32_t>(id);

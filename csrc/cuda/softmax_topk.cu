@@ -312,7 +312,7 @@ constexpr int kBackwardColumns = 4096;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(SoftmaxTopkBackwardArgs a, int64_t num_parts, bool is_wide) {
+    softmax_topk_backward_kernel(SoftmaxTopkBackwardArgs a, int64_t num_parts, bool is_wide) {
   using Float = accumulate_t<T>;
   constexpr int kPack = 16 / sizeof(T);
   __shared__ double chosen[kMostTaken], grads[kMostTaken], dot;
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(x + col);
 #pragma unroll
         for (int n = 0; n < kPack; ++n) pack.values[n] = others(pack.values[n]);
-        *reinterpret_cast<Pack<T, kPack>*>(grad_x + col) = pack;
+        store_pack(grad_x + col, pack);
       } else {
         for (int64_t c = col; c < end && c < col + kPack; ++c) grad_x[c] = others(x[c]);
       }
@@ -392,7 +392,8 @@ CudaStatus softmax_topk_backward_as(const SoftmaxTopkBackwardArgs& a, const Cuda
   const int64_t num_parts = ceil_div(a.num_cols, kBackwardColumns);
   const bool is_wide = rows_are_wide(static_cast<const T*>(a.x), a.x_stride, a.num_rows) &&
                        rows_are_wide(static_cast<const T*>(a.grad_x), a.num_cols, a.num_rows);
-  backward_kernel<T><<<num_blocks(a.num_rows * num_parts, 1), kThreads, 0, queue.stream>>>(a, num_parts, is_wide);
+  softmax_topk_backward_kernel<T>
+      <<<num_blocks(a.num_rows * num_parts, 1), kThreads, 0, queue.stream>>>(a, num_parts, is_wide);
   return launched();
 }
 

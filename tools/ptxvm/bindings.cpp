@@ -61,6 +61,8 @@ void set_options(const py::kwargs& options) {
       now.failing_code = option.second.cast<int>();
     } else if (name == "num_sms") {
       now.num_sms = option.second.cast<int>();
+    } else if (name == "capability") {
+      now.capability = option.second.cast<int>();
     } else if (name == "most_instructions") {
       now.most_instructions = option.second.cast<uint64_t>();
     } else {

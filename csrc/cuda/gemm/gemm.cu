@@ -7,11 +7,9 @@
 #include <sstream>
 #include <string>
 
+#include "cuda/gemm/native.h"
 #include "cuda/gemm/policy.h"
 #include "cuda/gemm/up.h"
-#ifndef FASTMOE_ROUTE_PTXVM
-#include "cuda/gemm/native.h"
-#endif
 #ifndef FASTMOE_ROUTE_CUDA_ARCHITECTURES
 #define FASTMOE_ROUTE_CUDA_ARCHITECTURES "unknown"
 #endif
@@ -85,12 +83,10 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   switch (kernel) {
     case GemmKernel::kFma: return rows_product_float32(p, queue);
     case GemmKernel::kTf32: return rows_product_tf32(p, queue);
-#ifndef FASTMOE_ROUTE_PTXVM
     case GemmKernel::kSm90Cooperative:
       return is_bfloat16 ? rows_sm90_cooperative_bfloat16(p, queue) : rows_sm90_cooperative_float16(p, queue);
     case GemmKernel::kSm90PingPong: return rows_sm90_pingpong_bfloat16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? rows_sm100_bfloat16(p, queue) : rows_sm100_float16(p, queue);
-#endif
     default: break;
   }
   return is_bfloat16 ? rows_product_bfloat16(p, is_wide, queue) : rows_product_float16(p, is_wide, queue);
@@ -106,11 +102,9 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   switch (kernel) {
     case GemmKernel::kFma: return groups_product_float32(p, queue);
     case GemmKernel::kTf32: return groups_product_tf32(p, queue);
-#ifndef FASTMOE_ROUTE_PTXVM
     case GemmKernel::kSm90Cooperative:
       return is_bfloat16 ? groups_sm90_bfloat16(p, queue) : groups_sm90_float16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? groups_sm100_bfloat16(p, queue) : groups_sm100_float16(p, queue);
-#endif
     default: break;
   }
   return is_bfloat16 ? groups_product_bfloat16(p, is_wide, queue) : groups_product_float16(p, is_wide, queue);

@@ -140,6 +140,21 @@ struct Collective {
   }
 };
 
+// Calls visit(group, row_tile, col_tile) for this block's tiles, where every tile of rows has `col_tiles` of columns;
+// the tiles of one group's rows come before its next tile of columns. All threads of the block.
+template <class Visit>
+__device__ inline void for_each_tile(const RowGroups& groups, int64_t col_tiles, const Visit& visit) {
+  const int64_t num_tiles = groups.row_tiles[groups.num_groups] * col_tiles;
+  int group = 0;
+  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    group = find_group(groups, col_tiles, group, tile);
+    const int first_tile = groups.row_tiles[group];
+    const int row_tiles = groups.row_tiles[group + 1] - first_tile;
+    const int64_t own = tile - first_tile * col_tiles;
+    visit(group, static_cast<int>(own % row_tiles), static_cast<int>(own / row_tiles));
+  }
+}
+
 // ---- d[r] = a[r] b[e] + bias[e].
 
 template <class C>
@@ -156,22 +171,15 @@ __global__ void __launch_bounds__(C::kThreads, blocks_by_registers<C>())
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
   const RowsProduct& p = call.p;
   const RowGroups& groups = p.groups;
-  const int64_t num_tiles = groups.row_tiles[groups.num_groups] * call.col_tiles;
-  int group = 0;
-  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    group = find_group(groups, call.col_tiles, group, tile);
-    const int first_tile = groups.row_tiles[group];
-    const int row_tiles = groups.row_tiles[group + 1] - first_tile;
-    const int64_t own = tile - first_tile * call.col_tiles;
+  for_each_tile(groups, call.col_tiles, [&](int group, int row_tile, int col_tile) {
     const int64_t begin = groups.bounds[group];
     const int rows = static_cast<int>(groups.bounds[group + 1] - begin);
-    C::run_tile(call.params, shared, {rows, static_cast<int>(p.out), static_cast<int>(p.in)},
-                static_cast<int>(own % row_tiles) * C::kTileRows, static_cast<int>(own / row_tiles) * C::kTileCols,
-                static_cast<const Element*>(p.a) + begin * p.a_stride,
+    C::run_tile(call.params, shared, {rows, static_cast<int>(p.out), static_cast<int>(p.in)}, row_tile * C::kTileRows,
+                col_tile * C::kTileCols, static_cast<const Element*>(p.a) + begin * p.a_stride,
                 static_cast<const Element*>(p.b) + group * p.b_group_stride,
                 p.bias != nullptr ? static_cast<const Element*>(p.bias) + group * p.out : nullptr,
                 static_cast<Element*>(p.d) + begin * p.out);
-  }
+  });
   // Rows of no group.
   Element* const rest = static_cast<Element*>(p.d) + int64_t{groups.bounds[groups.num_groups]} * p.out;
   const int64_t rest_size = (p.num_rows - groups.bounds[groups.num_groups]) * p.out;

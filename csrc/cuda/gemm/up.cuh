@@ -193,18 +193,12 @@ __global__ void __launch_bounds__(C::kThreads, blocks_by_registers<typename C::P
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<typename C::Shared*>(memory);
   const RowGroups& groups = call.p.rows.groups;
-  const int64_t num_tiles = groups.row_tiles[groups.num_groups] * call.col_tiles;
-  int group = 0;
-  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    group = find_group(groups, call.col_tiles, group, tile);
-    const int first_tile = groups.row_tiles[group];
-    const int row_tiles = groups.row_tiles[group + 1] - first_tile;
-    const int64_t own = tile - first_tile * call.col_tiles;
-    const int64_t first_row = groups.bounds[group] + own % row_tiles * C::kTileRows;
+  for_each_tile(groups, call.col_tiles, [&](int group, int row_tile, int col_tile) {
+    const int64_t first_row = groups.bounds[group] + int64_t{row_tile} * C::kTileRows;
     UpTile<T, C>{call, group, first_row, static_cast<int>(groups.bounds[group + 1] - first_row),
-                 static_cast<int>(own / row_tiles) * call.tile_columns}
+                 col_tile * call.tile_columns}
         .run(shared);
-  }
+  });
   if (call.p.preactivation == nullptr) return;
   // Rows of no group.
   T* const pre = static_cast<T*>(call.p.preactivation);

@@ -3,6 +3,7 @@
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
+#include <unordered_set>
 
 #include "engine/layout.h"
 
@@ -48,6 +49,60 @@ constexpr SpecialName kSpecials[] = {
     {"%clock64", Special::kClock64, 8},
     {"%globaltimer", Special::kGlobalTimer, 8},
 };
+
+// What may stand between the dots beside types, by opcode: what its class looks at, and what changes nothing here
+// (hints to caches, .aligned, .uni). An opcode that is not listed takes types only.
+struct Modifiers {
+  const char* opcodes;
+  const char* allowed;
+};
+constexpr Modifiers kModifiers[] = {
+    {"add sub", "rn rz rm rp ftz sat cc"},
+    {"addc subc", "cc"},
+    {"mul", "rn rz rm rp ftz sat lo hi wide"},
+    {"mad", "rn rz rm rp ftz sat lo hi wide cc"},
+    {"madc", "lo hi cc"},
+    {"fma", "rn rz rm rp ftz sat relu"},
+    {"div", "rn rz rm rp ftz approx full"},
+    {"min max", "ftz NaN"},
+    {"abs neg", "ftz"},
+    {"rcp sqrt rsqrt ex2 lg2 sin cos tanh", "rn rz rm rp ftz approx"},
+    {"testp", "finite infinite number notanumber normal subnormal"},
+    {"cvt", "rn rz rm rp rni rzi rmi rpi rna ftz sat relu"},
+    {"set setp", "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor"},
+    {"shf", "l r wrap clamp"},
+    {"bmsk", "wrap clamp"},
+    {"bfind", "shiftamt"},
+    {"cvta isspacep", "to global shared shared::cta local param const"},
+    {"ld ldu st",
+     "global shared shared::cta local param param::entry const weak relaxed acquire release volatile mmio gpu sys nc "
+     "v2 v4 ca cg cs lu cv wb wt L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
+     "L2::64B L2::128B L2::256B L2::cache_hint"},
+    {"atom red",
+     "global shared shared::cta relaxed acquire release acq_rel gpu sys add min max inc dec and or xor exch cas"},
+    {"membar fence", "cta gl gpu sys sc acq_rel"},
+    {"prefetch prefetchu discard applypriority", "global local L1 L2 L2::evict_last L2::evict_normal"},
+    {"createpolicy", "fractional L2::evict_last L2::evict_normal L2::evict_first L2::evict_unchanged"},
+    {"cp",
+     "async ca cg shared shared::cta global commit_group wait_all wait_group L2::64B L2::128B L2::256B L2::cache_hint"},
+    {"shfl", "sync up down bfly idx"},
+    {"vote", "sync all any uni ballot"},
+    {"match", "sync all any"},
+    {"redux", "sync add min max and or xor"},
+    {"mma", "sync aligned row col m16n8k16 m16n8k8 m16n8k4 m8n8k4"},
+    {"ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"},
+    {"bar barrier", "cta sync arrive red warp aligned popc and or"},
+    {"bra call ret", "uni"},
+    {"brx", "idx uni"},
+    {"griddepcontrol", "wait launch_dependents"},
+};
+
+bool is_listed(const char* words, std::string_view word) {
+  for (std::string_view one : split(words, ' ')) {
+    if (one == word) return true;
+  }
+  return false;
+}
 
 uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * to; }
 
@@ -342,6 +397,21 @@ void Decoder::read_header(std::string_view head) {
   }
 }
 
+void Decoder::check_modifiers() const {
+  static std::unordered_set<std::string> checked;  // a few hundred spellings, of many thousand instructions
+  if (!checked.insert(std::string(statement->opcode)).second) return;
+  const char* allowed = "";
+  for (const Modifiers& entry : kModifiers) {
+    if (is_listed(entry.opcodes, parts[0])) allowed = entry.allowed;
+  }
+  Type type;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    if (parse_type(parts[i], type) || is_listed(allowed, parts[i])) continue;
+    checked.erase(std::string(statement->opcode));
+    fail("unknown modifier ." + std::string(parts[i]));
+  }
+}
+
 void Decoder::instruction(const Statement& now) {
   statement = &now;
   parts = split(now.opcode, '.');
@@ -359,6 +429,7 @@ void Decoder::instruction(const Statement& now) {
                         decode_async(*this, instr) || decode_collective(*this, instr) || decode_matrix(*this, instr) ||
                         decode_control(*this, instr);
   if (!is_known) fail("unknown opcode " + std::string(now.opcode));
+  check_modifiers();
   program_.texts.emplace_back(now.opcode);
   if (instr.kind == Kind::kBranchTable) instr.target = table_of_.at(std::string(now.operands[1]));
   program_.code.push_back(std::move(instr));

@@ -70,6 +70,7 @@ class Decoder {
   void declare_registers(std::string_view text);
   void location(std::string_view text);
   void instruction(const Statement& statement);
+  void check_modifiers() const;
   Operand lookup(std::string_view name) const;
   bool find_register(std::string_view name, Operand& found) const;
   bool special(std::string_view name, Operand& found);

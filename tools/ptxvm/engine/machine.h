@@ -123,6 +123,7 @@ struct Options {
   uint64_t seed = 0;
   bool counts = false;
   int num_sms = 4;
+  int capability = 80;  // 10 * major + minor, as the runtime says it; the instructions stay those of sm_80
   uint32_t most_blocks = UINT32_MAX;  // in x, of kernels whose names hold `few`: those that walk on then do
   std::string few;
   uint64_t failing_call = 0;  // of the runtime, from 1 on, counted anew when this is set; 0 for none

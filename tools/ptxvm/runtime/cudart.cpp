@@ -1,5 +1,5 @@
 // The entry points of libcudart.so.13 that host code compiled by nvcc calls: registration, launches, errors, device.
-// There is one device, of compute capability 8.0; launches run to their end before they return.
+// There is one device, of compute capability 8.0 unless a test says other; a launch runs to its end before it returns.
 #include "runtime/registry.h"
 
 using ptxvm::Engine;
@@ -151,8 +151,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = Engine::get().options.num_sms; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = Engine::get().options.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = Engine::get().options.capability % 10; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;

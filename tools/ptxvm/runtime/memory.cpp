@@ -20,10 +20,19 @@ std::unordered_map<void*, size_t>& allocations() {
   return *all;
 }
 
-// Both ends of a copy must lie whole in what is allocated, where they are device memory.
+// Whether a range that begins in device memory ends in it; memory of the host is not known here.
+bool lies_whole(const void* memory, size_t bytes) {
+  const uint64_t at = reinterpret_cast<uintptr_t>(memory);
+  return Engine::get().memory.find(at, at + 1, false) == nullptr ||
+         Engine::get().memory.find(at, at + bytes, false) != nullptr;
+}
+
 cudaError_t copy(void* to, const void* from, size_t bytes) {
   if (const cudaError_t error = Runtime::get().injected(); error != cudaSuccess) return error;
   if (bytes == 0) return cudaSuccess;
+  if (!lies_whole(to, bytes) || !lies_whole(from, bytes))
+    return Runtime::get().fail(cudaErrorInvalidValue,
+                               "a copy of " + std::to_string(bytes) + " bytes that leaves device memory it begins in");
   std::memmove(to, from, bytes);
   Engine::get().memory.define(to, bytes);
   return cudaSuccess;

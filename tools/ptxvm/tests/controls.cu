@@ -1,7 +1,7 @@
 // Kernels without a bug that look like the planted ones: the engine must run them without a report and with the result
 // that test_planted.py works out. Every kernel takes: in [n] and table [n] read-only, out [n] and scratch [n]
 // undefined.
-#include <cuda_bf16.h>
+#include "tests/matrix_product.cuh"
 
 #include <cstdint>
 #include <cub/block/block_radix_sort.cuh>
@@ -386,29 +386,7 @@ KERNEL async_zero_fill(const int* in, const int*, int* out, int*, int n) {
   out[t] = values[t];
 }
 
-// 16 x 16 times 16 x 8 with ldmatrix and mma.
-KERNEL matrix_product(const int* in, const int*, int* out, int*, int) {
-  __shared__ __align__(16) __nv_bfloat16 a[16][24];
-  __shared__ __align__(16) __nv_bfloat16 b[8][24];
-  const int t = threadIdx.x;
-  for (int i = t; i < 256; i += 32) a[i / 16][i % 16] = __float2bfloat16(static_cast<float>(in[i % 128] % 9 - i / 100));
-  for (int i = t; i < 128; i += 32) b[i / 16][i % 16] = __float2bfloat16(static_cast<float>(in[i] % 7 - 3));
-  __syncwarp();
-  unsigned fa[4], fb[2];
-  float c[4] = {0, 0, 0, 0};
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fa[0]), "=r"(fa[1]), "=r"(fa[2]), "=r"(fa[3])
-               : "r"(shared_address(&a[t % 16][t / 16 * 8])));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(fb[0]), "=r"(fb[1])
-               : "r"(shared_address(&b[t % 8][t / 8 % 2 * 8])));
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(fa[0]), "r"(fa[1]), "r"(fa[2]), "r"(fa[3]), "r"(fb[0]), "r"(fb[1]));
-  for (int i = 0; i < 4; ++i) out[(t / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = static_cast<int>(c[i]);
-}
+KERNEL matrix_product(const int* in, const int*, int* out, int*, int) { matrix_product_of_a_warp<false>(in, out); }
 
 // ---- CUB.
 

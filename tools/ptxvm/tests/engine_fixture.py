@@ -33,10 +33,12 @@ def engine() -> ModuleType:
 def compiled(name: str) -> Any:
     """A CUDA file of this folder as a module; compiled when it is newer than its PTX."""
     source, ptx = HERE / name, FOLDER / Path(name).with_suffix(".ptx")
-    if not ptx.exists() or ptx.stat().st_mtime < source.stat().st_mtime:
+    newest = max(path.stat().st_mtime for path in (source, *HERE.glob("*.cuh")))
+    if not ptx.exists() or ptx.stat().st_mtime < newest:
         nvcc = os.environ.get("CUDACXX", "nvcc")
         assert shutil.which(nvcc), "the tests of the engine need nvcc"
         command = [nvcc, "-std=c++17", "-lineinfo", "-arch=compute_80", "-ptx", str(source)]
+        command.append(f"-I{HERE.parent}")  # headers of tests
         subprocess.run([*command, "-o", str(ptx)], check=True)
     return engine().Module(ptx.read_text())
 

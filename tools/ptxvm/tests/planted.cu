@@ -1,7 +1,10 @@
 // Kernels with one bug each, on purpose. The engine must report every one of them, on every seed, as the kind and at
 // the line that its mark names. Every kernel takes: in [n] and table [n] read-only, out [n] and scratch [n] undefined.
 //
-// A mark is a comment "BUG kind" on the line of the report; a race may be reported at either of two marked lines.
+// A mark is a comment "BUG kind" on the line of the report; a race may be reported at either of two marked lines. A bug
+// that breaks no rule has the mark "BUG wrong result": the control of its name without "_wrongly" says what is right.
+#include "tests/matrix_product.cuh"
+
 #include <cstdint>
 
 #define KERNEL extern "C" __global__ void
@@ -395,7 +398,7 @@ KERNEL async_source_in_flight(const int* in, const int*, int* out, int* scratch,
   out[t] = values[t];
 }
 
-// ---- Inline PTX and matrices: no report, but another result than asked for.
+// ---- Inline PTX and matrices.
 
 KERNEL matrix_address_of_wrong_row(const int* in, const int*, int* out, int*, int) {
   __shared__ __align__(16) int tile[32];
@@ -417,4 +420,8 @@ KERNEL matrix_past_its_tile(const int* in, const int*, int* out, int*, int) {
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(tile)) + (t & 7) * 16;
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(at));  // BUG out of bounds
   out[t] = static_cast<int>(r);
+}
+
+KERNEL matrix_product_wrongly(const int* in, const int*, int* out, int*, int) {
+  matrix_product_of_a_warp<true>(in, out);  // BUG wrong result
 }

@@ -86,6 +86,10 @@ int main() {
   expect(last() == cudaSuccess, "cleared memory is defined");
   expect(cudaMemset(fresh, 0, 33 * sizeof(int)) != cudaSuccess, "clearing too much");
   cudaGetLastError();
+  expect(cudaMemcpy(results.data(), fresh, 33 * sizeof(int), cudaMemcpyDeviceToHost) != cudaSuccess &&
+             cudaMemcpy(fresh + 1, results.data(), 32 * sizeof(int), cudaMemcpyHostToDevice) != cudaSuccess,
+         "copying too much");
+  cudaGetLastError();
   expect(cudaFree(fresh + 1) != cudaSuccess, "freeing what was not allocated");
   cudaGetLastError();
 

@@ -318,6 +318,60 @@ def test_unknown_opcodes_are_errors() -> None:
         execute("wgmma.fence.sync.aligned;", [[0] * 32], [32], 32)
 
 
+# One of every class, with operands that it decodes with.
+DECODED = (
+    "add.s32 %r9, %r0, %r1", "mad.lo.s32 %r9, %r0, %r1, %r2", "add.rn.f32 %f0, %f1, %f2",
+    "fma.rn.f32 %f0, %f1, %f2, %f3", "ex2.approx.ftz.f32 %f0, %f1", "add.rn.f16 %h0, %h1, %h2",
+    "shl.b32 %r9, %r0, %r1", "lop3.b32 %r9, %r0, %r1, %r2, 0xE8",
+    "shf.l.wrap.b32 %r9, %r0, %r1, %r2", "mov.u32 %r9, %r0",
+    "selp.b32 %r9, %r0, %r1, %p0", "setp.lt.s32 %p0, %r0, %r1",
+    "cvt.rn.f32.s32 %f0, %r0", "cvta.to.global.u64 %rd0, %rd1", "ld.global.nc.b32 %r9, [%a0]",
+    "st.global.b32 [%a0], %r9", "membar.gl", "atom.global.add.u32 %r9, [%a0], %r0",
+    "cp.async.ca.shared.global [%r0], [%a0], 4", "cp.async.wait_group 0",
+    "shfl.sync.idx.b32 %r9, %r0, 0, 31, -1", "vote.sync.ballot.b32 %r9, %p0, -1",
+    "match.any.sync.b32 %r9, %r0, -1", "redux.sync.add.s32 %r9, %r0, -1", "bar.sync 0",
+    "bar.warp.sync -1", "bra.uni $L_end",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DECODED)
+def test_unknown_modifiers_are_errors(text: str) -> None:
+    """A modifier that is not known may change the result: no place of an opcode takes one."""
+
+    def decode(line: str) -> None:
+        registers = ".reg .pred %p<2>; .reg .b16 %h<4>; .reg .b32 %r<10>; .reg .f32 %f<4>;"
+        module = engine().Module(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry kernel()\n{"
+            f"{registers} .reg .b64 %rd<2>; .reg .b64 %a<1>; {line}; $L_end: ret; }}"
+        )
+        module.texts("kernel")
+
+    decode(text)
+    opcode, operands = [*text.split(" ", 1), ""][:2]
+    parts = opcode.split(".")
+    for at in range(1, len(parts) + 1):
+        for strange in ("frobnicate", "cluster"):
+            spelling = ".".join([*parts[:at], strange, *parts[at:]])
+            with pytest.raises(ValueError, match=r"cannot decode|unknown"):
+                decode(f"{spelling} {operands}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "atom.global.cta.add.u32 %r9, [%a0], %r0",  # orders less than the device
+        "ld.acquire.cta.global.b32 %r9, [%a0]",
+        "min.relu.s32 %r9, %r0, %r1",
+        "setp.lt.ftz.f16 %p0, %h0, %h1",
+        "cvt.rn.satfinite.tf32.f32 %r9, %f0",
+        "mad.lo.sat.s32 %r9, %r0, %r1, %r2",
+    ],
+)
+def test_modifiers_without_an_implementation_are_errors(text: str) -> None:
+    with pytest.raises(ValueError, match="cannot decode"):
+        execute(text + ";", [[0] * 32], [32], 32)
+
+
 def test_undefined_values_are_tracked_to_their_use() -> None:
     for text, is_used in (
         ("add.s32 %r9, %r0, %r20;", True),

@@ -39,7 +39,8 @@ def marks() -> dict[str, dict[int, list[str]]]:
         if match := re.search(r"// BUG (.*)$", line):
             found[owner][number] = match[1].split("; ")
     for kernel, function in calls.items():
-        found[kernel] = found[function]
+        if function in found:
+            found[kernel] = found[function]
     kernels = set(re.findall(r"^KERNEL (\w+)\(", "\n".join(source()), re.M))
     return {kernel: lines for kernel, lines in found.items() if kernel in kernels}
 
@@ -50,7 +51,7 @@ SHAPES: dict[str, tuple[int, int]] = {
         (
             *("missing_syncwarp", "missing_second_syncwarp", "shuffle_for_a_barrier"),
             *("syncwarp_of_half", "mask_without_caller", "shuffle_from_outside"),
-            *("matrix_address_of_wrong_row", "matrix_past_its_tile"),
+            *("matrix_address_of_wrong_row", "matrix_past_its_tile", "matrix_product_wrongly"),
         ),
         (1, 32),
     ),
@@ -109,7 +110,12 @@ def test_planted_bug_is_reported_at_its_line(kernel: str, seed: int) -> None:
     if kernel.startswith("last_block"):
         assert launch(compiled("planted.cu"), "clear_tickets", []) == ""
     grid, block = SHAPES.get(kernel, (1, 128))
-    report, _ = run(kernel, "planted.cu", grid, block, SHARED.get(kernel, 0))
+    report, out = run(kernel, "planted.cu", grid, block, SHARED.get(kernel, 0))
+    if kernel.endswith("_wrongly"):  # breaks no rule: the reference tells
+        wanted = np.asarray(CONTROLS[kernel.removesuffix("_wrongly")][3](inputs()[0]))
+        assert report == ""
+        assert not np.array_equal(out[: len(wanted)], wanted)
+        return
     assert report, "nothing was reported"
     expected = [(line, kind) for line, kinds in marks()[kernel].items() for kind in kinds]
     assert any(
