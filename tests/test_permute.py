@@ -7,6 +7,7 @@ import math
 import fastmoe_route as fr
 import pytest
 import torch
+import vm_backend
 from cases import describe, normal, plan_cases
 from fastmoe_route import DispatchPlan, reference
 from tolerance import assert_bound, assert_exact, assert_has_power, combine_limit, rounding
@@ -114,6 +115,15 @@ def test_large_permute_by_token(backend: str, hidden: int) -> None:
     assert_exact(fr.permute(x, plan), reference.permute(x, plan))
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("num_tokens", [255, 256, 257, 1024])
+def test_permute_around_the_size_that_is_streamed(backend: str, num_tokens: int) -> None:
+    """Half a second-level cache, 512 KB here, stays in the caches; the next row up does not."""
+    plan = make_plan(num_tokens, 4, 5)
+    x = normal(num_tokens, 128)
+    assert_exact(fr.permute(x, plan), reference.permute(x, plan))
+
+
 def test_the_checks_have_power(backend: str) -> None:
     plan = make_plan(20, 3, 4)
     x, rows, weights = normal(20, 9), normal(60, 9, seed=1), normal(20, 3, seed=2)
@@ -176,6 +186,35 @@ def test_gradients_equal_reference(
         limit = (hidden + 1) * u * sizes + rounding(exact[1], weights.dtype)
         assert_bound(got[1], exact[1], limit)
         assert not got[1][plan.slot_to_row < 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [192, 201])
+@pytest.mark.parametrize("top_k", [4, 6, 9])
+def test_gradients_of_slots_side_by_side(
+    backend: str, top_k: int, hidden: int, dtype: torch.dtype
+) -> None:
+    """A slot's gradients have the bits they have where every slot is a token of its own."""
+    num_tokens = vm_backend.repeats(700, vm=20)
+    plan = make_plan(num_tokens, top_k, 6, align=4, capacity=num_tokens * top_k // 7)
+    alone = plan._replace(slot_to_row=plan.slot_to_row.view(-1, 1))
+    assert int(plan.dropped.sum()) > 0
+    rows = normal(plan.row_to_slot.shape[0], hidden, dtype=dtype).requires_grad_()
+    weights = normal(num_tokens, top_k, seed=1).requires_grad_()
+    grad_y = normal(num_tokens, hidden, dtype=dtype, seed=2)
+    own_weights = weights.detach().view(-1, 1).requires_grad_()
+    wanted = torch.autograd.grad(
+        fr.unpermute(rows, alone, own_weights),
+        (rows, own_weights),
+        grad_y.repeat_interleave(top_k, 0),
+    )
+    got = torch.autograd.grad(fr.unpermute(rows, plan, weights), (rows, weights), grad_y)
+    assert_exact(got[0], wanted[0])
+    assert_exact(got[1].view(-1, 1), wanted[1])
+    assert torch.equal(
+        torch.autograd.grad(fr.unpermute(rows, plan).sum(), rows)[0][:, 0],
+        (plan.row_to_slot >= 0).to(dtype),
+    )
 
 
 def test_only_wanted_gradients_are_computed(backend: str) -> None:

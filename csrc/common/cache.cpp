@@ -18,4 +18,16 @@ int64_t cache_bytes_kept() {
   return kept;
 }
 
+int64_t cached_result_bytes() {
+  static const int64_t kept = [] {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    constexpr int64_t kUnknown = int64_t{1} << 20;
+    return (bytes <= 0 ? kUnknown : bytes) / 2;
+  }();
+  return kept;
+}
+
 }  // namespace fastmoe_route

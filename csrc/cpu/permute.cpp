@@ -2,11 +2,17 @@
 // and its K weight gradients come from the same read that makes the row gradients. A token's arithmetic depends on
 // nothing else, so neither the number of threads nor the rest of the batch can show in the result.
 //
-// Where a call moves more than the caches keep, its result is written around them (non-temporal): a third less traffic,
-// as no line is fetched first; permute goes by token, whose row is read once and stays in the first-level cache while
-// its K copies are written. A smaller result stays in the caches for whoever reads it next. There x is in them as well,
-// and permute goes by row: lines written one after another arrive ahead of the stores (Zen 4, H = 2048, K = 8: up to
-// twice the bandwidth of going by token, and that of one index_select or more, from T = 2 to 256).
+// A result larger than half a second-level cache is written around the caches (non-temporal): no line is fetched to be
+// overwritten, and no core finds the rows that it reads next dirty in another's cache. In a layer the old contents of a
+// result have left the caches long ago, and then this wins even with the next read of the result counted (Zen 4,
+// H = 2048, K = 8, bfloat16, permute and that read: 14% less time at 64 tokens, 23% at 512; permute alone is 1.7 and
+// 2.1 times as fast). Where the result of the call before is still in the third-level cache and is read from there at
+// once, it is even at 64 tokens and takes 20% more time at 512.
+//
+// Streaming, permute goes by token, whose row is read once and stays in the first-level cache while its K copies are
+// written side by side: their page walks overlap, as those of the K gradients of a token do (one row after another has
+// half the bandwidth). Into the caches it goes by row, whose lines arrive ahead of the stores, until a call moves more
+// than they keep.
 // Bytes: permute T H + R H, unpermute K T H + T H, backward T H + 2 R H, times the element size, and the maps.
 #include <cstring>
 
@@ -24,16 +30,17 @@ constexpr int kUnroll = 4;
 constexpr int64_t kVecBytes = Vec::kLanes * sizeof(float);
 constexpr int64_t kStackRoom = 128;  // terms of two tokens kept on the stack
 constexpr int kRowsAtOnce = 8;       // copies of a token written side by side
+constexpr int kSlotsAtOnce = 4;      // slots of a token whose gradients are made side by side
 
 int64_t grain(int64_t bytes_per_item) {
   return bytes_per_item >= kBytesPerTask ? 1 : kBytesPerTask / (bytes_per_item > 0 ? bytes_per_item : 1);
 }
 
-// Whether the result is written around the caches: when a call moves more than they keep. Non-temporal stores want
-// whole aligned vectors.
-bool may_stream(const void* result, int64_t row_bytes, int64_t moved_bytes) {
+// Whether a result of so many rows is written around the caches. Non-temporal stores want whole aligned vectors.
+bool may_stream(const void* result, int64_t num_rows, int64_t row_bytes) {
   constexpr int64_t kLine = 64;
-  return moved_bytes > cache_bytes_kept() && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(result) % kLine == 0;
+  return Vec::kStreams && num_rows * row_bytes > cached_result_bytes() && row_bytes % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(result) % kLine == 0;
 }
 
 void copy_row(char* to, const char* from, int64_t bytes) {
@@ -188,7 +195,7 @@ void sum_tokens(const UnpermuteArgs& a, int64_t begin, int64_t end, Term<T>* roo
 
 template <class T, class W>
 void unpermute_as(const UnpermuteArgs& a) {
-  const bool is_streaming = may_stream(a.y, a.hidden * sizeof(T), (a.num_tokens + a.num_rows) * a.hidden * sizeof(T));
+  const bool is_streaming = may_stream(a.y, a.num_tokens, a.hidden * sizeof(T));
   if (2 * a.top_k <= kStackRoom) {
     parallel_for(a.num_tokens, grain(a.top_k * a.hidden * sizeof(T)), [&](int64_t begin, int64_t end) {
       Term<T> room[kStackRoom];
@@ -204,82 +211,123 @@ void unpermute_as(const UnpermuteArgs& a) {
   });
 }
 
-// result[c] = weight * grad[c] if result, and the return value is <grad, row> if row. The sum runs over kUnroll * lanes
-// partial sums and one tree, whatever else is asked for. next_row, if any, is what the next call reads.
+// Kept slots of one token, as many as one pass over its gradient serves.
 template <class T>
-float backward_slot(const T* grad, const T* row, const T* next_row, float weight, T* result, int64_t hidden,
+struct SlotGroup {
+  int count = 0;
+  const T* grad;                // [H], of the token
+  const T* rows[kSlotsAtOnce];  // or null: the gradient of the weights is not wanted
+  T* grad_rows[kSlotsAtOnce];   // or null: the gradient of the rows is not wanted
+  accumulate_t<T> weights[kSlotsAtOnce];
+  int64_t slots[kSlotsAtOnce];
+};
+
+// The next group among slots [slot, end); `slot` moves behind it. A slot without a row gets its weight gradient, zero.
+template <class T, class W>
+SlotGroup<T> next_group(const UnpermuteBackwardArgs& a, int64_t& slot, int64_t end) {
+  const W* weights = static_cast<const W*>(a.weights);
+  SlotGroup<T> group;
+  for (; slot < end && group.count < kSlotsAtOnce; ++slot) {
+    if (group.count > 0 && slot % a.top_k == 0) break;
+    const int64_t row = a.slot_to_row[slot];
+    if (row < 0) {
+      if (a.grad_weights != nullptr) static_cast<W*>(a.grad_weights)[slot] = from_float<W>(accumulate_t<T>{0});
+      continue;
+    }
+    const int i = group.count++;
+    group.grad = static_cast<const T*>(a.grad_y) + slot / a.top_k * a.grad_y_stride;
+    group.rows[i] = a.grad_weights != nullptr ? static_cast<const T*>(a.rows) + row * a.rows_stride : nullptr;
+    group.grad_rows[i] = a.grad_rows != nullptr ? static_cast<T*>(a.grad_rows) + row * a.hidden : nullptr;
+    group.weights[i] = weights != nullptr ? static_cast<accumulate_t<T>>(to_float(weights[slot])) : accumulate_t<T>{1};
+    group.slots[i] = slot;
+  }
+  return group;
+}
+
+// For slots first .. first + kCount - 1 of a group: grad_row[c] = weight * grad[c], product = <grad, row>. A product
+// runs over kUnroll * lanes partial sums and one tree, whatever else is asked for. The rows of `next` are fetched.
+template <int kCount, class T>
+void backward_slots(const SlotGroup<T>& now, const SlotGroup<T>& next, int first, float* products, int64_t hidden,
                     bool is_streaming) {
   constexpr int kLanes = Vec::kLanes;
-  const Vec scale = Vec::all(weight);
-  Vec sum[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) sum[u] = Vec::zero();
+  const bool has_rows = now.rows[first] != nullptr, has_results = now.grad_rows[first] != nullptr;
+  Vec sum[kCount][kUnroll];
+  for (int i = 0; i < kCount; ++i) {
+    for (int u = 0; u < kUnroll; ++u) sum[i][u] = Vec::zero();
+  }
   int64_t c = 0;
   for (; c + kUnroll * kLanes <= hidden; c += kUnroll * kLanes) {
-    if (next_row != nullptr) fetch_ahead(next_row + c, kUnroll * kLanes);
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = c + u * kLanes;
-      const Vec g = Vec::load(grad + at);
-      if (row != nullptr) sum[u] = fma(g, Vec::load(row + at), sum[u]);
-      if (result == nullptr) continue;
-      if (is_streaming) {
-        (g * scale).stream(result + at);
-      } else {
-        (g * scale).store(result + at);
+    Vec g[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) g[u] = Vec::load(now.grad + c + u * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      if (has_rows) {
+        if (first + i < next.count) fetch_ahead(next.rows[first + i] + c, kUnroll * kLanes);
+        const T* row = now.rows[first + i] + c;
+        for (int u = 0; u < kUnroll; ++u) sum[i][u] = fma(g[u], Vec::load(row + u * kLanes), sum[i][u]);
+      }
+      if (!has_results) continue;
+      const Vec scale = Vec::all(now.weights[first + i]);
+      T* result = now.grad_rows[first + i] + c;
+      for (int u = 0; u < kUnroll; ++u) {
+        if (is_streaming) {
+          (g[u] * scale).stream(result + u * kLanes);
+        } else {
+          (g[u] * scale).store(result + u * kLanes);
+        }
       }
     }
   }
   for (; c < hidden; c += kLanes) {
     const int n = static_cast<int>(hidden - c < kLanes ? hidden - c : kLanes);
-    const Vec g = Vec::load(grad + c, n);
-    if (row != nullptr) sum[0] = fma(g, Vec::load(row + c, n), sum[0]);
-    if (result != nullptr) (g * scale).store(result + c, n);
+    const Vec g = Vec::load(now.grad + c, n);
+    for (int i = 0; i < kCount; ++i) {
+      if (has_rows) sum[i][0] = fma(g, Vec::load(now.rows[first + i] + c, n), sum[i][0]);
+      if (has_results) (g * Vec::all(now.weights[first + i])).store(now.grad_rows[first + i] + c, n);
+    }
   }
-  return reduce_add((sum[0] + sum[2]) + (sum[1] + sum[3]));
+  for (int i = 0; i < kCount; ++i) products[i] = reduce_add((sum[i][0] + sum[i][2]) + (sum[i][1] + sum[i][3]));
 }
 
-double backward_slot(const double* grad, const double* row, const double*, double weight, double* result,
-                     int64_t hidden, bool) {
-  double sum = 0.0;
-  for (int64_t c = 0; c < hidden; ++c) {
-    if (row != nullptr) sum += grad[c] * row[c];
-    if (result != nullptr) result[c] = weight * grad[c];
+template <class T>
+void backward_group(const SlotGroup<T>& now, const SlotGroup<T>& next, float* products, int64_t hidden,
+                    bool is_streaming) {
+  if (now.count == kSlotsAtOnce) return backward_slots<kSlotsAtOnce>(now, next, 0, products, hidden, is_streaming);
+  for (int i = 0; i < now.count; ++i) backward_slots<1>(now, next, i, products + i, hidden, is_streaming);
+}
+
+void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, double* products, int64_t hidden, bool) {
+  for (int i = 0; i < now.count; ++i) {
+    products[i] = 0.0;
+    for (int64_t c = 0; c < hidden; ++c) {
+      if (now.rows[i] != nullptr) products[i] += now.grad[c] * now.rows[i][c];
+      if (now.grad_rows[i] != nullptr) now.grad_rows[i][c] = now.weights[i] * now.grad[c];
+    }
   }
-  return sum;
 }
 
 template <class T, class W>
 void unpermute_backward_as(const UnpermuteBackwardArgs& a) {
-  const T* grad_y = static_cast<const T*>(a.grad_y);
-  const T* rows = static_cast<const T*>(a.rows);
-  const W* weights = static_cast<const W*>(a.weights);
-  T* grad_rows = static_cast<T*>(a.grad_rows);
-  W* grad_weights = static_cast<W*>(a.grad_weights);
   const int64_t row_bytes = a.hidden * sizeof(T);
-  const bool is_streaming =
-      grad_rows != nullptr && may_stream(grad_rows, row_bytes, (a.num_tokens + 2 * a.num_rows) * row_bytes);
-  over_tokens_and_rows(
-      a.num_tokens, a.num_rows, 2 * a.top_k * row_bytes,
-      [&](int64_t begin, int64_t end, int64_t first_row, int64_t last_row) {
-        const auto row_of_slot = [&](int64_t slot) {
-          const int64_t row = slot < end * a.top_k ? a.slot_to_row[slot] : -1;
-          return grad_weights != nullptr && row >= 0 ? rows + row * a.rows_stride : nullptr;
-        };
-        for (int64_t slot = begin * a.top_k; slot < end * a.top_k; ++slot) {
-          const int64_t row = a.slot_to_row[slot];
-          accumulate_t<T> product = 0;
-          if (row >= 0) {
-            product = backward_slot(
-                grad_y + slot / a.top_k * a.grad_y_stride, row_of_slot(slot), row_of_slot(slot + 1),
-                weights != nullptr ? static_cast<accumulate_t<T>>(to_float(weights[slot])) : accumulate_t<T>{1},
-                grad_rows != nullptr ? grad_rows + row * a.hidden : nullptr, a.hidden, is_streaming);
-          }
-          if (grad_weights != nullptr) grad_weights[slot] = from_float<W>(product);
-        }
-        if (grad_rows != nullptr) {
-          zero_padding(reinterpret_cast<char*>(grad_rows), row_bytes, a.row_to_slot, first_row, last_row);
-        }
-        Vec::stream_fence();
-      });
+  const bool is_streaming = a.grad_rows != nullptr && may_stream(a.grad_rows, a.num_rows, row_bytes);
+  over_tokens_and_rows(a.num_tokens, a.num_rows, 2 * a.top_k * row_bytes,
+                       [&](int64_t begin, int64_t end, int64_t first_row, int64_t last_row) {
+                         int64_t slot = begin * a.top_k;
+                         SlotGroup<T> now = next_group<T, W>(a, slot, end * a.top_k);
+                         while (now.count > 0) {
+                           const SlotGroup<T> next = next_group<T, W>(a, slot, end * a.top_k);
+                           accumulate_t<T> products[kSlotsAtOnce];
+                           backward_group(now, next, products, a.hidden, is_streaming);
+                           for (int i = 0; i < now.count && a.grad_weights != nullptr; ++i) {
+                             static_cast<W*>(a.grad_weights)[now.slots[i]] = from_float<W>(products[i]);
+                           }
+                           now = next;
+                         }
+                         if (a.grad_rows != nullptr) {
+                           zero_padding(static_cast<char*>(a.grad_rows), row_bytes, a.row_to_slot, first_row, last_row);
+                         }
+                         Vec::stream_fence();
+                       });
 }
 
 void permute_by_row(const PermuteArgs& a, int64_t row_bytes) {
@@ -329,11 +377,10 @@ void permute_by_token(const PermuteArgs& a, int64_t row_bytes) {
 
 void permute(const PermuteArgs& a) {
   const int64_t row_bytes = a.hidden * element_size(a.dtype);
-  const int64_t moved_bytes = (a.num_tokens + a.num_rows) * row_bytes;
-  if (moved_bytes <= cache_bytes_kept()) {
-    permute_by_row(a, row_bytes);
-  } else if (may_stream(a.rows, row_bytes, moved_bytes)) {
+  if (may_stream(a.rows, a.num_rows, row_bytes)) {
     permute_by_token<true>(a, row_bytes);
+  } else if ((a.num_tokens + a.num_rows) * row_bytes <= cache_bytes_kept()) {
+    permute_by_row(a, row_bytes);
   } else {
     permute_by_token<false>(a, row_bytes);
   }

@@ -62,6 +62,7 @@ struct Vec {
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), bf16_bits()); }
   void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), f16_bits()); }
+  static constexpr bool kStreams = true;  // whether stream() goes past the caches
   // A store past the caches; p is aligned to kLanes elements. A thread ends its streaming with stream_fence().
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bf16_bits()); }
@@ -225,6 +226,7 @@ struct Vec {
   void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }
   void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), f16_bits()); }
   void store(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static constexpr bool kStreams = true;
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }
   void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16_bits()); }
@@ -404,6 +406,7 @@ struct Vec {
   void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(static_cast<float>(v[i]));
   }
+  static constexpr bool kStreams = false;
   template <class T>
   void stream(T* p) const {
     store(p);

@@ -102,9 +102,8 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         return findings
 
     half = num_bytes // 2 // dtype.itemsize
-    require_memory((copies + 1) * half * dtype.itemsize, str(row))
-    sources = [torch.ones(half, dtype=dtype) for _ in range(copies)]
-    target = torch.ones(half, dtype=dtype)
+    require_memory(2 * copies * half * dtype.itemsize, str(row))
+    sources, targets = ([torch.ones(half, dtype=dtype) for _ in range(copies)] for _ in range(2))
 
     return Case(
         row,
@@ -120,5 +119,7 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         cached,
         check,
         written=(in_rows + out_rows if row.training else out_rows) * row_bytes,
-        yardsticks={"copy_ of as many bytes": lambda i: target.copy_(sources[i % copies])},
+        yardsticks={
+            "copy_ of as many bytes": lambda i: targets[i % copies].copy_(sources[i % copies])
+        },
     )
