@@ -194,6 +194,18 @@ class TestRows:
     def test_bfloat16(self, row):
         assert run_tiny(row).passed
 
+    @pytest.mark.parametrize("row", rows_of("grouped_mm", "moe_mlp"), ids=str)
+    def test_weights_in_memory_are_held_against_what_is_read_beside(self, row):
+        weights = workload.make_weights(TINY, torch.float32, 0, 0, 1 << 20)
+        result = runner.run_row(row, tiny_limits(), weights, seconds=0.0, min_rounds=2, seed=0)
+        assert result.read > 0
+        assert result.yardsticks["read of weights"].median > 0
+        assert result.bound_by != "memory" or result.floor_seconds == result.num_bytes / result.read
+        assert result.as_dict()["limit"]["read_bytes_per_second"] == result.read
+        assert (
+            run_tiny(row).as_dict()["limit"]["read_bytes_per_second"] is None
+        )  # left in the caches
+
     def test_wrong_values_are_caught(self, monkeypatch):
         right = fr.moe_mlp
         monkeypatch.setattr(fr, "moe_mlp", lambda *a, **k: right(*a, **k) * 1.01)
@@ -294,6 +306,11 @@ class TestLimits:
         ones = torch.ones(1000)
         assert torch.ops.fastmoe_route.machine_read(ones, 1) == 1000.0
         assert torch.ops.fastmoe_route.machine_read(ones[:3], 1) == 3.0
+        counted = torch.arange(
+            5003, dtype=torch.float32
+        )  # every element once, wherever streams end
+        assert torch.ops.fastmoe_route.machine_read(counted, 1) == 5003 * 5002 / 2
+        assert torch.ops.fastmoe_route.machine_read(counted[:2048], 3) == 3 * 2048 * 2047 / 2
         assert torch.ops.fastmoe_route.machine_read(torch.empty(0), 1) == 0.0
 
     @pytest.mark.parametrize(
@@ -314,6 +331,7 @@ class TestLimits:
         limits = tiny_limits()
         assert limits.floor(10**10, 1.0, "float32", cached=False) == (1.0, "memory")
         assert limits.floor(8, 1e11, "float32", cached=False) == (1.0, "arithmetic")
+        assert limits.floor(10**10, 1.0, "float32", cached=False, read=2e10) == (0.5, "memory")
         assert limits.floor(8, 0.0, "bfloat16", cached=True)[1] == "level 1"
         assert limits.floor(cache_bytes(2) // 2, 0.0, "float32", cached=True)[1] == "level 2"
 

@@ -18,6 +18,7 @@ from fastmoe_route.bench.shapes import Row
 from fastmoe_route.bench.timing import Call
 
 EXP_FLOPS = 20
+READ = "read of weights"
 Function = Callable[..., Tensor]
 
 
@@ -34,6 +35,7 @@ class Case:
     check: Callable[[], list[Finding]]
     written: int = 0  # of num_bytes, those of outputs that later calls write again
     yardsticks: dict[str, Call] = field(default_factory=dict)  # timed beside; no way to do the work
+    read_bytes: int = 0  # of the yardstick READ, whose rate then is this row's limit by memory
     notes: list[str] = field(default_factory=list)  # contenders that were left out, and why
 
 

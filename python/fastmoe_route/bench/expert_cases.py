@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastmoe_route as fr
 from fastmoe_route.bench import baselines
-from fastmoe_route.bench.case import Case, Function, backward, compare
+from fastmoe_route.bench.case import READ, Case, Function, backward, compare
 from fastmoe_route.bench.check import TOLERANCE, Finding, bound, rms_bound
 from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.shapes import Row
@@ -25,6 +25,22 @@ from fastmoe_route.bench.workload import (
 
 _CHECKED_TOKENS = 4
 _CHECKED_EXPERTS = 4
+_READ_BYTES = 128 << 20  # at most, of the yardstick beside
+
+
+def _add_read(case: Case, weights: Weights) -> Case:
+    """Adds the yardstick that reads as many bytes as the case declares, up to a limit.
+
+    It reads the weights themselves, another part of them in every call.
+    """
+    if not case.cached:
+        flat = [up.detach().view(-1).view(torch.float32) for up in weights.ups]
+        count = min(case.num_bytes, _READ_BYTES, 4 * flat[0].numel()) // 4
+        parts = [part for up in flat for part in up.split(count) if part.numel() == count]
+        case.read_bytes = 4 * count
+        read = torch.ops.fastmoe_route.machine_read
+        case.yardsticks[READ] = lambda i: read(parts[i % len(parts)], 1)
+    return case
 
 
 def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Case:
@@ -83,7 +99,8 @@ def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Ca
     for name, function in plain.items():
         contenders[name] = lambda i, function=function: run(function, i)  # type: ignore[misc]
     flops = 2.0 * num_rows * shape.hidden * width * (3 if row.training else 1)
-    return Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, check)
+    case = Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, check)
+    return _add_read(case, weights)
 
 
 def _sample_rows(offsets: Tensor) -> tuple[list[int], list[int]]:
@@ -258,7 +275,7 @@ def layer_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Case:
                 contenders[name] = call
     case = Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, layer.check)
     case.notes = notes
-    return case
+    return _add_read(case, weights)
 
 
 def _peer_call(layer: _Layer, packed: Sequence[Function]) -> Call:

@@ -10,7 +10,9 @@
   level-3 cache, the limit of outputs that later calls write again in the same place.
 
 The best of several probes counts, and probes are repeated through the run: a limit is what the
-machine reaches when nobody disturbs it. The rates of `torch.mm` are printed beside the peaks: a
+machine reaches when nobody disturbs it. Rows whose weights lie in memory are held against what was
+read of these weights in turns with the contenders instead: on shared machines the rate of the
+memory drifts within minutes. The rates of `torch.mm` are printed beside the peaks: a
 peak below them would be wrong.
 """
 
@@ -183,21 +185,29 @@ class Limits:
         self._buffer = None
 
     def floor(
-        self, num_bytes: int, flops: float, dtype: str, *, cached: bool, written: int = 0
+        self,
+        num_bytes: int,
+        flops: float,
+        dtype: str,
+        *,
+        cached: bool,
+        written: int = 0,
+        read: float = 0.0,
     ) -> tuple[float, str]:
         """Seconds below which the work cannot be done, and what sets them.
 
         `written` of the bytes are an output that the allocator hands out again in the next call:
-        up to half of the last-level cache, it may stay there.
+        up to half of the last-level cache, it may stay there. `read` are the bytes per second that
+        were read in turns with the work itself, if they were: better than what a probe read before.
         """
-        bandwidth, where = self.memory, "memory"
+        bandwidth, where = read or self.memory, "memory"
         if cached:
             is_tiny = num_bytes <= self._cached_set(1)
             bandwidth, where = (self.level1, "level 1") if is_tiny else (self.level2, "level 2")
         peak = self.peak.get(dtype, self.peak["float32"])
         by_memory, by_arithmetic = num_bytes / bandwidth, flops / peak
         if not cached and written <= cache_bytes(3) // 2:
-            stays = max(self.level3, self.memory)
+            stays = max(self.level3, bandwidth)
             by_memory = (num_bytes - written) / bandwidth + written / stays
         if by_arithmetic >= by_memory:
             return by_arithmetic, "arithmetic"

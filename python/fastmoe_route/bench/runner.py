@@ -15,7 +15,7 @@ import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench import machine, peers
-from fastmoe_route.bench.case import Case
+from fastmoe_route.bench.case import READ, Case
 from fastmoe_route.bench.cases import build_case
 from fastmoe_route.bench.check import Finding
 from fastmoe_route.bench.machine import Limits
@@ -83,6 +83,7 @@ class Result:
     copies: int = 1
     cached: bool = False
     floor_seconds: float = 0.0
+    read: float = 0.0  # bytes per second of weights, in turns with the contenders
     bound_by: str = ""
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
@@ -131,6 +132,7 @@ class Result:
                 "seconds": self.floor_seconds,
                 "bound_by": self.bound_by,
                 "share": self.share,
+                "read_bytes_per_second": self.read or None,
             },
             "seconds": {name: summary.as_dict() for name, summary in timing.seconds.items()},
             "ratios": {name: summary.as_dict() for name, summary in timing.ratios.items()},
@@ -171,8 +173,15 @@ def run_row(
         timed = {**case.contenders, **case.yardsticks}
         result.timing = interleave(timed, seconds, min_rounds=min_rounds)
     result.yardsticks = {name: result.timing.ratios.pop(name) for name in case.yardsticks}
+    if case.read_bytes > 0:
+        result.read = case.read_bytes / result.timing.seconds[READ].median
     result.floor_seconds, result.bound_by = limits.floor(
-        case.num_bytes, case.flops, row.dtype, cached=case.cached, written=case.written
+        case.num_bytes,
+        case.flops,
+        row.dtype,
+        cached=case.cached,
+        written=case.written,
+        read=result.read,
     )
     return result
 
