@@ -124,6 +124,19 @@ def test_arguments(backend: str) -> None:
             "drop_counts: experts must",
         ),
         (lambda: fr.drop_counts(EXPERTS, plan, num_scopes=2**30), ValueError, "num_scopes must"),
+        (lambda: fr.drop_counts(EXPERTS.to("meta"), plan), ValueError, "slot_to_row must be on me"),
+        (lambda: fr.pass_through(x, x.to("meta"), plan), ValueError, "x must be on cpu, got meta"),
+        (lambda: fr.pass_through(x.to("meta"), x.to("meta"), plan), ValueError, "be on meta, got"),
+        (
+            lambda: fr.pass_through(x.to("meta"), x.to("meta"), plan, x[:, :2]),
+            ValueError,
+            "pass_through: weights must be on meta",
+        ),
+        (
+            lambda: fr.renormalize_after_drop(x[:, :2].to("meta"), plan),
+            ValueError,
+            "plan.slot_to_row must be on meta, got cpu",
+        ),
     ):
         with pytest.raises(kind, match=message):
             call()

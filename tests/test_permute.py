@@ -487,6 +487,12 @@ X, ROWS, WEIGHTS = torch.ones(3, 4), torch.ones(6, 4), torch.ones(3, 2)
         ((X[:2], PLAN), ValueError, r"x must have shape \[3, any\], got .* of shape \[2, 4\]"),
         ((X, tuple(PLAN)), TypeError, r"plan must be a DispatchPlan"),
         ((X, PLAN._replace(row_to_slot=None)), TypeError, r"plan.row_to_slot must be a torch.Tens"),
+        ((X.to("meta"), PLAN), ValueError, r"plan.row_to_slot must be on meta, got cpu"),
+        (
+            (X, PLAN._replace(slot_to_row=PLAN.slot_to_row.to("meta"))),
+            ValueError,
+            r"plan.slot_to_row must be on cpu, got meta",
+        ),
     ],
 )
 def test_permute_arguments(backend: str, arguments: tuple, kind: type, message: str) -> None:
@@ -509,6 +515,8 @@ def test_permute_arguments(backend: str, arguments: tuple, kind: type, message: 
         ((ROWS, PLAN, WEIGHTS.int()), TypeError, r"weights must be float32 or"),
         ((ROWS, PLAN, 2.0), TypeError, r"weights must be a torch.Tensor, got 2.0"),
         ((ROWS, None), TypeError, r"plan must be a DispatchPlan, got None"),
+        ((ROWS.to("meta"), PLAN), ValueError, r"plan.row_to_slot must be on meta, got cpu"),
+        ((ROWS, PLAN, WEIGHTS.to("meta")), ValueError, r"weights must be on cpu, got meta"),
     ],
 )
 def test_unpermute_arguments(backend: str, arguments: tuple, kind: type, message: str) -> None:

@@ -272,19 +272,26 @@ def _check_fit(op: str, argument: str, value: Tensor, plan: DispatchPlan) -> Non
     check_dtype(op, argument, value, FLOAT_DTYPES)
     fitted = plan.slot_to_row if argument == "x" else plan.row_to_slot
     check_shape(op, argument, value, (fitted.shape[0], -1))
+    check_device(op, "plan.row_to_slot", plan.row_to_slot, value)
+    check_device(op, "plan.slot_to_row", plan.slot_to_row, value)
 
 
 @torch.library.register_fake("fastmoe_route::permute")
 @torch.library.register_fake("fastmoe_route::permute_forward")
 def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
-    _check_fake("permute", x, slot_to_row)
+    _check_fake("permute", x, slot_to_row, row_to_slot)
     return x.new_empty((row_to_slot.shape[0], x.shape[1]))
 
 
-def _check_fake(op: str, value: Tensor, of_map: Tensor) -> None:
+def _check_fake(op: str, value: Tensor, of_map: Tensor, *others: Tensor | None) -> None:
+    """`of_map` is the map that `value` has to fit; a call with one meta tensor comes here, too."""
     torch._check(
         value.dim() == 2 and value.shape[0] == of_map.shape[0],
         lambda: f"{op}: the matrix must fit the plan, got shape {list(value.shape)}",
+    )
+    torch._check(
+        all(other is None or other.device == value.device for other in (of_map, *others)),
+        lambda: f"{op}: all tensors must be on {value.device}",
     )
 
 
@@ -346,6 +353,7 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
         check_tensor("unpermute", "weights", weights, 2)
         check_shape("unpermute", "weights", weights, plan.slot_to_row.shape)
         check_dtype("unpermute", "weights", weights, FLOAT_DTYPES)
+        check_device("unpermute", "weights", weights, rows)
     raise error
 
 
@@ -354,7 +362,7 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
 def _unpermute_fake(
     rows: Tensor, weights: Tensor | None, row_to_slot: Tensor, slot_to_row: Tensor
 ) -> Tensor:
-    _check_fake("unpermute", rows, row_to_slot)
+    _check_fake("unpermute", rows, row_to_slot, slot_to_row, weights)
     return rows.new_empty((slot_to_row.shape[0], rows.shape[1]))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    check_device,
     check_dtype,
     check_int,
     check_shape,
@@ -95,10 +96,12 @@ def pass_through(y: Tensor, x: Tensor, plan: DispatchPlan, weights: Tensor | Non
         check_dtype("pass_through", name, rows, FLOAT_DTYPES)
     check_shape("pass_through", "x", x, y.shape)
     check_dtype("pass_through", "x", x, (y.dtype,))
+    check_device("pass_through", "x", x, y)
     if weights is None:
         has_row = _has_row("pass_through", y, plan, name="y", columns=-1)
         return torch.where(has_row.any(1, keepdim=True), y, x)
     has_row = _has_row("pass_through", weights, plan)
+    check_device("pass_through", "weights", weights, y)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     lost = torch.where(has_row, 0.0, weights).to(wide).sum(1, keepdim=True)
     mixed = (y.to(wide) + x.to(wide) * lost).to(y.dtype)
@@ -115,6 +118,7 @@ def _has_row(
     check_dtype(op, name, value, FLOAT_DTYPES)
     num_tokens, top_k = plan.slot_to_row.shape
     check_shape(op, name, value, (num_tokens, top_k if columns is None else columns))
+    check_device(op, "plan.slot_to_row", plan.slot_to_row, value)
     return plan.slot_to_row >= 0
 
 
@@ -190,6 +194,7 @@ def drop_counts(
     check_tensor("drop_counts", "experts", experts, 2)
     check_dtype("drop_counts", "experts", experts, ID_DTYPES)
     check_shape("drop_counts", "experts", experts, plan.slot_to_row.shape)
+    check_device("drop_counts", "plan.slot_to_row", plan.slot_to_row, experts)
     num_experts = plan.kept.shape[0]
     most = (INT32_LIMIT - 1) // num_experts
     num_scopes = check_int("drop_counts", "num_scopes", num_scopes, 1, most)
