@@ -223,10 +223,51 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
         lambda: fr.distributed.plan_placement(LOGITS, 4, 2)
     ),
     "routers: name must be a str, got 3": lambda: fr.routers.build(3, 4, 2),
+    "renormalize_after_drop: scale must be a number, got 'a'": (
+        lambda: fr.renormalize_after_drop(torch.ones(3, 2), PLAN, "a")
+    ),
+    "renormalize_after_drop: plan.slot_to_row must be a torch.Tensor, got None": (
+        lambda: fr.renormalize_after_drop(torch.ones(3, 2), PLAN._replace(slot_to_row=None))
+    ),
+    "drop_counts: plan.kept must be a torch.Tensor, got None": (
+        lambda: fr.drop_counts(EXPERTS, PLAN._replace(kept=None))
+    ),
+    "dispatch_invariance: scoped must be a bool, got 'no'": (
+        lambda: fr.dispatch_invariance(capacity=1, scoped="no")
+    ),
     "moe_mlp: plan.row_to_slot must be a torch.Tensor, got [0]": lambda: fr.moe_mlp(
         LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, plan=PLAN._replace(row_to_slot=[0])
     ),
 }
+
+
+# A tensor compares with a number to a tensor, which has no truth value, or is silently equal.
+TENSORS = (torch.zeros(()), torch.ones(()), torch.zeros(1, 1), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("name", ["num_groups", "num_null", "min_k", "scale"])
+@pytest.mark.parametrize("value", TENSORS, ids=str)
+def test_tensors_are_no_numbers(name: str, value: torch.Tensor) -> None:
+    with pytest.raises(TypeError, match=rf"^gate: {name} must be an? \w+, got float32 tensor of"):
+        fr.gate(LOGITS, 2, **{name: value})
+    if name == "scale":
+        pair = (EXPERTS, torch.ones(3, 2))
+        with pytest.raises(TypeError, match=r"^lora_grouped_mm: scaling must be a number"):
+            fr.lora_grouped_mm(LOGITS, W_UP[..., :1], W_UP[:, :1], pair, scaling=value)
+
+
+def test_whole_numbers_of_any_size_are_scales() -> None:
+    pair = (EXPERTS, torch.ones(3, 2))
+    for scale in (2**70, -(2**70)):
+        whole, real = (
+            (
+                fr.lora_grouped_mm(LOGITS, W_UP[..., :1], W_UP[:, :1], pair, scaling=number),
+                fr.renormalize_after_drop(pair[1], PLAN, number),
+                fr.gate(LOGITS, 2, scale=number).weights,
+            )
+            for number in (scale, float(scale))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(whole, real, strict=True))
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)

@@ -117,7 +117,7 @@ def gate(
     score_code = check_choice("gate", "score", score, SCORES)
     if normalize is not True and normalize is not False:
         check_flag("gate", "normalize", normalize)
-    if scale != 1.0:
+    if type(scale) is not float or scale != 1.0:
         check_float("gate", "scale", scale)
     if stats is not False or keep_scores is not False:
         check_flag("gate", "stats", stats)
@@ -125,15 +125,15 @@ def gate(
     # Every argument that is passed on costs a tenth of a microsecond: trailing defaults are not.
     options: tuple[Any, ...] = ()
     is_limited = (
-        (num_null != 0 or softmax_over != "all" or min_k != 1)
+        (num_null != 0 or softmax_over != "all" or type(min_k) is not int or min_k != 1)
         or (mask is not None or noise is not None or k_per_token is not None)
         or (top_p is not None or threshold is not None or max_per_group is not None)
     )
-    groups = (num_groups, topk_groups, group_score)
-    if is_limited or bias is not None or groups != (1, None, "max"):
+    is_grouped = type(num_groups) is not int or num_groups != 1 or topk_groups is not None
+    if is_limited or is_grouped or bias is not None or group_score != "max":
         group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
         counts = (1, 0, 0)
-        if num_groups != 1 or topk_groups is not None or max_per_group is not None:
+        if is_grouped or max_per_group is not None:
             counts = _check_groups(num_experts, num_groups, topk_groups, max_per_group, num_null)
         options = (_per_column("bias", bias, logits), *counts[:2], group_code)
     if is_limited:
@@ -171,7 +171,7 @@ def _num_experts(logits: Tensor, num_null: int) -> tuple[int, int]:
     if logits.dtype not in FLOAT_DTYPES:
         check_dtype("gate", "logits", logits, FLOAT_DTYPES)
     num_columns = logits.shape[1]
-    if num_null != 0:
+    if type(num_null) is not int or num_null != 0:
         num_null = check_int("gate", "num_null", num_null, 0, num_columns - 1)
     num_experts = num_columns - num_null
     if num_experts < 1 or num_experts > MAX_EXPERTS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route._arguments import check_choice, check_flag, check_int, fail
 from fastmoe_route.dispatch import DROP_POLICIES
 from fastmoe_route.reroute import FILLS, OVERFLOWS
 
@@ -55,7 +55,7 @@ def dispatch_invariance(
         One of `I`, `S`, `C`, `B*`, `B`.
 
     Raises:
-        TypeError: `capacity` is no int.
+        TypeError: `capacity` is no int, or `scoped` no bool.
         ValueError: an argument is out of range.
 
     >>> dispatch_invariance("I"), dispatch_invariance("I", capacity=4)
@@ -69,6 +69,7 @@ def dispatch_invariance(
     check_choice(op, "overflow", overflow, OVERFLOWS)
     if fill not in FILLS:
         fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
+    check_flag(op, "scoped", scoped)
     if capacity is None:
         return routing
     check_int(op, "capacity", capacity, 1)

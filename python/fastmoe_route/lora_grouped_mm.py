@@ -67,7 +67,7 @@ def lora_grouped_mm(
     check_shape("lora_grouped_mm", "lora_a", lora_a, (-1, x.shape[1], -1))
     check_shape("lora_grouped_mm", "lora_b", lora_b, (lora_a.shape[0], lora_a.shape[2], -1))
     check_routing("lora_grouped_mm", x, routing)
-    if scaling != 1.0:
+    if type(scaling) is not float or scaling != 1.0:
         check_float("lora_grouped_mm", "scaling", scaling)
     experts, weights = routing[0], routing[1]
     if plan is None:
@@ -76,4 +76,4 @@ def lora_grouped_mm(
         check_plan("lora_grouped_mm", x, plan, lora_a.shape[0], experts.shape[1])
     inner = grouped_mm(permute(x, plan), lora_a, plan.offsets)
     outer = grouped_mm(inner, lora_b, plan.offsets)
-    return unpermute(outer, plan, weights * scaling if scaling != 1.0 else weights)
+    return unpermute(outer, plan, weights * (scaling * 1.0) if scaling != 1.0 else weights)

@@ -12,6 +12,7 @@ from fastmoe_route._arguments import (
     ID_DTYPES,
     check_device,
     check_dtype,
+    check_float,
     check_int,
     check_shape,
     check_tensor,
@@ -61,10 +62,11 @@ def renormalize_after_drop(weights: Tensor, plan: DispatchPlan, scale: float = 1
     >>> renormalize_after_drop(torch.tensor([[0.5, 0.25], [0.5, 0.25]]), plan).tolist()
     [[0.6666666865348816, 0.3333333432674408], [0.0, 0.0]]
     """
+    check_float("renormalize_after_drop", "scale", scale)
     kept = torch.where(_has_row("renormalize_after_drop", weights, plan), weights, 0.0)
     wide = kept if kept.dtype == torch.float64 else kept.float()
     total = wide.sum(1, keepdim=True).clamp(min=_MIN_SUM)
-    return (wide / total * scale).to(weights.dtype)
+    return (wide / total * (scale * 1.0)).to(weights.dtype)
 
 
 def pass_through(y: Tensor, x: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:
@@ -116,6 +118,7 @@ def _has_row(
         fail(TypeError, op, "plan", "be a DispatchPlan", describe(plan))
     check_tensor(op, name, value, 2)
     check_dtype(op, name, value, FLOAT_DTYPES)
+    check_tensor(op, "plan.slot_to_row", plan.slot_to_row, 2)
     num_tokens, top_k = plan.slot_to_row.shape
     check_shape(op, name, value, (num_tokens, top_k if columns is None else columns))
     check_device(op, "plan.slot_to_row", plan.slot_to_row, value)
@@ -193,6 +196,8 @@ def drop_counts(
         fail(TypeError, "drop_counts", "plan", "be a DispatchPlan", describe(plan))
     check_tensor("drop_counts", "experts", experts, 2)
     check_dtype("drop_counts", "experts", experts, ID_DTYPES)
+    check_tensor("drop_counts", "plan.slot_to_row", plan.slot_to_row, 2)
+    check_tensor("drop_counts", "plan.kept", plan.kept, 1)
     check_shape("drop_counts", "experts", experts, plan.slot_to_row.shape)
     check_device("drop_counts", "plan.slot_to_row", plan.slot_to_row, experts)
     num_experts = plan.kept.shape[0]
