@@ -43,7 +43,7 @@ SUITE = [
     for name in ("gate", "plan_dispatch", "permute", "grouped_mm", "moe_mlp", "up_projection",
                  "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules",
                  "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
-                 "expert_extremes")
+                 "expert_extremes", "overflow")
 ]  # fmt: skip
 # Wrong ids and offsets, sizes off every tile, padding.
 SANITIZED = ["tests/test_device_rules.py", "tests/test_moe_mlp.py", "tests/test_permute.py",

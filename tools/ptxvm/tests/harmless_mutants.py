@@ -120,6 +120,12 @@ HARMLESS = (
     Harmless(
         "guard",
         "gate_fast.cuh",
+        "rows that have all their packs may be loaded as those that have some",
+        ("if (a_.loads == LogitLoads::kAllPacks) {",),
+    ),
+    Harmless(
+        "guard",
+        "gate_fast.cuh",
         "ranks entries that no lane has and none writes",
         ("for (int h = 0; h < 2; ++h) { if (h * kWarp >= k) break;",),
     ),
