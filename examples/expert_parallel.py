@@ -192,13 +192,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ids = [batch(held_out, given, seed=10**6 + 100 * rank + i) for i in range(16)]
     before_y, routing, before = run_held_out(model, ids)
     trace = gather(routing)
-    plan = plan_placement(trace, given.experts, size, traffic_weight=0.8, time_limit=given.planning)
-    choice: list = [plan]
-    dist.broadcast_object_list(choice)  # a time limit may stop two solvers at different places
-    moved = place_again(model, given, choice[0])
+    choice: list = [None]
+    if rank == 0:  # once for all: a time limit may stop two solvers at different places
+        choice = [
+            plan_placement(
+                trace, given.experts, size, traffic_weight=0.8, time_limit=given.planning
+            )
+        ]
+    dist.broadcast_object_list(choice)
+    plan = choice[0]
+    moved = place_again(model, given, plan)
     after_y, _, after = run_held_out(moved, ids)
     difference = ((after_y - before_y).norm() / before_y.norm()).item()
-    plan = choice[0]
 
     say(f"\nrouting of {trace.shape[0]} held-out tokens recorded; placement planned from it")
     table = {
@@ -227,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     if not difference <= 1e-5:
         sys.exit("the placement changed the result")
+    dist.barrier()  # nobody leaves while another still needs the store
     dist.destroy_process_group()
 
 
