@@ -202,9 +202,8 @@ class TestRows:
         assert result.yardsticks["read of weights"].median > 0
         assert result.bound_by != "memory" or result.floor_seconds == result.num_bytes / result.read
         assert result.as_dict()["limit"]["read_bytes_per_second"] == result.read
-        assert (
-            run_tiny(row).as_dict()["limit"]["read_bytes_per_second"] is None
-        )  # left in the caches
+        # Weights that stay in the caches are not.
+        assert run_tiny(row).as_dict()["limit"]["read_bytes_per_second"] is None
 
     def test_wrong_values_are_caught(self, monkeypatch):
         right = fr.moe_mlp
@@ -306,9 +305,8 @@ class TestLimits:
         ones = torch.ones(1000)
         assert torch.ops.fastmoe_route.machine_read(ones, 1) == 1000.0
         assert torch.ops.fastmoe_route.machine_read(ones[:3], 1) == 3.0
-        counted = torch.arange(
-            5003, dtype=torch.float32
-        )  # every element once, wherever streams end
+        # Every element once, wherever streams end.
+        counted = torch.arange(5003, dtype=torch.float32)
         assert torch.ops.fastmoe_route.machine_read(counted, 1) == 5003 * 5002 / 2
         assert torch.ops.fastmoe_route.machine_read(counted[:2048], 3) == 3 * 2048 * 2047 / 2
         assert torch.ops.fastmoe_route.machine_read(torch.empty(0), 1) == 0.0

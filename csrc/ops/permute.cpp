@@ -74,7 +74,8 @@ Tensor unpermute(const Tensor& rows, const OptionalTensor& weights, const Tensor
   const DType dtype = float_dtype("unpermute", "rows", rows);
   const PlanMaps maps = plan_maps("unpermute", row_to_slot, slot_to_row);
   check_size("unpermute", "rows", rows, 0, maps.num_rows);
-  UnpermuteArgs args{maps.shape(rows.size(1), dtype)};
+  UnpermuteArgs args{};
+  static_cast<PermuteShape&>(args) = maps.shape(rows.size(1), dtype);
   const OptionalTensor dense_weights = plan_weights("unpermute", weights, maps, args.weights_dtype);
   check_devices("unpermute", rows, weights, row_to_slot, slot_to_row);
   check_rows_in_range("unpermute", maps);
@@ -99,7 +100,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
   const DType dtype = float_dtype(kOp, "grad_y", grad_y);
   const PlanMaps maps = plan_maps(kOp, row_to_slot, slot_to_row);
   check_size(kOp, "grad_y", grad_y, 0, maps.num_tokens);
-  UnpermuteBackwardArgs args{maps.shape(grad_y.size(1), dtype)};
+  UnpermuteBackwardArgs args{};
+  static_cast<PermuteShape&>(args) = maps.shape(grad_y.size(1), dtype);
   const OptionalTensor dense_weights = plan_weights(kOp, weights, maps, args.weights_dtype);
   check_devices(kOp, grad_y, rows, weights, row_to_slot, slot_to_row);
   check_maps_agree(kOp, maps);
