@@ -73,38 +73,45 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(Maps maps, int64_t nu
   }
 }
 
+// Rows and weights of a token's slots come by one load of the warp, 32 slots at a time, and go around by shuffles.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 2) unpermute_kernel(UnpermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, 3) unpermute_kernel(UnpermuteArgs a) {
   using Float = accumulate_t<T>;
-  constexpr int kRowsAtOnce = 4;
+  constexpr int kRowsAtOnce = 8;
   const int64_t row_packs = a.hidden / N;
   const int64_t num_chunks = (row_packs + kWarp - 1) / kWarp;
   const T* rows = static_cast<const T*>(a.rows);
   for (int64_t item = grid_warp(); item < a.num_tokens * num_chunks; item += grid_warps()) {
     const int64_t token = item / num_chunks;
     const int64_t pack = item % num_chunks * kWarp + lane_index();
-    if (pack >= row_packs) continue;  // no lane waits for another here
+    const bool is_inside = pack < row_packs;
     Float sum[N] = {};
-    for (int64_t first = 0; first < a.top_k; first += kRowsAtOnce) {
-      Pack<T, N> values[kRowsAtOnce];
-      Float weight[kRowsAtOnce];
-      bool is_used[kRowsAtOnce];
+    for (int64_t first = 0; first < a.top_k; first += kWarp) {
+      const int64_t choice = first + lane_index(), slot = token * a.top_k + choice;
+      int32_t own_row = choice < a.top_k ? a.slot_to_row[slot] : -1;
+      if (own_row >= a.num_rows) own_row = -1;
+      const Float own_weight =
+          own_row >= 0 && a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
+      const int count = static_cast<int>(a.top_k - first < kWarp ? a.top_k - first : kWarp);
+      for (int begin = 0; begin < count; begin += kRowsAtOnce) {
+        Pack<T, N> values[kRowsAtOnce];
+        bool is_used[kRowsAtOnce];
 #pragma unroll
-      for (int u = 0; u < kRowsAtOnce; ++u) {
-        const int64_t slot = token * a.top_k + first + u;
-        const int32_t row = first + u < a.top_k ? a.slot_to_row[slot] : -1;
-        is_used[u] = row >= 0 && row < a.num_rows;
-        if (!is_used[u]) continue;
-        weight[u] = a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
-        values[u] = *reinterpret_cast<const Pack<T, N>*>(rows + row * a.rows_stride + pack * N);
-      }
+        for (int u = 0; u < kRowsAtOnce; ++u) {
+          const int32_t row = __shfl_sync(kAllLanes, own_row, begin + u);
+          is_used[u] = row >= 0 && is_inside;
+          if (is_used[u]) values[u] = *reinterpret_cast<const Pack<T, N>*>(rows + row * a.rows_stride + pack * N);
+        }
 #pragma unroll
-      for (int u = 0; u < kRowsAtOnce; ++u) {
-        if (!is_used[u]) continue;
+        for (int u = 0; u < kRowsAtOnce; ++u) {
+          const Float weight = __shfl_sync(kAllLanes, own_weight, begin + u);
+          if (!is_used[u]) continue;
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[n] = fma(weight[u], widen(values[u].values[n]), sum[n]);
+          for (int n = 0; n < N; ++n) sum[n] = fma(weight, widen(values[u].values[n]), sum[n]);
+        }
       }
     }
+    if (!is_inside) continue;
     Pack<T, N> result;
 #pragma unroll
     for (int n = 0; n < N; ++n) result.values[n] = narrow<T>(sum[n]);

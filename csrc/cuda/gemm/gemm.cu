@@ -2,7 +2,6 @@
 #include "cuda/gemm/gemm.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -18,14 +17,14 @@ namespace fastmoe_route {
 namespace cuda {
 namespace {
 
-// FASTMOE_ROUTE_CUDA_GEMM=native allows kernels that no machine of the project could execute; sm80, the default, keeps
-// to those that the tests execute. Read once.
-bool uses_native() {
-  static const bool is_native = [] {
-    const char* const value = std::getenv("FASTMOE_ROUTE_CUDA_GEMM");
-    return value != nullptr && std::strcmp(value, "native") == 0;
+// Kernels for one architecture alone: those of sm_90a by default, which have run on such a GPU with the tests of the ops.
+// FASTMOE_ROUTE_CUDA_GEMM=native allows those of sm_100a too, which were compiled only; sm80 allows none. Read once.
+bool uses_native(int capability) {
+  static const std::string value = [] {
+    const char* const text = std::getenv("FASTMOE_ROUTE_CUDA_GEMM");
+    return std::string(text != nullptr ? text : "");
   }();
-  return is_native;
+  return value == "native" || (value != "sm80" && capability == 90);
 }
 
 CudaStatus capability_of(int* capability) {
@@ -60,14 +59,11 @@ const char* name_of(GemmKernel kernel) {
 }
 
 CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
-  question.uses_native = uses_native();
   question.allows_tf32 = question.dtype == DType::kFloat32 && queue.allows_tf32 != nullptr && queue.allows_tf32();
-  if (question.uses_native) {
-    const CudaStatus status = capability_of(&question.capability);
-    if (status.code != 0) return status;
-  }
+  const CudaStatus status = capability_of(&question.capability);
+  question.uses_native = uses_native(question.capability);
   *kernel = choose_kernel(question);
-  return {};
+  return status;
 }
 
 }  // namespace

@@ -9,12 +9,14 @@ namespace cuda {
 template <class Element, class LayoutA, class LayoutB>
 using CooperativeProduct =
     NativeProduct<cutlass::arch::Sm90, Element, LayoutA, LayoutB, cute::Shape<cute::_128, cute::_256, cute::_64>,
+                  cute::Shape<cute::_1, cute::_1, cute::_1>,
                   cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative,
                   cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative>;
 
 template <class Element, class LayoutA, class LayoutB>
 using PingPongProduct =
     NativeProduct<cutlass::arch::Sm90, Element, LayoutA, LayoutB, cute::Shape<cute::_64, cute::_256, cute::_64>,
+                  cute::Shape<cute::_1, cute::_1, cute::_1>,
                   cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpong,
                   cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong>;
 
