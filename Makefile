@@ -46,6 +46,10 @@ gallery: build $(VENV)/.test  ## train a small language model with every router;
 test: build $(VENV)/.test  ## set up and pass the tests
 	$(PYTEST) $(ARGS)
 
+.PHONY: test-large
+test-large: build $(VENV)/.test  ## pass the tests marked large: tensors past 2^31 elements, campaigns; three minutes, up to 18 GB
+	$(PY) -m pytest --large -m large $(ARGS)
+
 .PHONY: test-clients
 test-clients: $(CLIENTS)/.built  ## pass the tests against transformers, peft and kernels, and those on four processes
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
@@ -163,7 +167,7 @@ cuda-evidence: cuda  ## write docs/cuda-evidence.md from the compiled CUDA libra
 
 .PHONY: clean
 clean:  ## remove what was built (.venv stays)
-	rm -rf build dist demo $(VENV)-peers $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo $(VENV)-peers $(VENV)/.built .mypy_cache .ruff_cache .pytest_cache
 
 .PHONY: help
 help:  ## this list

@@ -61,6 +61,7 @@ def test_module_runs():
 def test_info_as_text(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith(f"fastmoe_route {' ' * 11}{fr.__version__}\n")
     for word in ("instruction set", "threads", "cuda library", "cpu library", "python"):
         assert word in text
 

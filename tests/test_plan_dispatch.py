@@ -191,15 +191,34 @@ def test_threads_do_not_show(backend: str, threads, options: str) -> None:
         assert_plan(fr.plan_dispatch(experts, num_experts, **case), wanted)
 
 
-def test_thousand_runs_are_equal(backend: str) -> None:
+@pytest.mark.parametrize("options", ["plain", "score"])
+def test_thousand_runs_are_equal(backend: str, threads, options: str) -> None:
+    """Nine tiles on 1 to 8 threads; `score` turns slots away, and threads fill the padding."""
     generator = torch.Generator().manual_seed(2)
-    experts = torch.randint(-1, 16, (64, 4), generator=generator)
-    weights = (torch.rand(64, 4, generator=generator) * 4).round()
-    case = {"capacity": 9, "drop_policy": "score", "weights": weights, "align": 4}
-    wanted = fr.plan_dispatch(experts, 16, **case)
-    for _ in range(vm_backend.repeats(1000, vm=20)):
-        plan = fr.plan_dispatch(experts, 16, **case)
-        assert all(torch.equal(a, b) for a, b in zip(plan, wanted, strict=True))
+    num_tokens, num_experts = vm_backend.repeats(2 * TILE_SLOTS + 77, vm=300), 33
+    ids = torch.randint(-1, num_experts, (num_tokens, 4), generator=generator)
+    ids[::5] = ids[::5].clamp(max=2)  # the first experts are asked for too often
+    weights = (torch.rand(num_tokens, 4, generator=generator) * 16).round()
+    case = {
+        "plain": {},
+        "score": {
+            "capacity": num_tokens * 4 // 25,
+            "drop_policy": "score",
+            "weights": weights,
+            "align": vm_backend.repeats(TILE_SLOTS, vm=8),
+        },
+    }[options]
+    experts = ids.int()
+    threads(1)
+    wanted = fr.plan_dispatch(experts, num_experts, **case)
+    assert_valid(wanted, experts, num_experts, case.get("align", 1))
+    assert (int(wanted.dropped.sum()) > num_tokens // 5) == (options == "score")
+    num_runs = vm_backend.repeats(1000, vm=16)
+    for n in range(1, 9):
+        threads(n)
+        for _ in range(num_runs // 8):
+            plan = fr.plan_dispatch(experts, num_experts, **case)
+            assert all(torch.equal(a, b) for a, b in zip(plan, wanted, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["position", "score"])

@@ -18,6 +18,14 @@ from fastmoe_route._arguments import fail
 _library = torch.library.Library("fastmoe_route", "IMPL")
 
 
+def direct(operator: Any) -> Callable[..., Any]:
+    """The operator without the Python frame that torch puts around it: 0.3 us less a call.
+
+    TorchDynamo cannot trace it: where `is_dynamo_compiling()`, call the operator itself.
+    """
+    return operator._op  # type: ignore[no-any-return]
+
+
 def register_autograd(
     name: str,
     backward: Callable[..., tuple[Tensor | None, ...]],

@@ -156,14 +156,15 @@ def _print_info(as_json: bool) -> int:
         return 0
     missing = {"torch_cuda": "none (CPU build)", "cuda_library": "none"}
     for key, value in report.items():
+        label = key if key == "fastmoe_route" else key.replace("_", " ")
         if isinstance(value, list):
             for line in value:
                 text = line if isinstance(line, str) else " | ".join(line)
-                print(f"{key.replace('_', ' '):<24} {text}")
+                print(f"{label:<24} {text}")
             continue
         if value is None:
             value = missing.get(key, "none")
-        print(f"{key.replace('_', ' '):<24} {value}")
+        print(f"{label:<24} {value}")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
@@ -24,7 +25,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
-from fastmoe_route._autograd import register_autograd
+from fastmoe_route._autograd import direct, register_autograd
 from fastmoe_route.results import DispatchPlan
 
 _ops = torch.ops.fastmoe_route
@@ -32,6 +33,9 @@ _plan_dispatch = _ops.plan_dispatch.default
 _permute_forward = _ops.permute_forward.default
 _unpermute_forward = _ops.unpermute_forward.default
 _unpermute_gradients = _ops.unpermute_backward.default
+_plan_dispatch_direct = direct(_plan_dispatch)
+_permute_direct = direct(_permute_forward)
+_unpermute_direct = direct(_unpermute_forward)
 MAX_EXPERTS = 65536
 INT32_LIMIT = 2**31
 DROP_POLICIES = ("position", "score")
@@ -159,8 +163,9 @@ def plan_dispatch(
         num_scopes = _check_scopes(experts, scope_ids, num_scopes)
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
+    make_plan = _plan_dispatch if is_dynamo_compiling() else _plan_dispatch_direct
     return DispatchPlan(
-        *_plan_dispatch(
+        *make_plan(
             experts,
             num_experts,
             0 if capacity is None else capacity,
@@ -252,7 +257,10 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
         fail(TypeError, "permute", "plan", "be a DispatchPlan", describe(plan))
     _, row_to_slot, slot_to_row, _, _ = plan
     try:
-        copy_rows = _differentiable_permute if needs_grad(x) else _permute_forward
+        if needs_grad(x):
+            copy_rows = _differentiable_permute
+        else:
+            copy_rows = _permute_forward if is_dynamo_compiling() else _permute_direct
         return copy_rows(x, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, AttributeError) as caught:
         error = caught
@@ -344,7 +352,10 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
         fail(TypeError, "unpermute", "plan", "be a DispatchPlan", describe(plan))
     _, row_to_slot, slot_to_row, _, _ = plan
     try:
-        sum_rows = _differentiable_unpermute if needs_grad(rows, weights) else _unpermute_forward
+        if needs_grad(rows, weights):
+            sum_rows = _differentiable_unpermute
+        else:
+            sum_rows = _unpermute_forward if is_dynamo_compiling() else _unpermute_direct
         return sum_rows(rows, weights, row_to_slot, slot_to_row)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, AttributeError) as caught:
         error = caught
