@@ -109,7 +109,9 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights, and sets biases to 0."""
+        """Draws new weights, and sets biases to 0. On the meta device there is nothing to draw."""
+        if self.w_up.is_meta:
+            return  # torch would import its compiler, two seconds, to find that out
         for w in (self.w_up, self.w_down):
             nn.init.normal_(w, std=w.shape[2] ** -0.5 if self.init_std is None else self.init_std)
         for bias in (self.bias_up, self.bias_down):

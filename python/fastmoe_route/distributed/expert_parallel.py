@@ -50,8 +50,10 @@ class ExpertParallel(nn.Module):
 
     Run under `torchrun`:
 
+        from fastmoe_route.distributed import ExpertParallel  # before there is a process group
+
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        layer = fr.distributed.ExpertParallel(fr.nn.MoE(512, 1024, num_experts=64, top_k=8))
+        layer = ExpertParallel(fr.nn.MoE(512, 1024, num_experts=64, top_k=8))
         loss = criterion(layer(x), target) + fr.nn.aux_loss(layer)
         loss.backward()
         layer.reduce_gradients()
