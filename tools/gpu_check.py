@@ -6,7 +6,7 @@ In this order, each part even if one before it failed:
 
   dispatcher  the CUDA library is loaded and every op has a CUDA kernel
   suite       the tests of the ops, whose CPU tensors take a trip to the GPU (tests/cuda_backend.py)
-  suite, native   those of the products again, with kernels for this GPU alone
+  suite, sm80     those of the products again, with the kernels that run on every GPU
   sanitizer   a part of them under compute-sanitizer (memcheck, racecheck), where it is installed
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
@@ -45,7 +45,7 @@ SUITE = [
                  "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
                  "expert_extremes", "overflow")
 ]  # fmt: skip
-# Those of the products, once more with kernels for this GPU alone.
+# Those of the products.
 EXPERTS = [
     f"tests/test_{name}.py"
     for name in ("grouped_mm", "moe_mlp", "up_projection", "expert_regressions", "expert_extremes")
@@ -236,7 +236,7 @@ def parts_of(
         )
         return parts | {"bench": bench}
     parts["suite"] = lambda: pytest_run(SUITE)
-    parts["suite, native"] = lambda: pytest_run(EXPERTS, FASTMOE_ROUTE_CUDA_GEMM="native")
+    parts["suite, sm80"] = lambda: pytest_run(EXPERTS, FASTMOE_ROUTE_CUDA_GEMM="sm80")
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None or options.quick:
         print("compute-sanitizer is left out:", "quick" if sanitizer else "not installed")

@@ -53,7 +53,7 @@ const char* name_of(GemmKernel kernel) {
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
     case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64";
-    case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 64x256x64";
+    case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 128x128x64, clusters of two";
     default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
 }
@@ -92,14 +92,16 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
   const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, 0}, queue, &kernel);
+  const int64_t mean_rows = p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
+  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, mean_rows}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
     case GemmKernel::kFma: return groups_product_float32(p, queue);
     case GemmKernel::kTf32: return groups_product_tf32(p, queue);
     case GemmKernel::kSm90Cooperative:
-      return is_bfloat16 ? groups_sm90_bfloat16(p, queue) : groups_sm90_float16(p, queue);
+      return is_bfloat16 ? groups_sm90_cooperative_bfloat16(p, queue) : groups_sm90_cooperative_float16(p, queue);
+    case GemmKernel::kSm90PingPong: return groups_sm90_pingpong_bfloat16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? groups_sm100_bfloat16(p, queue) : groups_sm100_float16(p, queue);
     default: break;
   }
@@ -142,14 +144,12 @@ std::string policy_table() {
       line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, is_rows, 1});
       line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1});
       for (const int capability : {90, 100}) {
-        const char* device = capability == 90 ? "sm_90a, native" : "sm_100a, native";
-        const GemmQuestion longer{capability, true, false, dtype, true, false, is_rows, kPingPongMost + 1};
-        const GemmQuestion shorter{capability, true, false, dtype, true, false, is_rows, kPingPongMost};
-        if (choose_kernel(longer) == choose_kernel(shorter)) {
-          line(device, "multiples of 16 bytes, no bias", longer);
-        } else {
-          line(device, "the same, inner size at most 1024", shorter);
-          line(device, "the same, inner size above 1024", longer);
+        const char* device = capability == 90 ? "sm_90" : "sm_100, if native is asked for";
+        const auto of = [&](int64_t in) { return GemmQuestion{capability, true, false, dtype, true, false, is_rows, in}; };
+        line(device, "multiples of 16 bytes, no bias", of(kPingPongMost + 1));
+        if (choose_kernel(of(kPingPongMost)) != choose_kernel(of(kPingPongMost + 1))) {
+          line(device, is_rows ? "the same, inner size at most 1024" : "the same, 256 to 1024 rows a group on average",
+               of(kPingPongMost));
         }
       }
     }

@@ -1,5 +1,5 @@
-// A grouped product of CUTLASS 3 out of its parts: architecture, schedule, tile, layouts. Compiled only: no machine of
-// this project can execute these instructions.
+// A grouped product of CUTLASS 3 out of its parts: architecture, schedule, tile, cluster, layouts. Those of sm_90a ran
+// on an H200 (docs/gpu.md), those of sm_100a were compiled only.
 #pragma once
 
 #include <cutlass/bfloat16.h>
