@@ -10,7 +10,9 @@ For each shape (T, H, I, E, K) in bfloat16, forward and forward + backward, the 
 and the share of the limit: the bytes that must move over the copy bandwidth, or the operations over
 the rate of a large square product, both measured in the same process. Peers are compared only after
 their result agreed with ours. A peer that cannot be captured (it waits for the GPU) has no graph
-time. `moe_mlp` starts from ids and weights, so its time holds the plan.
+time. `moe_mlp` starts from ids and weights, so its time holds the plan; triton_kernels starts from
+logits, because it sorts while it chooses. LIGER_FUSED_MOE_AUTOTUNE=0 saves minutes of Triton's
+tuning, and the report says so.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ SHAPES = {
     "mixtral": (8192, 4096, 14336, 8, 2),
     "dsv3-quarter": (4096, 7168, 2048, 64, 8),
 }
-COLUMNS = 128256  # of the wide softmax rows
+COLUMNS = 128256  # of the wide softmax rows, which are the same at every shape
+BEGIN, END = "<!-- numbers:begin -->\n", "<!-- numbers:end -->"  # on a page
 Call = Callable[[Tensor], Any]
 
 
@@ -190,7 +193,8 @@ def peers(g: SimpleNamespace) -> dict[str, dict[str, Call]]:
             )
             return y
 
-        found["moe_mlp"]["liger_kernel (Triton)"] = liger
+        tuned = "" if os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1" else ", not tuned"
+        found["moe_mlp"][f"liger_kernel (Triton{tuned})"] = liger
     if importlib.util.find_spec("triton_kernels") is not None:
         found["moe_mlp, gpt-oss"] = {"triton_kernels": triton_kernels_layer(g)}
     return found
@@ -287,7 +291,7 @@ def distance(own: Tensor, other: Tensor) -> float:
 
 def run_shape(
     device: str, shape: tuple[int, ...], is_training: bool, with_peers: bool, only: list[str],
-    rates: tuple[float, float], repeats: int,
+    skip: tuple[str, ...], rates: tuple[float, float], repeats: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one shape; prints each as it is measured."""
     g = given(device, *shape)
@@ -296,7 +300,7 @@ def run_shape(
     contenders = others(g) if with_peers else {}
     rows = []
     for name, (function, value, num_bytes, flops) in own(g).items():
-        if only and name not in only:
+        if (only and name not in only) or name in skip:
             continue
         row: dict[str, Any] = {"op": name, "backward": is_training, "others": {}}
         row["eager"] = seconds_of(lambda f=function, v=value: f(v), device, repeats)
@@ -363,9 +367,51 @@ def run_bench(
         report["shapes"][label] = entry = {"T, H, I, E, K": shape, "rows": []}
         for is_training in modes:
             print(f"  {label}, T, H, I, E, K = {shape}{', with backward' if is_training else ''}")
+            skip = () if len(report["shapes"]) == 1 else ("softmax", "softmax_topk")
             entry["rows"] += run_shape(device, shape, is_training, with_peers, only or [],
-                                       (bandwidth, peak), repeats)  # fmt: skip
+                                       skip, (bandwidth, peak), repeats)  # fmt: skip
     return report
+
+
+# ---- what is made of a report --------------------------------------------------------------------
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    lines = [
+        f"{report['device']}, torch {report['torch']}, bfloat16: {report['bandwidth'] / 1e12:.2f} "
+        f"TB/s copied, {report['peak'] / 1e12:.0f} TFLOP/s in a square product.",
+    ]
+    for label, entry in report["shapes"].items():
+        sizes = dict(zip("THIEK", entry["T, H, I, E, K"], strict=True))
+        lines += [
+            "",
+            f"**{label}**: " + ", ".join(f"{name} = {size}" for name, size in sizes.items()),
+            "",
+            "| op | called | replayed | of limit | times faster than: called, replayed |",
+            "|---|---|---|---|---|",
+        ]
+        for row in entry["rows"]:
+            peers = [
+                f"{peer} {seen['eager'] / row['eager']:.2f}, "
+                + (f"{seen['graph'] / row['graph']:.2f}" if seen.get("graph") else "-")
+                for peer, seen in row["others"].items()
+                if "eager" in seen
+            ]
+            name = f"`{row['op']}`{' and backward' if row['backward'] else ''}"
+            graph = f"{row['graph'] * 1e6:,.0f} us" if row.get("graph") else "-"
+            lines.append(
+                f"| {name} | {row['eager'] * 1e6:,.0f} us | {graph} | "
+                f"{row['share_of_limit']:.0%} | {'; '.join(peers)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_page(report: dict[str, Any], page: Path) -> None:
+    """Puts the table where the page has a place for it."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -375,27 +421,30 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    colours = {shape: f"C{i}" for i, shape in enumerate(report["shapes"])}
     shares, ratios = [], []
     for shape, entry in report["shapes"].items():
         for row in entry["rows"]:
             label = f"{row['op']}{', backward' if row['backward'] else ''}  ({shape})"
-            shares.append((label, row["share_of_limit"]))
+            shares.append((label, row["share_of_limit"], colours[shape]))
             ratios += [
-                (f"{label} : {peer}", seen["eager"] / row["eager"])
+                (f"{label} : {peer}", seen["eager"] / row["eager"], colours[shape])
                 for peer, seen in row["others"].items()
                 if "eager" in seen
             ]
-    height = 0.22 * max(len(shares), len(ratios)) + 1.5
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, height), layout="constrained")
-    for axis, bars, colour in ((left, shares, "#4477aa"), (right, ratios, "#228833")):
-        axis.barh([label for label, _ in bars], [value for _, value in bars], color=colour)
+    height = 0.19 * max(len(shares), len(ratios)) + 1.5
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), layout="constrained")
+    for axis, bars in ((left, shares), (right, ratios)):
+        labels, values, shades = zip(*bars, strict=True)
+        axis.barh(labels, values, color=shades)
         axis.invert_yaxis()
         axis.margins(y=0.01)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=7)
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("share of the limit: copy bandwidth, or rate of a square product")
     right.set_xlabel("times faster than the peer, called from Python")
-    right.set_xscale("log")
     figure.suptitle(f"{report['device']}, bfloat16, torch {report['torch']}")
     figure.savefig(path, dpi=120)
 
@@ -406,8 +455,10 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a figure of it (matplotlib)")
-    parser.add_argument("--report", type=Path, metavar="JSON",
-                        help="draw this report instead of measuring")  # fmt: skip
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page that has a place for it")
+    parser.add_argument(
+        "--report", type=Path, metavar="JSON", help="take this report instead of measuring"
+    )
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--op", nargs="*", help="only these ops")
     parser.add_argument("--no-peers", action="store_true", help="our own times only")
@@ -415,19 +466,23 @@ def main() -> int:
                         default=["forward", "backward"])  # fmt: skip
     options = parser.parse_args()
     if options.report:
-        plot(json.loads(options.report.read_text()), options.plot)
-        return 0
-    if not torch.cuda.is_available():
+        report = json.loads(options.report.read_text())
+    elif torch.cuda.is_available():
+        shapes = {name: SHAPES[name] for name in options.shape}
+        modes = tuple(mode == "backward" for mode in options.mode)
+        report = {"device": torch.cuda.get_device_name()} | run_bench(
+            "cuda", shapes, with_peers=not options.no_peers, only=options.op, modes=modes
+        )
+    else:
         print(f"gpu_bench needs a CUDA GPU, and torch {torch.__version__} sees none here.",
               file=sys.stderr)  # fmt: skip
         return 2
-    report = {"device": torch.cuda.get_device_name()} | run_bench(
-        "cuda", {name: SHAPES[name] for name in options.shape}, with_peers=not options.no_peers,
-        only=options.op, modes=tuple(mode == "backward" for mode in options.mode))  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         plot(report, options.plot)
+    if options.page:
+        write_page(report, options.page)
     return 0
 
 

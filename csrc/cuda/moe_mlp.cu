@@ -78,8 +78,8 @@ CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, vo
       const int64_t chunks = ceil_div(rows.intermediate / N, kWarp);
       const dim3 grid(num_blocks(rows.num_rows, kThreads / kWarp),
                       static_cast<unsigned>(chunks < kMostGridY ? chunks : kMostGridY));
-      activate_kernel<T, N><<<grid, kThreads, 0, queue.stream>>>(rows, static_cast<T*>(preactivation),
-                                                                 static_cast<T*>(activated));
+      activate_kernel<T, N>
+          <<<grid, kThreads, 0, queue.stream>>>(rows, static_cast<T*>(preactivation), static_cast<T*>(activated));
     });
   };
   dtype == DType::kBFloat16 ? run(BFloat16{}) : run(Float16{});

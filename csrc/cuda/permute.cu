@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 4) unpermute_kernel(UnpermuteArgs a)
         int32_t own_row = choice < a.top_k ? a.slot_to_row[slot] : -1;
         if (own_row >= a.num_rows) own_row = -1;
         Float own_weight = 0;
-        if (own_row >= 0) own_weight = a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
+        if (own_row >= 0)
+          own_weight = a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
         const int count = static_cast<int>(a.top_k - first < kWarp ? a.top_k - first : kWarp);
         for (int j = 0; j < count; j += kRowsAtOnce) {
           Pack<T, N> values[kRowsAtOnce];
@@ -176,8 +177,8 @@ CudaStatus permute_as(const PermuteArgs& a, const CudaQueue& queue) {
 template <class T, int N>
 CudaStatus unpermute_as(const UnpermuteArgs& a, const CudaQueue& queue) {
   const int64_t threads = ceil_div(a.hidden / N, kWarp) * kWarp;
-  unpermute_kernel<T, N>
-      <<<num_blocks(a.num_tokens, 1), static_cast<unsigned>(threads < kThreads ? threads : kThreads), 0, queue.stream>>>(a);
+  unpermute_kernel<T, N><<<num_blocks(a.num_tokens, 1), static_cast<unsigned>(threads < kThreads ? threads : kThreads),
+                           0, queue.stream>>>(a);
   return launched();
 }
 

@@ -73,7 +73,8 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   const bool is_wide =
       are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in}, queue, &kernel);
+  const CudaStatus status =
+      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in, p.b_is_column_major}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -93,7 +94,7 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
   GemmKernel kernel;
   const int64_t mean_rows = p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, mean_rows}, queue, &kernel);
+  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, mean_rows, false}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -113,8 +114,8 @@ CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done)
       are_wide({p.x, p.b, p.preactivation, p.activated},
                {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status =
-      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden}, queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden, p.b_is_column_major}, queue, &kernel);
   *is_done = is_fused(kernel);
   if (status.code != 0 || !*is_done) return status;
   if (kernel == GemmKernel::kTf32) return up_product_tf32(p, queue);
@@ -135,22 +136,26 @@ std::string policy_table() {
          << (q.is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
   };
   for (const bool is_rows : {true, false}) {
-    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1});
+    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1, false});
     line("sm_80 and later", "multiples of 16 bytes, torch allows tf32",
-         {80, false, true, DType::kFloat32, true, false, is_rows, 1});
+         {80, false, true, DType::kFloat32, true, false, is_rows, 1, false});
   }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const bool is_rows : {true, false}) {
-      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, is_rows, 1});
-      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1});
+      line("sm_80 and later", "not all multiples of 16 bytes",
+           {80, true, false, dtype, false, false, is_rows, 1, false});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1, false});
       for (const int capability : {90, 100}) {
         const char* device = capability == 90 ? "sm_90" : "sm_100, if native is asked for";
-        const auto of = [&](int64_t in) { return GemmQuestion{capability, true, false, dtype, true, false, is_rows, in}; };
-        line(device, "multiples of 16 bytes, no bias", of(kPingPongMost + 1));
-        if (choose_kernel(of(kPingPongMost)) != choose_kernel(of(kPingPongMost + 1))) {
-          line(device, is_rows ? "the same, inner size at most 1024" : "the same, 256 to 1024 rows a group on average",
-               of(kPingPongMost));
-        }
+        const GemmQuestion longest{capability, true, false, dtype, true, false, is_rows, INT64_MAX, false};
+        line(device, "multiples of 16 bytes, no bias", longest);
+        GemmQuestion shorter = longest;
+        shorter.in = kPingPongMost;
+        if (choose_kernel(shorter) == choose_kernel(longest)) continue;
+        line(device,
+             is_rows ? "the same, inner size at most 1024, or 2048 where weights are [E, out, in]"
+                     : "the same, 256 to 1024 rows a group on average",
+             shorter);
       }
     }
   }

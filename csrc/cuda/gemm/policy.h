@@ -19,22 +19,24 @@ struct GemmQuestion {
   bool uses_native;  // kernels for one architecture alone are allowed
   bool allows_tf32;  // torch's setting
   DType dtype;
-  bool is_wide;   // sizes, strides and addresses are multiples of 16 bytes
-  bool has_bias;  // rows_product with a bias
-  bool is_rows;   // rows_product, else groups_product
-  int64_t in;     // inner size; of a groups_product the mean over the groups
+  bool is_wide;            // sizes, strides and addresses are multiples of 16 bytes
+  bool has_bias;           // rows_product with a bias
+  bool is_rows;            // rows_product, else groups_product
+  int64_t in;              // inner size; of a groups_product the mean over the groups
+  bool b_is_column_major;  // of a rows_product
 };
 
 // Inner sizes for which the store of one tile is worth hiding behind the product of the next. Below, a groups_product
 // does little but store, and larger tiles do that best.
-constexpr int64_t kPingPongMost = 1024, kPingPongLeastOfGroups = 256;
+constexpr int64_t kPingPongMost = 1024, kPingPongMostOfColumns = 2048, kPingPongLeastOfGroups = 256;
 
 inline GemmKernel choose_kernel(const GemmQuestion& q) {
   if (q.dtype == DType::kFloat32) return q.allows_tf32 && q.is_wide ? GemmKernel::kTf32 : GemmKernel::kFma;
   if (!q.is_wide) return GemmKernel::kTensorCoresNarrow;
   if (!q.uses_native || q.has_bias) return GemmKernel::kTensorCores;
   if (q.capability == 90) {
-    const bool is_short = q.in <= kPingPongMost && (q.is_rows || q.in >= kPingPongLeastOfGroups);
+    const int64_t most = q.b_is_column_major ? kPingPongMostOfColumns : kPingPongMost;
+    const bool is_short = q.in <= most && (q.is_rows || q.in >= kPingPongLeastOfGroups);
     return is_short && q.dtype == DType::kBFloat16 ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
   }
   return q.capability == 100 ? GemmKernel::kSm100 : GemmKernel::kTensorCores;
