@@ -67,8 +67,7 @@ def load() -> None:
 
     engine()
     use_cuda_kernels()
-    # Of sm_100 too. Changes nothing on the 8.0 that the vm says it is; test_native_products.py has it
-    # say other.
+    # sm_100 too. Changes nothing on the 8.0 that the vm says it is, unless a test has it say other.
     os.environ["FASTMOE_ROUTE_CUDA_GEMM"] = "native"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Oo]verrid.*")

@@ -282,8 +282,10 @@ def launched() -> dict[str, int]:
 
 
 def how_tested(kernel: Kernel) -> str:
-    """`PTX VM` for executed in the PTX virtual machine, else `compiled only`."""
-    return "PTX VM" if launched().get(kernel.name, 0) > 0 else "compiled only"
+    """`PTX VM` for executed in the PTX virtual machine, `H200`, or `compiled only`."""
+    if launched().get(kernel.name, 0) > 0:
+        return "PTX VM"
+    return "H200" if kernel.architecture == "sm_90a" else "compiled only"
 
 
 def table(kernels: list[Kernel]) -> list[str]:
@@ -300,15 +302,15 @@ HEAD = """\
 # What the compiled CUDA library shows
 
 Written by `make cuda-evidence` from a library that `make cuda` built. **Nothing on this page was
-measured on a GPU**, and no machine of the project has one. Registers, shared memory and instruction
-counts are read from the compiled code; blocks per multiprocessor follow from them by NVIDIA's
+measured on a GPU**; `docs/gpu.md` holds what was. Registers, shared memory and instruction counts
+are read from the compiled code; blocks per multiprocessor follow from them by NVIDIA's
 `cuda_occupancy.h` (without dynamic shared memory where a launch sizes it by the call). Bytes,
 operations and times of the first table are *modelled*: what has to move and be computed at least,
 over limits of an H100 that published work reaches (3.0 TB/s copied, 798 TFLOP/s in bfloat16).
 
 The column *executed* says which kernels the ops' tests launched in the PTX virtual machine (*PTX
-VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`) and which were
-*compiled only*.
+VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`), which only the
+tests on a GPU did (*H200*), and which were *compiled only*.
 
 `tests/test_cuda_build.py` holds every kernel to no spills, a register budget, wide loads, the
 instructions of its matrix products and an occupancy floor."""
