@@ -370,6 +370,7 @@ def run_bench(
             skip = () if len(report["shapes"]) == 1 else ("softmax", "softmax_topk")
             entry["rows"] += run_shape(device, shape, is_training, with_peers, only or [],
                                        skip, (bandwidth, peak), repeats)  # fmt: skip
+        save(report)
     return report
 
 
@@ -405,6 +406,12 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['share_of_limit']:.0%} | {'; '.join(peers)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """The report as JSON, if it goes anywhere."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def write_page(report: dict[str, Any], page: Path) -> None:
@@ -470,15 +477,14 @@ def main() -> int:
     elif torch.cuda.is_available():
         shapes = {name: SHAPES[name] for name in options.shape}
         modes = tuple(mode == "backward" for mode in options.mode)
-        report = {"device": torch.cuda.get_device_name()} | run_bench(
-            "cuda", shapes, with_peers=not options.no_peers, only=options.op, modes=modes
-        )
+        report = run_bench(
+            "cuda", shapes, with_peers=not options.no_peers, only=options.op, modes=modes,
+            save=lambda report: write(report, options.json),
+        )  # fmt: skip
     else:
         print(f"gpu_bench needs a CUDA GPU, and torch {torch.__version__} sees none here.",
               file=sys.stderr)  # fmt: skip
         return 2
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         plot(report, options.plot)
     if options.page:
