@@ -352,11 +352,13 @@ def run_bench(
     repeats: int = 30,
     size: int = 8192,
     modes: tuple[bool, ...] = (False, True),
+    save: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report: limits of this GPU, then rows of every shape."""
+    """The report: limits of this GPU, then rows of every shape, saved as it grows."""
     bandwidth, peak = limits(device, size, repeats)
     print(f"  measured: {bandwidth / 1e9:.0f} GB/s copied, {peak / 1e12:.1f} TFLOP/s in bfloat16")
     report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
         "gemm": os.environ.get("FASTMOE_ROUTE_CUDA_GEMM", "default"),
         "bandwidth": bandwidth,
