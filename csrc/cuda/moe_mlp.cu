@@ -23,8 +23,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostGridY = 65535;
 
-// A warp owns 32 packs of a row: blockIdx.y counts them. They are loaded before the maps say whether the row has a slot,
-// so that no load waits for another.
+// A warp owns 32 packs of a row: blockIdx.y counts them. They are loaded before the maps say whether the row has a
+// slot, so that no load waits for another.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) activate_kernel(ExpertRows rows, T* preactivation, T* activated) {
   const int64_t row = grid_warp();

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(Maps maps, int64_t nu
   }
 }
 
-// A block owns a token, a warp of it every so many chunks. Rows and weights of the token's slots come by one load of the
-// warp, 32 slots at a time, and go around by shuffles. A slot without a row adds 0 * 0, which changes no sum.
+// A block owns a token, a warp of it every so many chunks. Rows and weights of the token's slots come by one load of
+// the warp, 32 slots at a time, and go around by shuffles. A slot without a row adds 0 * 0, which changes no sum.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 4) unpermute_kernel(UnpermuteArgs a) {
   using Float = accumulate_t<T>;

@@ -17,7 +17,7 @@ namespace fastmoe_route {
 namespace cuda {
 namespace {
 
-// Kernels for one architecture alone: those of sm_90a by default, which have run on such a GPU with the tests of the ops.
+// Kernels for one architecture alone: those of sm_90a by default, with which the ops' tests have run on such a GPU.
 // FASTMOE_ROUTE_CUDA_GEMM=native allows those of sm_100a too, which were compiled only; sm80 allows none. Read once.
 bool uses_native(int capability) {
   static const std::string value = [] {
