@@ -240,12 +240,6 @@ HARMLESS = (
         "the compiler's four turns at once of a loop that has one: a row ends in less than a pack",
         ("for (int64_t c = num_packs * kColumns + threadIdx.x; c < num_cols;",),
     ),
-    Harmless(
-        "guard",
-        "softmax_topk.cu",
-        "adds a zero",
-        ("if (own > 0) atomicAdd(&s.count, own);",),
-    ),
 )
 
 

@@ -96,11 +96,14 @@ def softmax_topk(
     dtype: torch.dtype = torch.float64,
     num_rows: int = 3,
     blocks: int = 2,
+    numbers: int | None = None,
 ) -> None:
     x = random(num_rows, width).to(dtype)
     x[0] *= 100 if num_rows > 1 else 1
     if ties:
         x = (2 * x).round()
+    if numbers is not None:
+        x[:, : width - numbers] = -torch.inf
     x.requires_grad_()
     with few_blocks(blocks):
         values, columns = fr.softmax_topk(x, k)
@@ -286,6 +289,7 @@ CASES: dict[str, Case] = {
     "softmax_topk 3000": partial(softmax_topk, 3000, 40, True, torch.float32),
     "softmax_topk 9000": partial(softmax_topk, 9000, 5, False),
     "softmax_topk 9000, ties": partial(softmax_topk, 9000, 64, True),
+    "softmax_topk 300, masked": partial(softmax_topk, 300, 40, False, numbers=30),
     "softmax_topk 100": partial(softmax_topk, 100, 64, False),
     "softmax_topk 301": partial(softmax_topk, 301, 4, False),
     "softmax_topk 3001, one row": partial(softmax_topk, 3001, 4, False, torch.float32, 1),
