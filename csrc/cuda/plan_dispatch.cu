@@ -355,23 +355,21 @@ class Placer {
 
   // kept[e] = slots of all tiles, before[e] = those of tiles before this block's.
   __device__ void add_up_tiles() {
-    const int num_tiles = static_cast<int>(work_.num_tiles), own_tile = static_cast<int>(blockIdx.x);
     const int num_sharers = kPlaceThreads / num_experts_;  // threads that share an expert
     const int expert = thread() % num_experts_, share = thread() / num_experts_;
+    const int own = static_cast<int>(blockIdx.x) * num_experts_ + expert;  // where the counts lie; the next tile's
+    const int last = static_cast<int>(work_.num_tiles - 1) * num_experts_ + expert;  // num_experts_ further
     if (share < num_sharers) {
+      const int step = num_sharers * num_experts_;
       int32_t all = 0, earlier = 0;
-      for (int first = share; first < num_tiles; first += kPlaceSums * num_sharers) {
+      for (int first = thread(); first <= last; first += kPlaceSums * step) {
         int32_t counts[kPlaceSums];
 #pragma unroll
-        for (int u = 0; u < kPlaceSums; ++u) {
-          const int tile = first + u * num_sharers;
-          counts[u] = work_.starts[(tile < num_tiles ? tile : num_tiles - 1) * num_experts_ + expert];
-        }
+        for (int u = 0; u < kPlaceSums; ++u) counts[u] = work_.starts[min(first + u * step, last)];
 #pragma unroll
         for (int u = 0; u < kPlaceSums; ++u) {
-          const int tile = first + u * num_sharers;
-          all += tile < num_tiles ? counts[u] : 0;
-          earlier += tile < own_tile ? counts[u] : 0;
+          all += first + u * step <= last ? counts[u] : 0;
+          earlier += first + u * step < own ? counts[u] : 0;
         }
       }
       atomicAdd(kept_ + expert, all);
