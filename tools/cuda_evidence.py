@@ -362,16 +362,16 @@ def modelled_rows() -> list[Modelled]:
     """Plans and the movement of rows."""
     t, e, k = 8192, 256, 8
     slots, m = t * k, 2 * k
-    plan = "walk_kernel, place_kernel"
+    plan = "count_kernel, place_kernel"
     rows = [
         Modelled("plan_dispatch", plan, f"T={t}, E={e}, K={k}", slots * 16),
         Modelled("plan_dispatch, more than 512 experts", "walk_kernel, scan_kernel",
                  f"T={t}, E=1024, K={k}", slots * 16 + 16 * 1024 * slots / 1024),
         Modelled("plan_dispatch, capacity by score, as launched",
-                 f"{plan}, scan_kernel, fill_score_keys_kernel, fill_group_keys_kernel, "
-                 "mark_surplus_kernel", f"T={t}, E={e}, K={k}",
+                 f"walk_kernel, scan_kernel, {plan}, fill_score_keys_kernel, "
+                 "fill_group_keys_kernel, mark_surplus_kernel", f"T={t}, E={e}, K={k}",
                  slots * (4 + 16 + 4 * PASS + 20 + 2 * PASS + 13 + 18)),
-        Modelled("plan_dispatch, max_rows", f"{plan}, scan_kernel, count_used_kernel, "
+        Modelled("plan_dispatch, max_rows", f"walk_kernel, scan_kernel, {plan}, count_used_kernel, "
                  "find_cut_kernel", f"T={t}, E={e}, K={k}", slots * 24),
         Modelled("reroute, as launched", "prepare_kernel, list_kernel, key_kernel, group_kernel, "
                  "grant_kernel, finish_kernel", f"T={t}, E={e}, K={k} of {m}",

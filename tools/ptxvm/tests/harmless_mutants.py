@@ -194,6 +194,12 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
+        "plan_dispatch.cu",
+        "counters that lie in the column are copied to themselves; steps without slots are ranked",
+        ("if (kWalk == Walk::kCount && in_shared) {", "if (u < steps_) take_ranks<kPair>("),
+    ),
+    Harmless(
+        "guard",
         "reroute.cu",
         ONE_LANE,
         (

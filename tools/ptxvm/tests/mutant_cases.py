@@ -248,7 +248,10 @@ CASES: dict[str, Case] = {
     "plan, 600 experts": partial(plan, 700, 600, align=4),
     "plan, 300 experts": partial(plan, 700, 300),
     "plan, many rows": partial(plan, 2400, 8, align=2),
-    "plan, nobody": partial(plan, 1100, 8, has_none=True),
+    "plan, several chunks": partial(plan, 66_000, 512, ids=torch.int32),
+    "plan, nobody": partial(plan, 1000, 8, has_none=True),
+    "plan, no slots": partial(plan, 0, 8, has_strays=False),
+    "plan, more padding than tiles": partial(plan, 700, 300, align=32),
     "plan, by score, int32": partial(
         plan, 300, 8, capacity=20, drop_policy="score", ids=torch.int32
     ),
@@ -259,6 +262,7 @@ CASES: dict[str, Case] = {
         plan, 300, 8, capacity=20, drop_policy="score", weights=torch.bfloat16
     ),
     "plan, max_rows": partial(plan, 700, 8, max_rows=500),
+    "plan, max_rows, int32": partial(plan, 700, 8, max_rows=500, ids=torch.int32),
     "plan, max_rows suffices": partial(plan, 700, 8, max_rows=1350),
     "plan, max_rows cuts the last": partial(plan, 700, 8, max_rows=1399, has_strays=False),
     "plan, max_rows cuts at a step": partial(plan, 700, 8, max_rows=544, has_strays=False),
