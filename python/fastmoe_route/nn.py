@@ -444,6 +444,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 def _per_token(value: Any, x: Tensor) -> Any:
     """A tensor with the leading shape of `x`, flat; anything else as it is."""
-    if isinstance(value, Tensor) and x.dim() > 2 and value.shape == x.shape[:-1]:
+    is_alike = isinstance(value, Tensor) and x.dim() > 2 and value.dim() == x.dim() - 1
+    if is_alike and value.shape == x.shape[:-1]:
         return value.reshape(-1)
     return value
