@@ -8,9 +8,7 @@
 // A tile of one chunk has counted itself by the time that it is ranked: then there is no other, and no `count`.
 // Beyond, a warp walks a tile, and `scan` adds up once in between: a warp per expert, and the last block to finish lays
 // out the experts.
-// Ranks are taken 32 slots a step: ballots over the bits of the ids find the lanes of one expert, the first of them
-// moves the expert's cursor, the others rank behind it by lane. So ranks follow slots, and no atomic orders anything.
-// A step costs some 10 instructions and 4 a bit; what costs time is to wait, so the ids of kSteps steps come together.
+// Ranks follow slots (plan_work.cuh), and no atomic orders anything.
 //
 // With a limit more launches go before, and mark the slots that are turned away; `count` then passes them over.
 //   capacity by position   the same walks and scan with the slots ordered by choice, then token: a rank in that order
@@ -25,11 +23,8 @@
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: ids twice, both maps once,
 // 4 E a tile and, by warps, as much again, or, by blocks, 4 E for every pair of tiles, from the second-level cache; a
 // sort adds about 24 bytes a slot and pass over 8 bits of key.
-#include <type_traits>
-
-#include "cuda/debug.cuh"
+#include "cuda/plan_place.cuh"
 #include "cuda/surplus.cuh"
-#include "ops/plan_dispatch.h"
 
 namespace fastmoe_route {
 namespace cuda {
@@ -41,177 +36,16 @@ constexpr int64_t kLeastTileSlots = 128, kTileSlots = 512;  // of a warp
 constexpr int64_t kManyTiles = 256;                         // from here on tiles are not cut below kTileSlots
 constexpr int64_t kMaxTiles = 4096;
 constexpr int64_t kSharedExperts = 2048;  // up to here a warp's cursors lie in shared memory
-constexpr int kSteps = 4;                 // whose ids are loaded together
 constexpr int kScanThreads = 256;
-
 constexpr int64_t kFewExperts = 512;  // two launches; a thread each
-constexpr int kPlaceThreads = 512;
-constexpr int kPlaceWarps = kPlaceThreads / kWarp;
-constexpr int64_t kPlaceMostTiles = 128;         // a multiprocessor each, about
-constexpr int64_t kPlaceMostCounts = 32 * 1024;  // that every block adds up: 128 KiB
-constexpr int kPlaceSums = 16;                   // of them a thread loads together
-constexpr unsigned kMostPlaceBlocks = 64;        // where padding is what there is to do
-
-// What every kernel of a plan knows.
-struct Work {
-  PlanArgs a;
-  int64_t num_slots;
-  int64_t num_tiles;
-  int64_t tile_slots;   // a multiple of 32; of a block: of kPlaceThreads
-  int32_t* starts;      // [E, tiles]: counts, then slots in earlier tiles; [tiles, E] for `place`: counts
-  int32_t* totals;      // [E] what the last scan summed
-  int32_t* ticket;      // [1] blocks of the last scan that have finished; `count` clears it
-  uint8_t* is_dropped;  // [S] turned away by capacity, or null
-  uint8_t* marks;       // [S] what the walk that marks drops writes
-  int32_t* tile_used;   // [tiles] slots in use, for max_rows
-  int32_t* first_cut;   // [1] first slot past max_rows, or null
-  int64_t id_stride;    // of the ids, where all slots have the same
-  bool is_even;         // they have
-  bool is_by_choice;    // walks take slots by choice, then token
-
-  // The slot at a position of the walk.
-  __device__ int slot_at(int64_t position) const {
-    if (!is_by_choice) return static_cast<int>(position);
-    const uint32_t tokens = static_cast<uint32_t>(a.num_tokens);
-    const uint32_t choice = static_cast<uint32_t>(position) / tokens;
-    return static_cast<int>((static_cast<uint32_t>(position) - choice * tokens) * a.top_k + choice);
-  }
-
-  __device__ uint32_t token_of(int slot) const { return static_cast<uint32_t>(slot) / static_cast<uint32_t>(a.top_k); }
-
-  // The experts of slots that are in use, else -1; a slot may be -1, which loads what slot 0 does. Loads of one kind come
-  // without a condition, or the compiler puts the use of one before the next; so a thread waits for all of them at once.
-  template <int kCount>
-  __device__ void load_experts(const int (&slots)[kCount], int (&experts)[kCount]) const {
-    int64_t at[kCount];
-    if (is_even) {
-#pragma unroll
-      for (int u = 0; u < kCount; ++u) at[u] = at_least_0(slots[u]) * id_stride;
-    } else {
-#pragma unroll
-      for (int u = 0; u < kCount; ++u) {
-        const int64_t token = token_of(at_least_0(slots[u]));
-        at[u] = token * a.experts_stride_token + (at_least_0(slots[u]) - token * a.top_k) * a.experts_stride_slot;
-      }
-    }
-    if (a.experts_are_int64) {
-      load_ids(static_cast<const int64_t*>(a.experts), at, slots, experts);
-    } else {
-      load_ids(static_cast<const int32_t*>(a.experts), at, slots, experts);
-    }
-    if (a.scope_ids != nullptr) pass_over_scopes(slots, experts);
-    if (is_dropped != nullptr) pass_over_dropped(slots, experts);
-    if (first_cut != nullptr) {
-      const int cut = *first_cut;
-#pragma unroll
-      for (int u = 0; u < kCount; ++u) experts[u] = slots[u] < cut ? experts[u] : -1;
-    }
-  }
-
-  // Of one slot.
-  __device__ int expert_of(int slot) const {
-    const int slots[1] = {slot};
-    int experts[1];
-    load_experts(slots, experts);
-    return experts[0];
-  }
-
- private:
-  __device__ static int at_least_0(int slot) { return slot > 0 ? slot : 0; }
-
-  template <class Id, int kCount>
-  __device__ void load_ids(const Id* ids, const int64_t (&at)[kCount], const int (&slots)[kCount],
-                           int (&experts)[kCount]) const {
-    using Unsigned = std::make_unsigned_t<Id>;
-    Id id[kCount];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) id[u] = ids[at[u]];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      debug_assert(slots[u] < 0 || (id[u] >= -1 && id[u] < a.num_experts + a.allow_unrouted));
-      const bool is_expert = static_cast<Unsigned>(id[u]) < static_cast<Unsigned>(a.num_experts);  // nor negative
-      experts[u] = slots[u] >= 0 && is_expert ? static_cast<int>(id[u]) : -1;
-    }
-  }
-
-  template <int kCount>
-  __device__ void pass_over_scopes(const int (&slots)[kCount], int (&experts)[kCount]) const {
-    int32_t scope[kCount];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) scope[u] = a.scope_ids[token_of(at_least_0(slots[u]))];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const bool is_known = scope[u] >= 0 && scope[u] < a.num_scopes;
-      debug_assert(is_known || experts[u] < 0);
-      experts[u] = is_known ? experts[u] : -1;
-    }
-  }
-
-  template <int kCount>
-  __device__ void pass_over_dropped(const int (&slots)[kCount], int (&experts)[kCount]) const {
-    uint8_t mark[kCount];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) mark[u] = is_dropped[at_least_0(slots[u])];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) experts[u] = mark[u] == 0 ? experts[u] : -1;
-  }
-};
 
 enum class Walk { kCount, kMarkDrops, kPlace };
-
-// One expert's counter per warp: in shared memory, or in the tile's column of `starts`.
-struct Cursors {
-  int32_t* first;
-  int64_t stride;
-  __device__ int32_t& operator[](int expert) const { return first[expert * stride]; }
-};
-
-// Ranks the slots of kCount steps, one after the other: every lane brings the experts of its slots, or -1, and gets for
-// each the cursor's value then. All lanes.
-template <int kCount>
-__device__ inline void take_ranks(const Cursors& cursors, int num_experts, const int* experts, int32_t* ranks) {
-  unsigned
-      peers[kCount];  // lanes of the same expert, by ballots over the bits of its id; none has a bit that no id has
-#pragma unroll
-  for (int u = 0; u < kCount; ++u) peers[u] = kAllLanes;
-  for (int bit = 1; bit <= num_experts; bit *= 2) {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const bool has_bit = (experts[u] & bit) != 0;
-      const unsigned have_bit = __ballot_sync(kAllLanes, has_bit);
-      peers[u] &= has_bit ? have_bit : ~have_bit;
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < kCount; ++u) {
-    const int32_t first = experts[u] >= 0 ? cursors[experts[u]] : 0;
-    const unsigned before = peers[u] & ((1u << lane_index()) - 1u);
-    __syncwarp();  // all have read
-    if (experts[u] >= 0 && before == 0) cursors[experts[u]] = first + __popc(peers[u]);
-    __syncwarp();  // the next step may have another first lane for this expert
-    ranks[u] = first + __popc(before);
-  }
-}
-
-// Rows that hold no slot: behind each expert's rows up to the next expert's first, and behind the last expert's. All
-// warps of the grid share them.
-__device__ inline void fill_padding(const PlanArgs& a, const int32_t* offsets, const int32_t* kept) {
-  const int64_t end = offsets[a.num_experts];
-  for (int64_t e = grid_warp(); a.align > 1 && e < a.num_experts; e += grid_warps()) {
-    const int64_t next = offsets[e + 1];
-    for (int64_t row = offsets[e] + kept[e] + lane_index(); row < next; row += kWarp) a.row_to_slot[row] = -1;
-  }
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t row = end + grid_warp() * kWarp + lane_index(); row < a.num_rows; row += num_threads) {
-    a.row_to_slot[row] = -1;
-  }
-}
 
 // ---- A warp per tile: more than kFewExperts experts, and limits.
 
 // One tile, in order. All lanes.
 template <Walk kWalk>
-__device__ inline void walk_tile(const Work& work, int64_t tile, const Cursors& cursors) {
+__device__ inline void walk_tile(const PlanWork& work, int64_t tile, const Cursors& cursors) {
   const PlanArgs& a = work.a;
   const int64_t begin = tile * work.tile_slots;
   const int64_t end = begin + work.tile_slots < work.num_slots ? begin + work.tile_slots : work.num_slots;
@@ -245,7 +79,7 @@ __device__ inline void walk_tile(const Work& work, int64_t tile, const Cursors& 
 }
 
 template <Walk kWalk>
-__global__ void __launch_bounds__(kThreads, 1) walk_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, 1) walk_kernel(PlanWork work) {
   extern __shared__ int32_t shared_cursors[];
   const PlanArgs& a = work.a;
   const int64_t tile = grid_warp();
@@ -271,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) walk_kernel(Work work) {
 // ---- A block per tile: up to kFewExperts experts.
 
 // starts[tile] = slots per expert.
-__global__ void __launch_bounds__(kPlaceThreads, 1) count_kernel(Work work) {
+__global__ void __launch_bounds__(kPlaceThreads, 1) count_kernel(PlanWork work) {
   extern __shared__ int32_t counts[];
   const int num_experts = static_cast<int>(work.a.num_experts), thread = static_cast<int>(threadIdx.x);
   if (thread < num_experts) counts[thread] = 0;
@@ -294,162 +128,9 @@ __global__ void __launch_bounds__(kPlaceThreads, 1) count_kernel(Work work) {
   if (thread < num_experts) work.starts[blockIdx.x * num_experts + thread] = counts[thread];
 }
 
-// A tile goes by chunks: a warp has the next `steps` steps of slots in registers, ranks them from zero, and thread e
-// adds up the warps' counters of expert e.
-class Placer {
- public:
-  __device__ Placer(const Work& work, int32_t* shared)
-      : work_(work), num_experts_(static_cast<int>(work.a.num_experts)),
-        steps_(static_cast<int>(work.tile_slots / kPlaceThreads < kSteps ? work.tile_slots / kPlaceThreads : kSteps)),
-        counters_(shared), offsets_(counters_ + kPlaceWarps * num_experts_), kept_(offsets_ + num_experts_ + 1),
-        before_(kept_ + num_experts_) {}
-
-  // The tile of this block, or where there is none that of the first, which is then not written.
-  __device__ void run(const int32_t* demand) {
-    const bool has_tile = blockIdx.x < work_.num_tiles;
-    const int64_t begin = (has_tile ? blockIdx.x : 0) * work_.tile_slots;
-    const int64_t end = begin + work_.tile_slots < work_.num_slots ? begin + work_.tile_slots : work_.num_slots;
-    if (has_expert()) kept_[thread()] = before_[thread()] = 0;
-    int32_t cursor = 0;
-    for (int64_t first = begin;; first += steps_ * kPlaceThreads) {
-      rank(first, end);
-      __syncthreads();
-      if (first == begin) cursor = lay_out(demand);
-      if (has_expert()) cursor = start_warps(cursor);
-      __syncthreads();
-      if (!has_tile) break;
-      write();
-      if (first + steps_ * kPlaceThreads >= end) break;
-      __syncwarp();  // the warp has read its counters
-    }
-    fill_padding(work_.a, offsets_, kept_);
-  }
-
- private:
-  __device__ static int thread() { return static_cast<int>(threadIdx.x); }
-  __device__ bool has_expert() const { return thread() < num_experts_; }
-  __device__ int32_t* warp_counters() const { return counters_ + warp_index() * num_experts_; }
-
-  // Of the warp's slots of a chunk: experts, and ranks among the warp's; its counters say how many.
-  __device__ void rank(int64_t first, int64_t end) {
-#pragma unroll 4
-    for (int e = lane_index(); e < num_experts_; e += kWarp) warp_counters()[e] = 0;
-    const int64_t own = first + warp_index() * steps_ * kWarp + lane_index();
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      slots_[u] = u < steps_ && own + u * kWarp < end ? static_cast<int>(own) + u * kWarp : -1;
-    }
-    if (first < end) {
-      work_.load_experts(slots_, experts_);
-    } else {  // a plan of no slots
-#pragma unroll
-      for (int u = 0; u < kSteps; ++u) experts_[u] = -1;
-    }
-    __syncwarp();
-    constexpr int kPair = 2;
-#pragma unroll
-    for (int u = 0; u < kSteps; u += kPair) {
-      if (u < steps_) take_ranks<kPair>(Cursors{warp_counters(), 1}, num_experts_, experts_ + u, ranks_ + u);
-    }
-  }
-
-  // kept[e] = slots of all tiles, before[e] = those of tiles before this block's.
-  __device__ void add_up_tiles() {
-    const int num_sharers = kPlaceThreads / num_experts_;  // threads that share an expert
-    const int expert = thread() % num_experts_, share = thread() / num_experts_;
-    const int own = static_cast<int>(blockIdx.x) * num_experts_ + expert;  // where the counts lie; the next tile's
-    const int last = static_cast<int>(work_.num_tiles - 1) * num_experts_ + expert;  // num_experts_ further
-    if (share < num_sharers) {
-      const int step = num_sharers * num_experts_;
-      int32_t all = 0, earlier = 0;
-      for (int first = thread(); first <= last; first += kPlaceSums * step) {
-        int32_t counts[kPlaceSums];
-#pragma unroll
-        for (int u = 0; u < kPlaceSums; ++u) counts[u] = work_.starts[min(first + u * step, last)];
-#pragma unroll
-        for (int u = 0; u < kPlaceSums; ++u) {
-          all += first + u * step <= last ? counts[u] : 0;
-          earlier += first + u * step < own ? counts[u] : 0;
-        }
-      }
-      atomicAdd(kept_ + expert, all);
-      atomicAdd(before_ + expert, earlier);
-    }
-    __syncthreads();
-  }
-
-  // First rows: a scan over the experts, rounded up to the alignment. Returns the tile's first row of expert thread().
-  __device__ int32_t lay_out(const int32_t* demand) {
-    __shared__ int32_t warp_rows[kPlaceWarps];
-    const PlanArgs& a = work_.a;
-    if (work_.num_tiles > 1) add_up_tiles();
-    int32_t own_kept = 0;
-    if (has_expert()) own_kept = work_.num_tiles > 1 ? kept_[thread()] : sum_of_warps();
-    const int32_t own_rows = static_cast<int32_t>((own_kept + a.align - 1) / a.align * a.align);
-    int32_t end = own_rows;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int32_t other = __shfl_up_sync(kAllLanes, end, distance);
-      if (lane_index() >= distance) end += other;
-    }
-    if (lane_index() == kWarp - 1) warp_rows[warp_index()] = end;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kPlaceWarps; ++w) end += w < warp_index() ? warp_rows[w] : 0;
-    if (thread() == 0) offsets_[0] = 0;
-    if (!has_expert()) return 0;
-    offsets_[thread() + 1] = end;
-    kept_[thread()] = own_kept;
-    if (blockIdx.x == 0) {
-      if (thread() == 0) a.offsets[0] = 0;
-      a.offsets[thread() + 1] = end;
-      a.kept[thread()] = own_kept;
-      a.dropped[thread()] = demand != nullptr ? demand[thread()] - own_kept : 0;
-    }
-    return end - own_rows + before_[thread()];
-  }
-
-  // Of the counters of expert thread().
-  __device__ int32_t sum_of_warps() const {
-    int32_t sum = 0;
-#pragma unroll
-    for (int w = 0; w < kPlaceWarps; ++w) sum += counters_[w * num_experts_ + thread()];
-    return sum;
-  }
-
-  // The same counters become first rows, `cursor` the first warp's. Returns that of the next chunk.
-  __device__ int32_t start_warps(int32_t cursor) {
-    int32_t counts[kPlaceWarps];
-#pragma unroll
-    for (int w = 0; w < kPlaceWarps; ++w) counts[w] = counters_[w * num_experts_ + thread()];
-#pragma unroll
-    for (int w = 0; w < kPlaceWarps; ++w) {
-      counters_[w * num_experts_ + thread()] = cursor;
-      cursor += counts[w];
-    }
-    return cursor;
-  }
-
-  __device__ void write() const {
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      if (slots_[u] < 0) continue;
-      const int32_t row = experts_[u] >= 0 ? warp_counters()[experts_[u]] + ranks_[u] : -1;
-      work_.a.slot_to_row[slots_[u]] = row;
-      if (row >= 0) work_.a.row_to_slot[row] = slots_[u];
-    }
-  }
-
-  const Work& work_;
-  const int num_experts_, steps_;
-  int32_t *const counters_, *const offsets_, *const kept_, *const before_;  // [warps, E], [E + 1], [E], [E]
-  int slots_[kSteps], experts_[kSteps];
-  int32_t ranks_[kSteps];
-};
-
 // `demand` as in lay_out_experts.
 __global__ void __launch_bounds__(kPlaceThreads, 1)
-    place_kernel(const __grid_constant__ Work work, const int32_t* demand) {
+    place_kernel(const __grid_constant__ PlanWork work, const int32_t* demand) {
   extern __shared__ int32_t shared[];
   Placer(work, shared).run(demand);
 }
@@ -490,7 +171,7 @@ __device__ void lay_out_experts(const PlanArgs& a, const int32_t* totals, const 
 // Counts to starts, a warp per expert. With is_last the block that finishes last lays out the experts, else the totals
 // stay as the demand.
 __global__ void __launch_bounds__(kScanThreads, 1)
-    scan_kernel(Work work, int32_t* totals, const int32_t* demand, bool is_last) {
+    scan_kernel(PlanWork work, int32_t* totals, const int32_t* demand, bool is_last) {
   const PlanArgs& a = work.a;
   for (int64_t e = grid_warp(); e < a.num_experts; e += grid_warps()) {
     int32_t* row = work.starts + e * work.num_tiles;
@@ -522,7 +203,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 
 // ---- Capacity by score or by scope: sorting.
 
-__global__ void __launch_bounds__(kThreads) fill_score_keys_kernel(Work work, uint64_t* keys, int32_t* slots) {
+__global__ void __launch_bounds__(kThreads) fill_score_keys_kernel(PlanWork work, uint64_t* keys, int32_t* slots) {
   const int64_t num_threads = grid_warps() * kWarp;
   for (int64_t i = grid_warp() * kWarp + lane_index(); i < work.num_slots; i += num_threads) {
     keys[i] = falling_key(work.a.weights, work.a.weights_dtype, i);
@@ -533,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) fill_score_keys_kernel(Work work, ui
 // keys[i] = (expert, scope) of the i-th slot as one number, larger than all of them for none. The order is that of
 // `sorted`, or by choice, then token.
 __global__ void __launch_bounds__(kThreads)
-    fill_group_keys_kernel(Work work, const int32_t* sorted, uint64_t* keys, int32_t* slots) {
+    fill_group_keys_kernel(PlanWork work, const int32_t* sorted, uint64_t* keys, int32_t* slots) {
   const PlanArgs& a = work.a;
   const int64_t num_threads = grid_warps() * kWarp;
   for (int64_t i = grid_warp() * kWarp + lane_index(); i < work.num_slots; i += num_threads) {
@@ -548,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- max_rows.
 
-__global__ void __launch_bounds__(kThreads, 1) count_used_kernel(Work work) {
+__global__ void __launch_bounds__(kThreads, 1) count_used_kernel(PlanWork work) {
   for (int64_t tile = grid_warp(); tile < work.num_tiles; tile += grid_warps()) {
     const int64_t begin = tile * work.tile_slots;
     int32_t used = 0;
@@ -561,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) count_used_kernel(Work work) {
 }
 
 // The slot in use that max_slots others precede, or S. One warp.
-__global__ void __launch_bounds__(kWarp) find_cut_kernel(Work work, int32_t* first_cut) {
+__global__ void __launch_bounds__(kWarp) find_cut_kernel(PlanWork work, int32_t* first_cut) {
   int64_t room = work.a.max_slots;
   int64_t tile = 0;
   while (tile < work.num_tiles && work.tile_used[tile] <= room) room -= work.tile_used[tile++];
@@ -588,7 +269,7 @@ T* scratch_of(const CudaQueue& queue, int64_t count) {
 }
 
 // Slots of a warp, and what walks and scans share.
-void cut_for_warps(Work& work, const CudaQueue& queue) {
+void cut_for_warps(PlanWork& work, const CudaQueue& queue) {
   int64_t tile_slots = ceil_div(work.num_slots, kManyTiles);
   if (tile_slots < kLeastTileSlots) tile_slots = kLeastTileSlots;
   if (tile_slots > kTileSlots) tile_slots = kTileSlots;
@@ -606,7 +287,7 @@ size_t cursor_bytes(const PlanArgs& a) {
 }
 
 template <Walk kWalk>
-CudaStatus walk(const Work& work, const CudaQueue& queue) {
+CudaStatus walk(const PlanWork& work, const CudaQueue& queue) {
   unsigned blocks = num_blocks(work.num_tiles, kWarpsPerBlock);
   if (kWalk == Walk::kPlace && work.a.align > 1) {  // there is padding to share
     const unsigned wanted = num_blocks(work.a.num_experts, kWarpsPerBlock);
@@ -616,14 +297,14 @@ CudaStatus walk(const Work& work, const CudaQueue& queue) {
   return launched();
 }
 
-CudaStatus scan(const Work& work, int32_t* totals, const int32_t* demand, bool is_last, const CudaQueue& queue) {
+CudaStatus scan(const PlanWork& work, int32_t* totals, const int32_t* demand, bool is_last, const CudaQueue& queue) {
   const unsigned blocks = num_blocks(work.a.num_experts, kScanThreads / kWarp);
   scan_kernel<<<blocks, kScanThreads, 0, queue.stream>>>(work, totals, demand, is_last);
   return launched();
 }
 
 // Slots of a block, [tiles, E] counts: as many blocks as pay for adding up those of all in each.
-void cut_for_blocks(Work& work) {
+void cut_for_blocks(PlanWork& work) {
   int64_t most_tiles = kPlaceMostCounts / work.a.num_experts;
   if (most_tiles > kPlaceMostTiles) most_tiles = kPlaceMostTiles;
   int64_t tile_slots = work.num_slots;  // of one chunk
@@ -634,7 +315,7 @@ void cut_for_blocks(Work& work) {
 }
 
 // Counts, then rows.
-CudaStatus place(Work work, const int32_t* demand, const CudaQueue& queue) {
+CudaStatus place(PlanWork work, const int32_t* demand, const CudaQueue& queue) {
   const PlanArgs& a = work.a;
   CudaStatus status;
   if (a.num_experts > kFewExperts) {
@@ -657,7 +338,7 @@ CudaStatus place(Work work, const int32_t* demand, const CudaQueue& queue) {
   return launched();
 }
 
-CudaStatus drop_by_sorting(Work work, uint8_t* is_dropped, const CudaQueue& queue) {
+CudaStatus drop_by_sorting(PlanWork work, uint8_t* is_dropped, const CudaQueue& queue) {
   const PlanArgs& a = work.a;
   const unsigned blocks = num_blocks(work.num_slots, kThreads);
   KeyedSlots slots(work.num_slots, queue);
@@ -685,9 +366,9 @@ int64_t most_kept(const PlanArgs& a, int64_t num_slots) {
 }
 
 // Counts the demand into a.dropped and marks what capacity turns away.
-CudaStatus drop(Work& work, const CudaQueue& queue) {
+CudaStatus drop(PlanWork& work, const CudaQueue& queue) {
   const PlanArgs& a = work.a;
-  Work first = work;
+  PlanWork first = work;
   const bool by_arrival = a.drop_policy == DropPolicy::kPosition && a.scope_ids == nullptr;
   first.is_by_choice = by_arrival;
   CudaStatus status = walk<Walk::kCount>(first, queue);
@@ -705,7 +386,7 @@ CudaStatus drop(Work& work, const CudaQueue& queue) {
   return status;
 }
 
-CudaStatus cut_at_max_rows(Work& work, const CudaQueue& queue) {
+CudaStatus cut_at_max_rows(PlanWork& work, const CudaQueue& queue) {
   work.tile_used = scratch_of<int32_t>(queue, work.num_tiles);
   int32_t* first_cut = scratch_of<int32_t>(queue, 1);
   count_used_kernel<<<num_blocks(work.num_tiles, kWarpsPerBlock), kThreads, 0, queue.stream>>>(work);
@@ -719,7 +400,7 @@ CudaStatus cut_at_max_rows(Work& work, const CudaQueue& queue) {
 }  // namespace
 
 CudaStatus plan_dispatch(const PlanArgs& a, const CudaQueue& queue) {
-  Work work{};
+  PlanWork work{};
   work.a = a;
   work.num_slots = a.num_tokens * a.top_k;
   work.is_even = a.top_k == 1 || a.experts_stride_token == a.top_k * a.experts_stride_slot;

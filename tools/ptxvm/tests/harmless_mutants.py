@@ -195,8 +195,14 @@ HARMLESS = (
     Harmless(
         "guard",
         "plan_dispatch.cu",
-        "counters that lie in the column are copied to themselves; steps without slots are ranked",
-        ("if (kWalk == Walk::kCount && in_shared) {", "if (u < steps_) take_ranks<kPair>("),
+        "counters that lie in the column are copied to themselves",
+        ("if (kWalk == Walk::kCount && in_shared) {",),
+    ),
+    Harmless(
+        "guard",
+        "plan_place.cuh",
+        "steps without slots are ranked",
+        ("if (u < steps_) take_ranks<kPair>(",),
     ),
     Harmless(
         "guard",
