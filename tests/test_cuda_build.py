@@ -213,6 +213,7 @@ def test_kernels_keep_their_occupancy_floor() -> None:
 # Kernels that promise accesses of 16 bytes, by the start of their names.
 WIDE_LOADS = (
     *("permute_kernel<uint4", "softmax_block_kernel<float, true", "chunk_kernel<"),
+    *(f"softmax_kept_kernel<{t}, true" for t in ("float", "BFloat16", "Float16")),
     *(f"{name}<{t}" for name in ("unpermute_kernel", "unpermute_backward_kernel",
       "activate_backward_kernel") for t in ("float, 4", "BFloat16, 8", "Float16, 8")),
     *("activate_kernel<BFloat16, 8", "activate_kernel<Float16, 8"),
@@ -232,6 +233,7 @@ def test_wide_stores_follow_wide_loads() -> None:
         *("permute_kernel<uint4", "unpermute_kernel<BFloat16, 8", "activate_kernel<BFloat16, 8"),
         *("unpermute_backward_kernel<BFloat16, 8", "activate_backward_kernel<BFloat16, 8"),
         *("softmax_block_kernel<BFloat16, true", "softmax_backward_block_kernel<BFloat16, true"),
+        "softmax_kept_kernel<BFloat16, true",
         *("softmax_topk_backward_kernel<BFloat16", "softmax_topk_backward_kernel<float"),
     )
     for name in names:

@@ -33,6 +33,21 @@ struct Packed {
     }
   }
 
+  // f(0), f(1), ..., rounded to T.
+  template <class F>
+  __device__ static Packed of(const F& f) {
+    Packed packed;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      packed.words = words_of([&](int i) { return __floats2bfloat162_rn(f(2 * i), f(2 * i + 1)); });
+    } else if constexpr (std::is_same_v<T, Float16>) {
+      packed.words = words_of([&](int i) { return __floats2half2_rn(f(2 * i), f(2 * i + 1)); });
+    } else {
+      static_assert(std::is_same_v<T, float>, "a type that rows of a block have");
+      packed.words = words_of(f);
+    }
+    return packed;
+  }
+
   // The columns from `column` on, one by one; `none` where they are at `end` or past it.
   __device__ static Packed gather(const T* row, int64_t column, int64_t end, T none) {
     Pack<T, kColumns> values;
@@ -43,7 +58,27 @@ struct Packed {
     return packed;
   }
 
+  // The reverse.
+  __device__ void scatter(T* row, int64_t column, int64_t end) const {
+    Pack<T, kColumns> values;
+    memcpy(&values, this, sizeof values);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+      if (column + n < end) row[column + n] = values.values[n];
+  }
+
  private:
+  template <class F>
+  __device__ static uint4 words_of(const F& f) {
+    const auto bits = [&](int i) {
+      const auto value = f(i);
+      unsigned word;
+      static_assert(sizeof value == sizeof word);
+      memcpy(&word, &value, sizeof word);
+      return word;
+    };
+    return {bits(0), bits(1), bits(2), bits(3)};
+  }
   __device__ unsigned word(int i) const { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
 };
 

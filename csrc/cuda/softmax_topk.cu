@@ -9,7 +9,7 @@
 // Selection is exact, by (value, column): keys are the value's bits made monotone, NaN below every number. It costs an
 // element one comparison, that of its thread's max. With j = k / kWarps, rounded up, the j-th best thread of a warp has
 // a max that j elements of the warp reach, so k of the block reach the lowest of these floors, and few more do: 22 of
-// 8192 random ones for k = 8. Those are gathered and ranked by counting which go before each. Where more than kMostFound
+// 8192 random ones for k = 8. Those are gathered, and ranked by counting which go before. Where more than kMostFound
 // reach the floor, as in a row of few values, a radix select, 8 bits a pass, gives the k-th key, and a second one the
 // last column of its equals that is taken. Where fewer than k numbers are above -inf, a warp looks for -inf, then NaN,
 // from the first column on.
@@ -317,6 +317,17 @@ __device__ void find_rest(Selection<KeyOf<T>>& s, const Chunk<T>& chunk, int wan
   __syncthreads();
 }
 
+// Calls f(list, row) for the lists of this block, with a barrier in between.
+template <class F>
+__device__ void for_each_list(int64_t num_lists, int64_t num_rows, const F& f) {
+  for (int64_t list = blockIdx.y; list < num_lists; list += gridDim.y) {
+    for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
+      f(list, row);
+      __syncthreads();
+    }
+  }
+}
+
 // A sum of exponentials relative to `from`, relative to a max that is at least that.
 template <class Float>
 __device__ inline Float relative_to(Float max, Float from, Float sum) {
@@ -332,11 +343,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   __shared__ Selection<Key> s;
   __shared__ Float maxima[kWarps], sums[kWarps], max, sum;
   const int k = static_cast<int>(a.k);
-  Chunk<T> chunk;
-  chunk.begin = static_cast<int32_t>(blockIdx.x) * kChunk<T>;
-  chunk.size = static_cast<int>(a.num_cols) - chunk.begin;
-  chunk.size = chunk.size < kChunk<T> ? chunk.size : kChunk<T>;
-  for (int64_t row = blockIdx.y; row < a.num_rows; row += gridDim.y) {
+  for_each_list(to.num_lists, a.num_rows, [&](int64_t list, int64_t row) {
+    Chunk<T> chunk;
+    chunk.begin = static_cast<int32_t>(list) * kChunk<T>;
+    chunk.size = static_cast<int>(a.num_cols) - chunk.begin;
+    chunk.size = chunk.size < kChunk<T> ? chunk.size : kChunk<T>;
     chunk.x = static_cast<const T*>(a.x) + row * a.x_stride + chunk.begin;
     Packed<T> packs[kPacks];
     chunk.load(packs, is_wide);
@@ -391,9 +402,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       __syncthreads();
       find_rest(s, chunk, wanted);
     }
-    write_list<T>(a, to, row, blockIdx.x, s, max, sum);
-    if (row + gridDim.y < a.num_rows) __syncthreads();
-  }
+    write_list<T>(a, to, row, list, s, max, sum);
+  });
 }
 
 // One list of every `per_merge` neighbours.
@@ -404,9 +414,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ Selection<Key> s;
   __shared__ double maxima[kWarps], sums[kWarps];
   const int k = static_cast<int>(a.k);
-  const int64_t first = int64_t{blockIdx.x} * per_merge, left = from.num_lists - first;
-  const int num_lists = left < per_merge ? static_cast<int>(left) : per_merge;
-  for (int64_t row = blockIdx.y; row < a.num_rows; row += gridDim.y) {
+  for_each_list(to.num_lists, a.num_rows, [&](int64_t list, int64_t row) {
+    const int64_t first = list * per_merge, left = from.num_lists - first;
+    const int num_lists = left < per_merge ? static_cast<int>(left) : per_merge;
     const int64_t source = row * from.num_lists + first;
     const Key* const keys = from.keys + source * k;
     const auto each = [&](Key floor, const auto& visit) {
@@ -436,9 +446,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       __syncthreads();  // s.count was read
       select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
     }
-    write_list<T>(a, to, row, blockIdx.x, s, max, sum);
-    if (row + gridDim.y < a.num_rows) __syncthreads();
-  }
+    write_list<T>(a, to, row, list, s, max, sum);
+  });
 }
 
 // A block owns 4096 columns of a row; it writes what the choice does not touch, then, where they lie in its columns,
@@ -504,10 +513,10 @@ bool rows_are_wide(const T* x, int64_t stride, int64_t num_rows) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && (num_rows == 1 || stride * sizeof(T) % 16 == 0);
 }
 
-// A block for every list of every row; kernels walk on over rows by the height of the grid.
+// A block for every list of every row, rows along x; for_each_list walks on by the size of the grid.
 dim3 grid_of(int64_t num_lists, int64_t num_rows) {
-  constexpr int64_t kMostRows = 65535;
-  return {static_cast<unsigned>(num_lists), static_cast<unsigned>(num_rows < kMostRows ? num_rows : kMostRows)};
+  constexpr int64_t kMostHeight = 65535;
+  return {num_blocks(num_rows, 1), static_cast<unsigned>(num_lists < kMostHeight ? num_lists : kMostHeight)};
 }
 
 template <class T>

@@ -283,6 +283,8 @@ CASES: dict[str, Case] = {
     "softmax 1500": partial(softmax, 1500, "three_pass", 2),
     "softmax 1499": partial(softmax, 1499, "online", 2),
     "softmax 1500, online": partial(softmax, 1500, "online", 2),
+    "softmax 1501, float16": partial(softmax, 1501, "online", 2, torch.float16),
+    "softmax 20000": partial(softmax, 20000, "online", 2),
     "softmax 200, float64": partial(softmax, 200, "online", 1, torch.float64),
     "softmax 300, float64": partial(softmax, 300, "online", 2, torch.float64),
     "softmax 300, float64, three_pass": partial(softmax, 300, "three_pass", 2, torch.float64),
