@@ -218,6 +218,7 @@ WIDE_LOADS = (
       "activate_backward_kernel") for t in ("float, 4", "BFloat16, 8", "Float16, 8")),
     *("activate_kernel<BFloat16, 8", "activate_kernel<Float16, 8"),
     *("gate_kernel<float, 4", "gate_kernel<float, 8", "gate_kernel<BFloat16, 8"),
+    *("gate_backward_fast_kernel<float, 4", "gate_backward_fast_kernel<BFloat16, 8"),
 )  # fmt: skip
 
 
