@@ -361,6 +361,21 @@ def test_around_the_tile(backend: str, num_slots: int, kind: str) -> None:
     assert plan.kept.max() == (0 if kind == "none" else 100)
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "num_experts", "align"),
+    [(512, 3, 1), (2047, 130, 4), (2048, 512, 1), (2050, 512, 8), (4094, 31, 1), (140_002, 512, 8)],
+)
+def test_around_the_tiles_of_cuda(
+    backend: str, num_slots: int, num_experts: int, align: int
+) -> None:
+    """No count up to 2,048 slots; several chunks a tile past 131,072 with 512 experts."""
+    generator = torch.Generator().manual_seed(num_slots)
+    experts = torch.randint(-1, num_experts, (num_slots // 2, 2), generator=generator).int()
+    experts = experts.to(backend)
+    for ids in (experts, experts.T.contiguous().T):
+        assert_valid(fr.plan_dispatch(ids, num_experts, align=align), ids, num_experts, align)
+
+
 @pytest.mark.parametrize("num_experts", [1, 3000, pytest.param(65536, marks=pytest.mark.cpu_only)])
 def test_extreme_numbers_of_experts(backend: str, num_experts: int) -> None:
     for experts in ([[0]], [[num_experts - 1]], [[num_experts - 1, 0], [-1, 0]]):
