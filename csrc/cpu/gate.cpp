@@ -34,18 +34,19 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  // demand: [E], zeros; counts the rows that run() is given.
+  // demand: [E], zeros; counts the rows that run() is given. At least one token.
   Gate(const GateArgs& args, int32_t* demand, char* memory)
       : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
         slots_(slots_of(shape_)), demand_(demand) {
-    for (int r = 0; r < kBatch; ++r) {
+    int64_t row_bytes = 0;
+    for (int r = 0; r < kBatch && r < shape_.num_tokens; ++r) {
       GateRow<V>& row = rows_[r];
-      row.carve(memory, shape_, r, kBatch);
+      row_bytes = row.carve(memory, shape_, r, kBatch);
       row.num_keys = padded_;
       for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
     }
-    memory += kBatch * GateRow<V>{}.carve(nullptr, shape_, 0, kBatch);
+    memory += kBatch * row_bytes;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
@@ -22,7 +23,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
-from fastmoe_route._autograd import differentiable, register_autograd
+from fastmoe_route._autograd import differentiable, direct, register_autograd
 from fastmoe_route.results import Routing
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
@@ -35,6 +36,8 @@ _gate = _ops.gate.default
 _gate_forward = _ops.gate_forward.default
 _gate_stats_forward = _ops.gate_stats_forward.default
 _gate_backward = _ops.gate_backward.default
+_gate_forward_direct = direct(_gate_forward)
+_gate_stats_direct = direct(_gate_stats_forward)
 
 
 def gate(
@@ -150,10 +153,16 @@ def gate(
         )
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
-        few = _gate_forward_autograd if wants_grad else _gate_forward
+        if wants_grad:
+            few = _gate_forward_autograd
+        else:
+            few = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
         weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
-    op = _gate_autograd if wants_grad else _gate_stats_forward
+    if wants_grad:
+        op = _gate_autograd if keep_scores else _gate_stats_autograd
+    else:
+        op = _gate_stats_forward if is_dynamo_compiling() else _gate_stats_direct
     weights, score_sum, logsumexp, scores, experts, demand = op(
         logits, top_k, score_code, normalize, scale, stats, keep_scores, *options
     )
@@ -324,6 +333,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_logits, *_NO_GRADIENTS
 
 
+def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, *grads, None)
+
+
 def _backward_few(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts = ctx.saved_tensors
     grad_logits = _gate_backward(weights, None, None, None, logits, experts, None, *ctx.options)
@@ -337,13 +350,16 @@ def _traced_few(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]
 
 _NO_GRADIENTS = (None,) * 22
 register_autograd("gate", _backward, setup_context=_setup_context, num_differentiable=4)
-_gate_autograd = differentiable(
-    "gate",
-    "gate_stats_forward",
-    _backward,
-    setup_context=_setup_context,
-    num_differentiable=4,
-    traced=_gate,
+_gate_autograd, _gate_stats_autograd = (
+    differentiable(
+        "gate",
+        "gate_stats_forward",
+        function,
+        setup_context=_setup_context,
+        num_differentiable=count,
+        traced=_gate,
+    )
+    for function, count in ((_backward, 4), (_backward_stats, 3))
 )
 _gate_forward_autograd = differentiable(
     "gate",
