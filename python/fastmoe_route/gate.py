@@ -37,6 +37,7 @@ _gate_forward = _ops.gate_forward.default
 _gate_stats_forward = _ops.gate_stats_forward.default
 _gate_backward = _ops.gate_backward.default
 _gate_forward_direct = direct(_gate_forward)
+_gate_plain_direct = direct(_ops.gate_plain_forward.default)
 _gate_stats_direct = direct(_gate_stats_forward)
 
 
@@ -155,12 +156,14 @@ def gate(
     if not (stats or keep_scores):
         if wants_grad:
             few = _gate_forward_autograd
+        elif is_dynamo_compiling():
+            few = _gate_forward
         else:
-            few = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
+            few = _gate_forward_direct if options else _gate_plain_direct
         weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
     if wants_grad:
-        op = _gate_autograd if keep_scores else _gate_stats_autograd
+        op = _gate_autograd
     else:
         op = _gate_stats_forward if is_dynamo_compiling() else _gate_stats_direct
     weights, score_sum, logsumexp, scores, experts, demand = op(
@@ -288,6 +291,7 @@ def _gate_fake(
 
 
 @torch.library.register_fake("fastmoe_route::gate_forward")
+@torch.library.register_fake("fastmoe_route::gate_plain_forward")
 def _gate_forward_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
     flags = (False, False) if len(options) >= 3 else ()
     weights, *_, experts, demand = _gate_fake(logits, top_k, *options[:3], *flags, *options[3:])
@@ -333,10 +337,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_logits, *_NO_GRADIENTS
 
 
-def _backward_stats(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _backward(ctx, *grads, None)
-
-
 def _backward_few(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts = ctx.saved_tensors
     grad_logits = _gate_backward(weights, None, None, None, logits, experts, None, *ctx.options)
@@ -350,16 +350,13 @@ def _traced_few(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]
 
 _NO_GRADIENTS = (None,) * 22
 register_autograd("gate", _backward, setup_context=_setup_context, num_differentiable=4)
-_gate_autograd, _gate_stats_autograd = (
-    differentiable(
-        "gate",
-        "gate_stats_forward",
-        function,
-        setup_context=_setup_context,
-        num_differentiable=count,
-        traced=_gate,
-    )
-    for function, count in ((_backward, 4), (_backward_stats, 3))
+_gate_autograd = differentiable(
+    "gate",
+    "gate_stats_forward",
+    _backward,
+    setup_context=_setup_context,
+    num_differentiable=4,
+    traced=_gate,
 )
 _gate_forward_autograd = differentiable(
     "gate",
