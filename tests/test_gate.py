@@ -462,6 +462,7 @@ def test_opcheck():
         torch.library.opcheck(ops.gate, (logits, 2))
         torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, *score, *options))
         torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, 1, True))
+        torch.library.opcheck(ops.gate_plain_forward, (logits.detach(), 2, *score))
     logits = torch.randn(5, 8)
     experts = fr.gate(logits, 2).experts
     args = (torch.randn(5, 2), None, None, None, logits, experts, None, 0, False, 1, 0, True, 1.0)

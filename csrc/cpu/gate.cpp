@@ -34,24 +34,26 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  // demand: [E], zeros; counts the rows that run() is given.
+  // demand: [E], zeros; counts the rows that run() is given. At least one token.
   Gate(const GateArgs& args, int32_t* demand, char* memory)
       : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
         slots_(slots_of(shape_)), demand_(demand) {
-    for (GateRow<V>& row : rows_) {
-      memory += row.carve(memory, shape_);
+    int64_t row_bytes = 0;
+    for (int r = 0; r < kBatch && r < shape_.num_tokens; ++r) {
+      GateRow<V>& row = rows_[r];
+      row_bytes = row.carve(memory, shape_, r, kBatch);
       row.num_keys = padded_;
       for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
     }
-    for (Float& sum : sums_) sum = 1;
+    memory += kBatch * row_bytes;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
   static int64_t bytes(const GateShape& shape) {
-    return kBatch * GateRow<V>{}.carve(nullptr, shape) + round_up(num_taken(shape) * sizeof(Key), 64) +
+    return kBatch * GateRow<V>{}.carve(nullptr, shape, 0, kBatch) + round_up(num_taken(shape) * sizeof(Key), 64) +
            round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
 
@@ -59,23 +61,23 @@ class Gate {
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r) {
-        prepare(rows_[r], t + r);
-        if (a_.logsumexp != nullptr) sums_[r] = sum_of_exponentials(rows_[r]);
-      }
+      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(count);
       for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
       for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
-      if (a_.logsumexp != nullptr) write_logsumexp(t, count);
+      if (a_.logsumexp != nullptr) {
+        for (int64_t r = 0; r < count; ++r) keep_logsumexp(rows_[r]);
+        if (num_logs_ == kLogs || t + count == end) write_logsumexp(t + count);
+      }
       if (score_sum != nullptr) add_scores(count, score_sum);
     }
   }
 
  private:
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
-  static constexpr int kSums = kBatch > V::kLanes ? kBatch : V::kLanes;  // whole vectors
+  static constexpr int kLogs = kBatch > V::kLanes ? kBatch : V::kLanes;  // whole batches and vectors
   static constexpr int kShortlist = 32;                                  // the longest
 
   // Places for the columns taken of a row: whole vectors, so that what is stored as one is loaded as one.
@@ -403,18 +405,22 @@ class Gate {
                                            : exponentials<V>(row.z, num_columns_, row.max, row.has_nan, nullptr);
   }
 
-  // logsumexp of rows t ... of the batch. A row without an allowed column takes no part in the statistics.
-  void write_logsumexp(int64_t t, int64_t count) {
-    Float* out = static_cast<Float*>(a_.logsumexp) + t;
-    Float logs[kSums];
-    for (int64_t r = 0; r < kSums; r += V::kLanes) log_positive(V::load(sums_ + r)).store(logs + r);
-    for (int64_t r = 0; r < count; ++r) {
-      const GateRow<V>& row = rows_[r];
-      if (row.num_taken == 0) out[r] = -static_cast<Float>(INFINITY);
-      else if (row.has_nan) out[r] = static_cast<Float>(NAN);
-      else if (std::isinf(row.max)) out[r] = row.max;
-      else out[r] = row.max + logs[r];
-    }
+  // logsumexp is max + log(sum), kept as those two until there are enough for whole vectors; where it is no number, as
+  // it and 1. A row without an allowed column takes no part in the statistics.
+  void keep_logsumexp(const GateRow<V>& row) {
+    const Float max = row.num_taken == 0 ? -static_cast<Float>(INFINITY)
+                      : row.has_nan      ? static_cast<Float>(NAN)
+                                         : row.max;
+    maxima_[num_logs_] = max;
+    sums_[num_logs_++] = std::isfinite(max) ? sum_of_exponentials(row) : 1;
+  }
+
+  // Of the rows kept, which end before row `end`.
+  void write_logsumexp(int64_t end) {
+    Float* out = static_cast<Float*>(a_.logsumexp) + end - num_logs_;
+    for (int64_t i = 0; i < num_logs_; i += V::kLanes)
+      (V::load(maxima_ + i) + log_positive(V::load(sums_ + i))).store(out + i, lanes_at<V>(i, num_logs_));
+    num_logs_ = 0;
   }
 
   // The rows of the batch in order, together: score_sum is loaded and stored once for all of them.
@@ -455,10 +461,11 @@ class Gate {
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   GateRow<V> rows_[kBatch];
-  Float sums_[kSums];  // of exp(logit - max)
-  Key* taken_keys_;    // [kBatch, slots_]
-  int32_t* taken_;     // [kBatch, slots_]
-  int32_t* demand_;    // [E], of the rows this worker has seen
+  Float maxima_[kLogs] = {}, sums_[kLogs] = {};
+  int64_t num_logs_ = 0;
+  Key* taken_keys_;  // [kBatch, slots_]
+  int32_t* taken_;   // [kBatch, slots_]
+  int32_t* demand_;  // [E], of the rows this worker has seen
 };
 
 template <class V>

@@ -37,8 +37,11 @@ struct BackwardRow {
   const Float* grad_weights;
   int64_t num_chosen;
   bool is_sparse;  // grad_taken is all there is
-  Float* buffer;   // of columns
+  // Of columns: logits, and probabilities, or exponentials to divide by `sum`.
+  Float *buffer, *scores;
+  Float sum;
   Float *taken_z, *taken_scores, *grad_taken;
+  Float mean_of_taken;  // the sum of taken_scores times grad_taken
 };
 
 // From the gradients g of the weights to those of the chosen scores: scale (g - mean) / sum if the weights are divided
@@ -72,30 +75,36 @@ class GateBackward {
   GateBackward(const GateBackwardArgs& args, char* memory)
       : a_(args), shape_(args.shape), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(round_up(num_columns_, V::kLanes)), is_softmax_(shape_.score == Score::kSoftmax),
-        num_parts_(is_softmax_ && shape_.softmax_over_group ? shape_.num_groups : 1),
+        num_parts_(is_softmax_ && shape_.softmax_over_group ? shape_.num_groups : 1), part_(num_columns_ / num_parts_),
         is_sparse_(!a_.grad_score_sum && !a_.grad_scores && !a_.grad_logsumexp &&
                    (!is_softmax_ || (num_parts_ == 1 && shape_.normalize))) {
     Float* next = reinterpret_cast<Float*>(memory);
     const auto give = [&](Float*& buffer, int64_t count) { buffer = next, next += count; };
-    for (Float** buffer : {&scores_, &grad_scores_, &grad_z_}) give(*buffer, padded_);
-    for (Row& row : rows_) {
-      give(row.buffer, padded_);
+    for (Float** buffer : {&grad_scores_, &grad_z_}) give(*buffer, padded_);
+    for (Row& row : rows_) give(row.buffer, padded_);
+    for (Row& row : rows_) give(row.scores, padded_);
+    for (Row& row : rows_)
       for (Float** buffer : {&row.taken_z, &row.taken_scores, &row.grad_taken}) give(*buffer, padded_k(shape_));
-    }
   }
 
   static int64_t bytes(const GateShape& shape) {
     const int64_t padded = round_up(shape.num_experts + shape.num_null, V::kLanes);
-    return round_up(((3 + kBatch) * padded + 3 * kBatch * padded_k(shape)) * static_cast<int64_t>(sizeof(Float)), 64);
+    return round_up(((2 + 2 * kBatch) * padded + 3 * kBatch * padded_k(shape)) * static_cast<int64_t>(sizeof(Float)),
+                    64);
   }
 
-  // Rows [begin, end), several side by side: what is stored by elements has to rest before it is loaded as a vector.
+  // Rows [begin, end), several side by side, phase by phase: while one row waits for a sum, another works; and what is
+  // stored by elements has to rest before it is loaded as a vector.
   template <class T>
   void run(int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
       for (int64_t r = 0; r < count; ++r) read(rows_[r], t + r);
       for (int64_t r = 0; r < count; ++r) rows_[r].is_sparse = is_sparse_ && sparse(rows_[r]);
+      for (int64_t r = 0; r < count; ++r)
+        if (!rows_[r].is_sparse) form_scores(rows_[r]);
+      for (int64_t r = 0; r < count; ++r)
+        if (!rows_[r].is_sparse) weigh(rows_[r]);
       for (int64_t r = 0; r < count; ++r)
         finish(rows_[r], t + r, static_cast<T*>(a_.grad_logits) + (t + r) * num_columns_);
     }
@@ -193,18 +202,51 @@ class GateBackward {
     return sum > static_cast<Float>(kSafeSum);
   }
 
+  // The probabilities of a softmax over groups; over all columns, exponentials.
+  void form_scores(Row& row) const {
+    const Float* z = row.logits.z;
+    if (is_softmax_ && num_parts_ == 1) row.sum = exponentials<V>(z, num_columns_, row.logits.max, false, row.scores);
+    for (int64_t i = 0; num_parts_ > 1 && i < num_columns_; i += part_) {
+      const Float sum = exponentials<V>(z + i, part_, max_of(z + i, part_), false, row.scores + i);
+      scale_by<V>(row.scores + i, part_, inverse_of(sum));
+    }
+  }
+
+  // grad_taken = what the weights give to the chosen: to their scores for softmax, else to their logits.
+  void weigh(Row& row) const {
+    if (!is_softmax_) return weigh_elementwise(row);
+    V dots = V::zero();
+    const auto keep = [&](int64_t j, V scores, V grad) {
+      scores.store(row.taken_scores + j), grad.store(row.grad_taken + j);
+      dots = fma(scores, grad, dots);
+    };
+    if (num_parts_ == 1) {
+      const V shift = V::all(shift_of(row.logits.max)), divisor = V::all(row.sum == 0 ? 1 : row.sum);
+      weigh_chosen(row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift) / divisor; }, keep);
+    } else {
+      for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = row.scores[row.experts[j]];
+      for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
+      weigh_chosen(row, [&](int64_t j) { return V::load(row.taken_scores + j); }, keep);
+    }
+    row.mean_of_taken = reduce_add(dots);
+  }
+
   // grad_z = the gradients of all columns; room for whole vectors.
   void dense(const Row& row, int64_t t, Float* grad_z) const {
     const bool takes_part = a_.logsumexp == nullptr || *row_of(a_.logsumexp, t, 1) != -static_cast<Float>(INFINITY);
     const Float* of_logsumexp = takes_part ? row_of(a_.grad_logsumexp, t, 1) : nullptr;
     const Float* of_scores = grad_scores(t, takes_part);
-    if (is_softmax_) softmax_backward(row, of_scores, num_parts_ == 1 ? of_logsumexp : nullptr, grad_z);
-    else elementwise_backward(row, of_scores, grad_z);
+    if (!is_softmax_) elementwise_backward(row, of_scores, grad_z);
+    else if (num_parts_ > 1) groups_backward(row, of_scores, grad_z);
+    else {
+      const Float of_row = of_logsumexp != nullptr ? *of_logsumexp : 0;
+      part_backward(row, 0, inverse_of(row.sum), of_row - row.mean_of_taken, of_scores, grad_z);
+    }
     if (of_logsumexp != nullptr && (!is_softmax_ || num_parts_ > 1)) {
-      const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
+      const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, row.scores);
       const V grad = V::all(*of_logsumexp * inverse_of(sum));
       for (int64_t i = 0; i < padded_; i += V::kLanes)
-        fma(V::load(scores_ + i), grad, V::load(grad_z + i)).store(grad_z + i);
+        fma(V::load(row.scores + i), grad, V::load(grad_z + i)).store(grad_z + i);
     }
     if (row.logits.is_plain) return;
     const V minus_inf = V::all(-INFINITY);
@@ -224,60 +266,34 @@ class GateBackward {
     return grad_scores_;
   }
 
-  void softmax_backward(const Row& row, const Float* of_scores, const Float* of_logsumexp, Float* grad_z) const {
-    if (num_parts_ > 1) return groups_backward(row, of_scores, grad_z);
-    const Float sum = exponentials<V>(row.logits.z, num_columns_, row.logits.max, false, scores_);
-    const Float divisor = sum == 0 ? 1 : sum;
-    const V shift = V::all(shift_of(row.logits.max));
-    V dots = V::zero();
-    weigh_chosen(
-        row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift) / V::all(divisor); },
-        [&](int64_t j, V scores, V grad) {
-          scores.store(row.taken_scores + j), grad.store(row.grad_taken + j);
-          dots = fma(scores, grad, dots);
-        });
-    const Float of_row = of_logsumexp != nullptr ? *of_logsumexp : 0;
-    part_backward(row, 0, num_columns_, 1 / divisor, of_row - reduce_add(dots), of_scores, grad_z);
-  }
-
   void groups_backward(const Row& row, const Float* of_scores, Float* grad_z) const {
-    const int64_t part = num_columns_ / num_parts_;
-    for (int64_t i = 0; i < num_columns_; i += part) {
-      const Float sum = exponentials<V>(row.logits.z + i, part, max_of(row.logits.z + i, part), false, scores_ + i);
-      scale_by<V>(scores_ + i, part, inverse_of(sum));
-    }
-    for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = scores_[row.experts[j]];
-    for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;
-    weigh_chosen(
-        row, [&](int64_t j) { return V::load(row.taken_scores + j); },
-        [&](int64_t j, V, V grad) { grad.store(row.grad_taken + j); });
-    for (int64_t begin = 0; begin < num_columns_; begin += part) {
+    for (int64_t begin = 0; begin < num_columns_; begin += part_) {
       Float of_chosen = 0;
       for (int64_t j = 0; j < row.num_chosen; ++j)
-        if (row.experts[j] >= begin && row.experts[j] < begin + part)
+        if (row.experts[j] >= begin && row.experts[j] < begin + part_)
           of_chosen += row.taken_scores[j] * row.grad_taken[j];
-      part_backward(row, begin, part, 1, -of_chosen, of_scores, grad_z);
+      part_backward(row, begin, 1, -of_chosen, of_scores, grad_z);
     }
   }
 
-  // Columns [begin, begin + part) of a softmax whose probabilities are `factor` scores_. `of_row`: the gradient of
-  // logsumexp less what the chosen add to the mean.
-  void part_backward(const Row& row, int64_t begin, int64_t part, Float factor, Float of_row, const Float* of_scores,
+  // The part of a softmax that begins at column `begin`, whose probabilities are `factor` row.scores. `of_row`: the
+  // gradient of logsumexp less what the chosen add to the mean.
+  void part_backward(const Row& row, int64_t begin, Float factor, Float of_row, const Float* of_scores,
                      Float* grad_z) const {
-    const Float mean = of_scores != nullptr ? factor * dot(scores_ + begin, of_scores + begin, part) : 0;
+    const Float mean = of_scores != nullptr ? factor * dot(row.scores + begin, of_scores + begin, part_) : 0;
     const Float over_mean = of_row - mean;
     const V shift = V::all(over_mean);
     const V by = V::all(factor);
-    for (int64_t i = begin; i < begin + part; i += V::kLanes) {
-      const int lanes = lanes_at<V>(i, begin + part);
+    for (int64_t i = begin; i < begin + part_; i += V::kLanes) {
+      const int lanes = lanes_at<V>(i, begin + part_);
       const V grad = of_scores != nullptr ? V::load(of_scores + i, lanes) + shift : shift;
-      (V::load(scores_ + i, lanes) * by * grad).store(grad_z + i, lanes);
+      (V::load(row.scores + i, lanes) * by * grad).store(grad_z + i, lanes);
     }
     // Formed anew: a sum of two products would lose what cancels between the gradient and the mean.
     for (int64_t j = 0; j < row.num_chosen; ++j) {
       const int64_t e = row.experts[j];
       const Float other = of_scores != nullptr ? of_scores[e] : 0;
-      if (e >= begin && e < begin + part) grad_z[e] = row.taken_scores[j] * (other + row.grad_taken[j] + over_mean);
+      if (e >= begin && e < begin + part_) grad_z[e] = row.taken_scores[j] * (other + row.grad_taken[j] + over_mean);
     }
   }
 
@@ -294,7 +310,6 @@ class GateBackward {
   }
 
   void elementwise_backward(const Row& row, const Float* of_scores, Float* grad_z) const {
-    weigh_elementwise(row);
     const bool has_slopes = of_scores != nullptr || row.logits.has_nan;  // 0 times a slope of NaN is NaN
     for (int64_t i = 0; i < padded_; i += V::kLanes) {
       V grad = of_scores != nullptr ? V::load(of_scores + i, lanes_at<V>(i, num_columns_)) : V::zero();
@@ -308,9 +323,9 @@ class GateBackward {
   GateShape shape_;
   int64_t num_columns_, padded_;
   bool is_softmax_;
-  int64_t num_parts_;
+  int64_t num_parts_, part_;  // of the columns, that each have a softmax of their own
   bool is_sparse_;
-  Float *scores_, *grad_scores_, *grad_z_;  // of columns
+  Float *grad_scores_, *grad_z_;  // of columns
   Row rows_[kBatch];
 };
 

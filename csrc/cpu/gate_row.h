@@ -50,14 +50,17 @@ struct GateRow : RowOf<V> {
   Float sum;                // of exp(logit - max)
   Float factor;             // on `scores` and on exp(logit - max): 1 / sum where those are exponentials
 
-  // Carves the buffers out of `memory`, or only counts when it is null; returns the bytes.
-  int64_t carve(char* memory, const GateShape& shape) {
+  // Carves the buffers of row r of `rows` out of `memory`, or only counts when it is null; returns the bytes of a row.
+  // A buffer lies beside that of the next row, so that the rows in flight spread over the sets of the cache.
+  int64_t carve(char* memory, const GateShape& shape, int r, int rows) {
     const int64_t columns = round_up(shape.num_experts + shape.num_null, V::kLanes);
     const int64_t groups = round_up(shape.num_groups, V::kLanes);
     int64_t bytes = 0;
     const auto give = [&](auto*& pointer, int64_t count) {
-      if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + bytes);
-      bytes += round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
+      const int64_t size = round_up(count * static_cast<int64_t>(sizeof *pointer), 64);
+      if (memory != nullptr)
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + rows * bytes + r * size);
+      bytes += size;
     };
     for (Float** buffer : {&buffer, &scores, &biased, &noisy, &noisy_scores}) give(*buffer, columns);
     give(taken_scores, shape.top_k + V::kLanes);

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
@@ -22,7 +23,7 @@ from fastmoe_route._arguments import (
     fail,
     needs_grad,
 )
-from fastmoe_route._autograd import differentiable, register_autograd
+from fastmoe_route._autograd import differentiable, direct, register_autograd
 from fastmoe_route.results import Routing
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
@@ -35,6 +36,9 @@ _gate = _ops.gate.default
 _gate_forward = _ops.gate_forward.default
 _gate_stats_forward = _ops.gate_stats_forward.default
 _gate_backward = _ops.gate_backward.default
+_gate_forward_direct = direct(_gate_forward)
+_gate_plain_direct = direct(_ops.gate_plain_forward.default)
+_gate_stats_direct = direct(_gate_stats_forward)
 
 
 def gate(
@@ -150,10 +154,18 @@ def gate(
         )
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
-        few = _gate_forward_autograd if wants_grad else _gate_forward
+        if wants_grad:
+            few = _gate_forward_autograd
+        elif is_dynamo_compiling():
+            few = _gate_forward
+        else:
+            few = _gate_forward_direct if options else _gate_plain_direct
         weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
-    op = _gate_autograd if wants_grad else _gate_stats_forward
+    if wants_grad:
+        op = _gate_autograd
+    else:
+        op = _gate_stats_forward if is_dynamo_compiling() else _gate_stats_direct
     weights, score_sum, logsumexp, scores, experts, demand = op(
         logits, top_k, score_code, normalize, scale, stats, keep_scores, *options
     )
@@ -281,6 +293,7 @@ def _gate_fake(
 
 
 @torch.library.register_fake("fastmoe_route::gate_forward")
+@torch.library.register_fake("fastmoe_route::gate_plain_forward")
 def _gate_forward_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
     flags = (False, False) if len(options) >= 3 else ()
     weights, *_, experts, demand = _gate_fake(logits, top_k, *options[:3], *flags, *options[3:])
