@@ -21,9 +21,11 @@ constexpr int kDotRows = kVectorRegisters == 32 ? 6 : kVectorRegisters == 16 ? 3
 constexpr int kDotCols = 4;
 constexpr int kDotStreamRows = kVectorRegisters == 32 ? 12 : kDotRows;
 constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that stay in L1 while streams pass
-constexpr int64_t kDotPanel = 96;    // weights whose block of k stays in L2 while all rows pass; half of it, two blocks
-constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
-constexpr int64_t kDotTouchRows = 8;   // weight rows whose pages are looked up at the same time
+// Weights whose block of k stays in L2 while all rows pass; half of it, two blocks. With the panel fetched meanwhile
+// that is a quarter of an L2 of 1 MB: pages of 4 KB lie in it by chance, and fuller it loses lines before their use.
+constexpr int64_t kDotPanel = 32;
+constexpr int64_t kDotSegment = 16;    // steps of k between two fetches of what is multiplied later
+constexpr int64_t kDotTouchRows = 16;  // weight rows whose pages are looked up at the same time
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
 // page's address, so pages are touched ahead. Where rows take arithmetic as well, every line is fetched.
@@ -102,14 +104,16 @@ struct DotOutput {
 
 // Touches every page of rows [from, to) of those that start at `first`, one line each. The address of a page that was
 // not used lately takes longer to find than other work can hide, but several are found at the same time: pages are
-// touched together, some rows ahead of their use.
+// touched together, some rows ahead of their use. Rows without gaps are one run, however many of them share a page.
 inline __attribute__((always_inline)) void touch_pages(const char* first, int64_t row_bytes, int64_t stride,
                                                        int64_t from, int64_t to) {
   constexpr int64_t kPage = 4096;
-  for (int64_t i = from; i < to; ++i) {
-    const char* end = first + i * stride + row_bytes;
-    for (const char* at = end - row_bytes; at < end; at += kPage) prefetch_later(at);
-    prefetch_later(end - 1);
+  const bool is_run = row_bytes == stride;
+  const int64_t runs = from < to && is_run ? 1 : to - from, bytes = is_run ? (to - from) * stride : row_bytes;
+  for (int64_t i = 0; i < runs; ++i) {
+    const char* begin = first + (from + i) * stride;
+    for (int64_t at = 0; at < bytes; at += kPage) prefetch_later(begin + at);
+    prefetch_later(begin + bytes - 1);
   }
 }
 
@@ -118,18 +122,21 @@ struct LineFetcher {
   const char* line;
   const char* row_end;
   int64_t row_bytes, stride;
-  int64_t rows;  // left
+  int64_t rows;   // left
+  int64_t known;  // rows from the current one on that are weights too: their pages may be touched
 
+  // The first `count` of `all` rows; is_touched: the fetcher of the rows before has touched the first pages of these.
   template <class T>
-  LineFetcher(const T* first, int64_t count, int64_t w_stride, int64_t k)
+  LineFetcher(const T* first, int64_t count, int64_t all, int64_t w_stride, int64_t k, bool is_touched)
       : line(reinterpret_cast<const char*>(first)), row_end(line + k * static_cast<int64_t>(sizeof(T))),
-        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count) {
+        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count), known(all) {
+    if (is_touched) return;
     touch(0);
     touch(kDotTouchRows);
   }
   inline __attribute__((always_inline)) void touch(int64_t ahead) {
     const int64_t end = ahead + kDotTouchRows;
-    touch_pages(row_end - row_bytes, row_bytes, stride, ahead, end < rows ? end : rows);
+    touch_pages(row_end - row_bytes, row_bytes, stride, ahead, end < known ? end : known);
   }
   inline __attribute__((always_inline)) void fetch(int64_t lines) {
     for (; lines > 0 && rows > 0; --lines) {
@@ -139,6 +146,7 @@ struct LineFetcher {
       line = row_end - row_bytes + stride;
       row_end += stride;
       --rows;
+      --known;
       if (rows % kDotTouchRows == 0) touch(kDotTouchRows);
     }
   }
@@ -227,7 +235,7 @@ inline void with_stream_tile(int64_t m, const F& f) {
   }
 }
 // Weights of that tile: its sums fill the registers.
-constexpr int dot_stream_cols(int rows) { return rows <= 2 ? 2 : rows <= 6 ? 4 : rows <= 8 ? 3 : 2; }
+constexpr int dot_stream_cols(int rows) { return rows <= 6 ? 4 : rows <= 8 ? 3 : 2; }
 
 // Of the tiles of more rows than that. They are even (dot_tiles), so none has less than half of kDotRows.
 template <class F>
@@ -263,20 +271,27 @@ inline int64_t dot_block(int64_t k) {
   return round_up((k + blocks - 1) / blocks, Math::kStep);
 }
 
-// All of k for two to four weights at a time that lie far apart: long streams keep one core's memory reads busy.
+// All of k for two to four weights at a time that lie far apart: long streams keep one core's memory reads busy. The
+// first pages of the streams that come after are touched kTouchAfter steps before the end.
 template <int R, class Math>
 void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   constexpr int C = dot_stream_cols(R);
+  constexpr int64_t kTouchAfter = 4;
   const int64_t apart = (p.n + C - 1) / C;
   const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(typename Math::Element));
   const int64_t stride = p.w_stride * static_cast<int64_t>(sizeof(typename Math::Element));
   const int64_t group = row_bytes < kDotTouchBytes ? kDotTouchBytes / row_bytes : 1;  // rows touched together
-  LineFetcher none(p.w, 0, p.w_stride, p.k);
+  LineFetcher none(p.w, 0, 0, p.w_stride, p.k, false);
+  const int64_t touch_after = p.after == nullptr ? -1 : apart > kTouchAfter ? apart - kTouchAfter : 0;
+  const auto touch = [&](const typename Math::Element* weights, int64_t from, int64_t to)
+                         __attribute__((always_inline)) {
+                           for (int i = 0; i < C; ++i)
+                             touch_pages(reinterpret_cast<const char*>(weights + i * apart * p.w_stride), row_bytes,
+                                         stride, from, to < apart ? to : apart);
+                         };
   for (int64_t j = 0; j < apart; ++j) {
-    if (j % group == 0)
-      for (int i = 0; i < C; ++i)
-        touch_pages(reinterpret_cast<const char*>(p.w + i * apart * p.w_stride), row_bytes, stride,
-                    j > 0 ? j + group : 0, j + 2 * group < apart ? j + 2 * group : apart);
+    if (j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
+    if (j == touch_after) touch(p.after, 0, group);
     const typename Math::Element* w[C];
     DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false};
     for (int i = 0; i < C; ++i) {
@@ -350,7 +365,8 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
       left = next != nullptr ? p.n : 0;
     }
     const int64_t next_depth = dot_panel_depth(p, next_begin), next_most = dot_panel_columns(p, next_depth);
-    LineFetcher later(next, left < next_most ? left : next_most, p.w_stride, next_depth);
+    const bool is_touched = panel > 0 && panel + most < p.n;  // by the fetcher of the panel before
+    LineFetcher later(next, left < next_most ? left : next_most, left, p.w_stride, next_depth, is_touched);
     const int64_t next_lines = later.rows * ((later.row_bytes + 63) / 64);
     for (int64_t q = begin; q < end; q += p.block) {
       const int64_t block = end - q < p.block ? end - q : p.block;
