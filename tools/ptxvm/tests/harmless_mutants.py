@@ -201,8 +201,8 @@ HARMLESS = (
     Harmless(
         "guard",
         "plan_place.cuh",
-        "steps without slots are ranked",
-        ("if (u < steps_) take_ranks<kPair>(",),
+        "steps without slots are ranked; no call here has a plan of no slots, the ops' tests have",
+        ("if (u < steps_) take_ranks<kPair>(", "if (first < end) {"),
     ),
     Harmless(
         "guard",

@@ -250,7 +250,6 @@ CASES: dict[str, Case] = {
     "plan, many rows": partial(plan, 2400, 8, align=2),
     "plan, several chunks": partial(plan, 66_000, 512, ids=torch.int32),
     "plan, nobody": partial(plan, 1000, 8, has_none=True),
-    "plan, no slots": partial(plan, 0, 8, has_strays=False),
     "plan, more padding than tiles": partial(plan, 700, 300, align=32),
     "plan, by score, int32": partial(
         plan, 300, 8, capacity=20, drop_policy="score", ids=torch.int32
