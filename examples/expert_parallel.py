@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -167,6 +168,8 @@ def place_again(model: Model, given: argparse.Namespace, placement: object) -> M
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, plans, compares, and prints on the first process."""
     given = parse(arguments)
+    if find_spec("scipy") is None:
+        sys.exit("this example needs SciPy, which plans: pip install 'fastmoe-route[routers]'")
     if "RANK" not in os.environ:
         sys.exit(
             "run me with: torchrun --standalone --nproc-per-node 2 examples/expert_parallel.py"

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -52,11 +53,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def adapted_model(given: argparse.Namespace) -> nn.Module:
     """A Mixtral over bytes that has read some English, with adapters on all that multiplies."""
-    try:
-        import peft
-        import transformers
-    except ImportError as error:
-        sys.exit(f"this example needs {error.name}: pip install 'transformers>=5' peft")
+    import peft
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=256,
@@ -104,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     """Trains both, prints both, and returns the report."""
     given = parse(arguments)
     torch.set_num_threads(given.threads)
-    register()
+    try:
+        register()
+        import_module("peft")
+    except ImportError as error:
+        sys.exit(f"this example needs transformers and peft: {error}")
     first = adapted_model(given)
     models = dict(zip(RUNS, (first, copy.deepcopy(first)), strict=True))
     trained = [name for name, p in first.named_parameters() if p.requires_grad]

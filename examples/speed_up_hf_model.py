@@ -76,10 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load(given: argparse.Namespace) -> nn.Module:
     """The model in eval mode; random weights keep activations at a useful size."""
-    try:
-        import transformers
-    except ImportError:
-        sys.exit("this example needs transformers 5: pip install 'transformers>=5'")
+    import transformers
+
     dtype = DTYPES[given.dtype]
     if given.path:
         found = transformers.AutoModelForCausalLM.from_pretrained(given.path, dtype=dtype)
@@ -191,7 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     """Checks, times and prints; returns the report."""
     given = parse(arguments)
     torch.set_num_threads(given.threads)
-    register()
+    try:
+        register()
+    except ImportError as error:
+        sys.exit(str(error))
     model = load(given)
     vocabulary = model.config.vocab_size
     ids = torch.randint(
