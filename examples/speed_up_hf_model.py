@@ -163,6 +163,16 @@ class ExpertsClock:
         return found
 
 
+def memory_rate(buffer: Tensor) -> float:
+    """GB/s of reading a buffer that no cache holds: what bounds the decoding of one token."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - start)
+    return buffer.numel() * buffer.element_size() / min(seconds) / 1e9
+
+
 def check_logits(model: nn.Module, ids: Tensor, dtype: str) -> dict[str, float]:
     """The relative difference of every run's logits from eager's; an error in float32."""
     found: dict[str, float] = {}
@@ -194,8 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     differences = check_logits(model, ids, given.dtype)
     times: dict[str, list[tuple[float, float]]] = {run: [] for run in RUNS}
     inside: dict[str, list[list[float]]] = {run: [] for run in RUNS}
-    clock = ExpertsClock(model)
+    clock, buffer = ExpertsClock(model), torch.ones(64 << 20)
+    rates = []
     for _ in range(given.repeats):  # in turns, so that a slow minute hits all of them
+        rates.append(memory_rate(buffer))
         for run in RUNS:
             use(model, run)
             read, write, _ = read_and_write(model, ids, given.decode)
@@ -206,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         "torch": torch.__version__,
         "model": type(model).__name__,
         "parameters": parameters,
+        "memory_gb_per_s": statistics.median(rates),
         **{key: str(value) for key, value in vars(given).items() if key != "json"},
         "runs": {
             run: summarise(run, times, given, differences[run]) | in_experts(inside[run])
@@ -223,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         print(f"{row['total_s']:9.2f}{experts:12.2f}", end="")
         print(f"{row['over_eager']:9.2f}{row['over_grouped_mm']:14.2f}", end="")
         print(f"{row['logits_difference']:10.0e}")
+    print(f"memory was read at {report['memory_gb_per_s']:.0f} GB/s between the turns")
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n")

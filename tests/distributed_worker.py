@@ -305,7 +305,10 @@ def methods_that_read_experts_are_refused() -> None:
 
 @check
 def a_group_of_two_works_alone() -> None:
-    group = dist.new_group([0, 1])
+    alone, group = dist.new_group([0]), dist.new_group([0, 1])
+    if dist.get_rank() > 0:
+        with refused("process_group must have this process as a member, got rank"):
+            ExpertParallel(layer_of(), alone)
     if dist.get_rank() > 1:
         return
     parallel = ExpertParallel(layer_of(), group)

@@ -6,6 +6,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 from fastmoe_route.bench import baselines, check, runner, shapes, timing, workload
+from fastmoe_route.bench.case import compare
 from fastmoe_route.bench.machine import Limits, cache_bytes, describe
 from fastmoe_route.bench.report import Reporter, duration, row_line
 from tolerance import assert_bound
@@ -138,6 +139,14 @@ class TestCheck:
         plain = self.expected.float()
         assert check.no_worse("x", plain.clone(), plain, self.expected).passed
         assert not check.no_worse("x", plain * (1 + 1e-5), plain, self.expected).passed
+
+    @pytest.mark.parametrize(("num_elements", "passes"), [(1, True), (15, True), (16, False)])
+    def test_rms_of_a_few_elements_decides_nothing(self, num_elements, passes):
+        wanted = torch.ones(1, num_elements, dtype=torch.float64)
+        got = wanted.float() * (1 + 1e-6)  # plain PyTorch happened to be exact
+        findings = compare("x", got, wanted.float(), wanted, 1e-4)
+        assert all(f.passed for f in findings) == passes
+        assert not compare("x", got * 1.001, wanted.float(), wanted, 1e-4)[0].passed
 
     def test_exact(self):
         ids = torch.tensor([1, 2], dtype=torch.int32)

@@ -199,3 +199,14 @@ def test_a_billion_slots(backend: str) -> None:
     ]
     assert plan.row_to_slot[7 * num_tokens - 1] == num_tokens * top_k - 1
     assert int(plan.row_to_slot[7 * num_tokens :].max()) == -1
+
+
+@pytest.mark.cpu_only
+def test_a_single_gradient_is_whole_when_a_graph_of_it_is_asked_for():
+    """With constant weights `unpermute` has one gradient: its first row came in place of it."""
+    experts, weights = torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.5, 2.0], [1.0, 3.0]])
+    plan = fr.plan_dispatch(experts, 3)
+    x = torch.ones(2, 4, requires_grad=True)
+    y = fr.unpermute(fr.permute(x, plan), plan, weights)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(grad, torch.tensor([2.5, 4.0])[:, None].expand(2, 4))

@@ -72,6 +72,33 @@ def test_without_a_process_group_the_way_out_is_named():
         fr.distributed.ExpertParallel(fr.nn.MoE(8, 8, 2, 1))
 
 
+GOODBYE = """
+import os, sys
+import torch
+import torch.distributed as dist
+import fastmoe_route as fr
+from fastmoe_route.distributed import ExpertParallel
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+layer = ExpertParallel(fr.nn.MoE(8, 8, 4, 2))
+layer(torch.randn(3, 8)).sum().backward()
+assert "torch._dynamo" not in sys.modules, "a layer imports torch's compiler"
+import torch.distributed.nn.functional as late  # an optimiser's first step imports it, for one
+
+dist.destroy_process_group()
+threads = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not [name for name in threads if "gloo" in name], threads
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_a_destroyed_group_leaves_no_thread(tmp_path):
+    """One that is left may need Python while it shuts down, and then aborts the process."""
+    command = [sys.executable, "-c", GOODBYE, str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- placement ---------------------------------------------------------------------------------
 
 

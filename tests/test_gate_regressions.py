@@ -271,3 +271,22 @@ def test_memory_of_the_whole_gate_is_its_outputs(stats):
     assert allocated == outputs
     # Scratch is a few rows a thread, and the sums of at most 1024 tiles of rows for the statistics.
     assert int(library_info()["scratch_bytes"]) - before < 4 << 20
+
+
+@pytest.mark.cpu_only
+def test_a_trace_with_columns_holds_for_as_many_tokens_as_experts():
+    """Shapes of unequal rank were compared: a trace was good for any number of tokens but `E`."""
+
+    class Gate(torch.nn.Module):
+        def forward(self, logits, bias, mask):
+            return fr.gate(logits, 2, bias=bias, mask=mask, score="sigmoid")[:2]
+
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    columns = (torch.zeros(8), torch.ones(8, dtype=torch.bool))
+    given = (torch.randn(5, 8), *columns)
+    program = torch.export.export(Gate(), given, dynamic_shapes=({0: tokens}, None, None))
+    logits = torch.randn(8, 8)
+    experts, weights = program.module()(logits, *columns)
+    routing = fr.gate(logits, 2, bias=columns[0], score="sigmoid")
+    assert torch.equal(experts, routing.experts)
+    assert torch.equal(weights, routing.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import vm_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import gpu_bench  # noqa: E402
 import gpu_check  # noqa: E402
 
 # Test files that need no tensors on a GPU, or the engine of the PTX virtual machine.
@@ -54,8 +56,8 @@ def test_every_part_runs_even_if_others_fail(
             raise RuntimeError("broken")
         return result
 
-    def pytest_run(arguments: list[str], prefix: list[str] | None = None, **_: str) -> bool:
-        return bool(note(" ".join(prefix[:3]) if prefix else "suite", arguments != []))
+    def pytest_run(arguments: list[str], prefix: list[str] | None = None, **given: str) -> bool:
+        return bool(note(" ".join(prefix[:3]) if prefix else f"suite {given}", arguments != []))
 
     monkeypatch.setattr(gpu_check, "find_no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
@@ -64,10 +66,11 @@ def test_every_part_runs_even_if_others_fail(
     monkeypatch.setattr(gpu_check, "check_dispatcher", lambda device: note("dispatcher"))
     monkeypatch.setattr(gpu_check, "check_graphs", lambda shape: note("graphs"))
     monkeypatch.setattr(gpu_check, "check_products", lambda folder: note("products"))
-    monkeypatch.setattr(gpu_check, "run_bench", lambda *arguments: note("bench", {}))
+    monkeypatch.setattr(gpu_check, "run_bench", lambda *_: note("bench", {}))
     assert run(monkeypatch) == 1
     tools = [f"{sanitizer} --tool {kind}" for kind in ("memcheck", "racecheck") if sanitizer]
-    assert ran == ["dispatcher", "suite", *tools, "graphs", "products", "bench"]
+    suites = ["suite {}", "suite {'FASTMOE_ROUTE_CUDA_GEMM': 'sm80'}"]
+    assert ran == ["dispatcher", *suites, *tools, "graphs", "products", "bench"]
     printed = capsys.readouterr().out
     assert "FAILED  dispatcher" in printed
     assert printed.count("passed  ") == len(ran) - 1
@@ -84,3 +87,27 @@ def test_rehearsal_on_the_processor(
     for part in ("dispatcher", "gradients", "bench"):
         assert f"passed  {part}" in printed
     assert (tmp_path / "report.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_one_part_of_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--rehearse", "--only", "dispatcher") == 0
+    assert capsys.readouterr().out.count("passed  ") == 1
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--rehearse", "--only", "graph")
+    assert "--only must name parts of dispatcher, gradients, bench" in capsys.readouterr().err
+
+
+def test_the_page_holds_the_report_and_the_figure_can_be_drawn(tmp_path: Path) -> None:
+    """docs/gpu.md is what tools/gpu_bench.py makes of the recorded report."""
+    report = json.loads((ROOT / "bench/results/h200-bfloat16.json").read_text())
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert gpu_bench.table(report) in page
+    copy = tmp_path / "gpu.md"
+    copy.write_text(page)
+    gpu_bench.write_page(report, copy)
+    assert copy.read_text() == page
+    gpu_bench.plot(report, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000

@@ -420,9 +420,9 @@ def test_tf32_where_torch_allows_it(backend: str, allow_tf32, layout: str) -> No
     """Values and both gradients of multiples of 16 bytes; products of 11-bit numbers are exact."""
     cuda = vm_backend.runs_cuda()
     offsets = offsets_of((3, 0, 150))
-    x = normal(160, 40).requires_grad_()
-    w = weights(3, 40, 136, torch.float32, layout).detach().requires_grad_()
-    grad = normal(160, 136, seed=2)
+    x = vm_backend.off_halves(normal(160, 40)).requires_grad_()
+    w = vm_backend.off_halves(weights(3, 40, 136, torch.float32, layout)).requires_grad_()
+    grad = vm_backend.off_halves(normal(160, 136, seed=2))
     allow_tf32()
     y = fr.grouped_mm(x, w, offsets)
     got = [y, *torch.autograd.grad(y, (x, w), grad)]

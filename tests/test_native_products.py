@@ -1,7 +1,7 @@
 """The way to the products of one architecture alone: arrays in device memory, zeros, other kernels.
 
 In the PTX virtual machine, which says it is that architecture; plain products that read the same
-arrays stand in for CUTLASS's kernels, which are compiled only. Classes: bound, ratio, exact.
+arrays stand in for CUTLASS's kernels, whose instructions it has not. Classes: bound, ratio, exact.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 import vm_backend
 from cases import describe, plan_cases
 from fastmoe_route import DispatchPlan, reference
+from scripts import script
 from tolerance import assert_exact, assert_has_power
 from torch import Tensor
 
@@ -360,6 +361,21 @@ def test_around_the_tile(backend: str, num_slots: int, kind: str) -> None:
     assert plan.kept.max() == (0 if kind == "none" else 100)
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "num_experts", "align"),
+    [(512, 3, 1), (2047, 130, 4), (2048, 512, 1), (2050, 512, 8), (4094, 31, 1), (140_002, 512, 8)],
+)
+def test_around_the_tiles_of_cuda(
+    backend: str, num_slots: int, num_experts: int, align: int
+) -> None:
+    """No count up to 2,048 slots; several chunks a tile past 131,072 with 512 experts."""
+    generator = torch.Generator().manual_seed(num_slots)
+    experts = torch.randint(-1, num_experts, (num_slots // 2, 2), generator=generator).int()
+    experts = experts.to(backend)
+    for ids in (experts, experts.T.contiguous().T):
+        assert_valid(fr.plan_dispatch(ids, num_experts, align=align), ids, num_experts, align)
+
+
 @pytest.mark.parametrize("num_experts", [1, 3000, pytest.param(65536, marks=pytest.mark.cpu_only)])
 def test_extreme_numbers_of_experts(backend: str, num_experts: int) -> None:
     for experts in ([[0]], [[num_experts - 1]], [[num_experts - 1, 0], [-1, 0]]):
@@ -423,6 +439,27 @@ def test_strided_scopes(backend: str) -> None:
     scopes = torch.tensor([0, 99, 1, 99, 0, 99], dtype=torch.int32)[::2]
     plan = fr.plan_dispatch(experts, 1, capacity=1, scope_ids=scopes, num_scopes=2)
     assert plan.slot_to_row.tolist() == [[0], [1], [-1]]
+
+
+# ---- what the checks cost ----------------------------------------------------------------------
+
+
+def test_the_checks_that_are_timed_stand_in_the_kernel() -> None:
+    with script("tools", "validation_cost") as tool:
+        text = (tool.ROOT / tool.COUNTING).read_text()
+        bare = tool.without_checks(text)
+        assert len(bare) == len(text) - sum(map(len, tool.CHECKS))
+        with pytest.raises(SystemExit, match=r"count_bins\.cpp: must hold this once, got 0 times"):
+            tool.without_checks(bare)
+
+
+@pytest.mark.large
+@pytest.mark.cpu_only
+def test_checking_every_id_stays_a_small_part(backend: str) -> None:
+    """The bar is 2% of a call, and a little more is recorded (bench/README.md)."""
+    with script("tools", "validation_cost") as tool:
+        for row in tool.measure(3.0)["rows"]:
+            assert row["share_of_call"] < 0.06, row
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -88,6 +88,18 @@ def test_da_moe_counts_follow_attention():
     assert torch.equal((routed.routing.experts >= 0).sum(1).int(), routed.extra["k"])
 
 
+def test_da_moe_capacity_is_a_multiple_of_its_mean():
+    given = inputs()
+    attention = torch.full((24,), 0.3)
+    router = fr.routers.build("da_moe", HIDDEN, 8, 2, capacity_factor=1.0)
+    alike = {**given, "x": given["x"][:1].expand(24, -1), "attention_mass": attention}
+    plan = router(**alike).plan  # all tokens ask for the same two of 8 experts
+    assert sorted(plan.kept.tolist()) == [0] * 6 + [6, 6]  # 24 tokens * 2 / 8
+    scopes = torch.arange(24, dtype=torch.int32) // 12
+    plan = router(**{**alike, "scope_ids": scopes, "num_scopes": 2}).plan
+    assert sorted(plan.kept.tolist()) == [0] * 6 + [6, 6]  # 12 * 2 / 8 of each scope
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.2, 0.3, 0.5, 0.75, 0.99, 1.0])
 def test_dynamoe_activates_its_percentile(tau):
     router = fr.routers.build("dynamoe", 10, 10, tau=tau).eval()

@@ -67,7 +67,7 @@ def load() -> None:
 
     engine()
     use_cuda_kernels()
-    # Changes nothing on the 8.0 that the vm says it is; test_native_products.py has it say other.
+    # sm_100 too. Changes nothing on the 8.0 that the vm says it is, unless a test has it say other.
     os.environ["FASTMOE_ROUTE_CUDA_GEMM"] = "native"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Oo]verrid.*")
@@ -88,9 +88,17 @@ def expert_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
-    """`x` with 10 bits of mantissa, halves away from zero, as tensor cores are given it."""
+    """`x` with 10 bits of mantissa, as tensor cores are given it.
+
+    Halves go away from zero here and on sm_80, to even on sm_90.
+    """
     bits = x.view(torch.int32) + (1 << 12)
     return (bits >> 13 << 13).view(torch.float32)
+
+
+def off_halves(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last bit set, so that `tf32` of it is the same on every architecture."""
+    return (x.view(torch.int32) | 1).view(torch.float32)
 
 
 def repeats(count: int, *, vm: int) -> int:

@@ -282,8 +282,10 @@ def launched() -> dict[str, int]:
 
 
 def how_tested(kernel: Kernel) -> str:
-    """`PTX VM` for executed in the PTX virtual machine, else `compiled only`."""
-    return "PTX VM" if launched().get(kernel.name, 0) > 0 else "compiled only"
+    """`PTX VM` for executed in the PTX virtual machine, `H200`, or `compiled only`."""
+    if launched().get(kernel.name, 0) > 0:
+        return "PTX VM"
+    return "H200" if kernel.architecture == "sm_90a" else "compiled only"
 
 
 def table(kernels: list[Kernel]) -> list[str]:
@@ -300,15 +302,15 @@ HEAD = """\
 # What the compiled CUDA library shows
 
 Written by `make cuda-evidence` from a library that `make cuda` built. **Nothing on this page was
-measured on a GPU**, and no machine of the project has one. Registers, shared memory and instruction
-counts are read from the compiled code; blocks per multiprocessor follow from them by NVIDIA's
+measured on a GPU**; `docs/gpu.md` holds what was. Registers, shared memory and instruction counts
+are read from the compiled code; blocks per multiprocessor follow from them by NVIDIA's
 `cuda_occupancy.h` (without dynamic shared memory where a launch sizes it by the call). Bytes,
 operations and times of the first table are *modelled*: what has to move and be computed at least,
 over limits of an H100 that published work reaches (3.0 TB/s copied, 798 TFLOP/s in bfloat16).
 
 The column *executed* says which kernels the ops' tests launched in the PTX virtual machine (*PTX
-VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`) and which were
-*compiled only*.
+VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`), which only the
+tests on a GPU did (*H200*), and which were *compiled only*.
 
 `tests/test_cuda_build.py` holds every kernel to no spills, a register budget, wide loads, the
 instructions of its matrix products and an occupancy floor."""
@@ -341,14 +343,18 @@ def modelled_scores() -> list[Modelled]:
         Modelled("gate", "gate_kernel", f"T={t}, E={e}, K={k}, bfloat16", gate),
         Modelled("gate, statistics", "gate_kernel, sum_tiles_kernel",
                  f"T={t}, E={e}, K={k}, bfloat16", gate + 4 * t + 8 * e * t / 8),
-        Modelled("gate, backward", "gate_backward_kernel", f"T={t}, E={e}, K={k}, bfloat16",
+        Modelled("gate, backward", "gate_backward_fast_kernel", f"T={t}, E={e}, K={k}, bfloat16",
                  t * (4 * e + 8 * k)),
+        Modelled("gate, backward, more than 256 experts", "gate_backward_kernel",
+                 f"T={t}, E=512, K={k}, bfloat16", t * (4 * 512 + 8 * k)),
         Modelled("expert_choice, as launched",
                  "score_keys_kernel, group_keys_kernel, mark_surplus_kernel, write_choice_kernel",
                  f"T={t}, E={e}, float32", t * e * (16 + 4 * PASS + 12 + 2 * PASS + 13 + 13)),
         Modelled("softmax", "softmax_warp_kernel", scores, 4 * t * e),
         Modelled("softmax, backward", "softmax_backward_warp_kernel", scores, 6 * t * e),
-        Modelled("softmax, long rows", "softmax_block_kernel", words, 2 * size),
+        Modelled("softmax, long rows", "softmax_kept_kernel", words, 2 * size),
+        Modelled("softmax, rows of twice that, online", "softmax_block_kernel",
+                 f"{rows} x {2 * vocabulary}, bfloat16", 6 * size),
         Modelled("softmax, long rows, backward", "softmax_backward_block_kernel", words, 3 * size),
         Modelled("softmax_topk", "chunk_kernel, merge_kernel", f"{words}, k={k}", size),
         Modelled("softmax_topk, backward", "softmax_topk_backward_kernel", f"{words}, k={k}",
@@ -360,16 +366,16 @@ def modelled_rows() -> list[Modelled]:
     """Plans and the movement of rows."""
     t, e, k = 8192, 256, 8
     slots, m = t * k, 2 * k
-    plan = "walk_kernel, place_kernel"
+    plan = "count_kernel, place_kernel"
     rows = [
         Modelled("plan_dispatch", plan, f"T={t}, E={e}, K={k}", slots * 16),
         Modelled("plan_dispatch, more than 512 experts", "walk_kernel, scan_kernel",
                  f"T={t}, E=1024, K={k}", slots * 16 + 16 * 1024 * slots / 1024),
         Modelled("plan_dispatch, capacity by score, as launched",
-                 f"{plan}, scan_kernel, fill_score_keys_kernel, fill_group_keys_kernel, "
-                 "mark_surplus_kernel", f"T={t}, E={e}, K={k}",
+                 f"walk_kernel, scan_kernel, {plan}, fill_score_keys_kernel, "
+                 "fill_group_keys_kernel, mark_surplus_kernel", f"T={t}, E={e}, K={k}",
                  slots * (4 + 16 + 4 * PASS + 20 + 2 * PASS + 13 + 18)),
-        Modelled("plan_dispatch, max_rows", f"{plan}, scan_kernel, count_used_kernel, "
+        Modelled("plan_dispatch, max_rows", f"walk_kernel, scan_kernel, {plan}, count_used_kernel, "
                  "find_cut_kernel", f"T={t}, E={e}, K={k}", slots * 24),
         Modelled("reroute, as launched", "prepare_kernel, list_kernel, key_kernel, group_kernel, "
                  "grant_kernel, finish_kernel", f"T={t}, E={e}, K={k} of {m}",

@@ -1,17 +1,17 @@
 """Everything a machine with a GPU can tell about the package, in one call: `make gpu-check`.
 
-    python tools/gpu_check.py [--quick] [--json FILE] [--rehearse]
+    python tools/gpu_check.py [--quick] [--only PART...] [--json FILE] [--rehearse]
 
 In this order, each part even if one before it failed:
 
   dispatcher  the CUDA library is loaded and every op has a CUDA kernel
   suite       the tests of the ops, whose CPU tensors take a trip to the GPU (tests/cuda_backend.py)
+  suite, sm80     those of the products again, with the kernels that run on every GPU
   sanitizer   a part of them under compute-sanitizer (memcheck, racecheck), where it is installed
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
-  bench       every op beside plain PyTorch and installed peers, with the share of the copy
-              bandwidth and of the matmul peak measured in the same process
+  bench       every op beside plain PyTorch and Triton peers (tools/gpu_bench.py)
 
 The exit code is 0 if all passed, 1 if something failed, 2 if there is no GPU to ask. `--rehearse`
 runs what can run on the CPU, to test this file; it shows nothing about CUDA.
@@ -24,18 +24,18 @@ import importlib.util
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_bench import SHAPES, given, gradient, ops, run_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = [
@@ -45,6 +45,11 @@ SUITE = [
                  "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
                  "expert_extremes", "overflow")
 ]  # fmt: skip
+# Those of the products.
+EXPERTS = [
+    f"tests/test_{name}.py"
+    for name in ("grouped_mm", "moe_mlp", "up_projection", "expert_regressions", "expert_extremes")
+]
 # Wrong ids and offsets, sizes off every tile, padding.
 SANITIZED = ["tests/test_device_rules.py", "tests/test_moe_mlp.py", "tests/test_permute.py",
              "-k", "device_rules or sizes or holes or padding"]  # fmt: skip
@@ -63,68 +68,7 @@ def find_no_gpu() -> str | None:
     return NO_GPU.format(torch=torch.__version__, cuda=torch.version.cuda or "none")
 
 
-# ---- the ops, as functions of one input ----------------------------------------------------------
-
-
-def given(
-    device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
-) -> SimpleNamespace:
-    """Inputs of every op at one shape, in bfloat16, that stay where they are."""
-    import fastmoe_route as fr
-
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-    x, logits = random(tokens, hidden), random(tokens, experts)
-    routing = fr.gate(logits, top_k, normalize=True)
-    plan = fr.plan_dispatch(routing.experts, experts)
-    return SimpleNamespace(
-        x=x,
-        logits=logits,
-        w_up=random(experts, hidden, 2 * inter) / 32,
-        w_down=random(experts, inter, hidden) / 32,
-        routing=routing,
-        plan=plan,
-        rows=fr.permute(x, plan),
-        asked=fr.gate(logits, 2 * top_k, normalize=True),
-        capacity=-(-tokens * top_k // experts),
-        wide=random(8, 128256),
-        bias=random(experts, dtype=torch.float32),
-        scopes=torch.arange(tokens, device=device, dtype=torch.int32) % 4,
-    )
-
-
-def ops(
-    device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
-) -> dict[str, Any]:
-    """`name -> (function, its input, bytes, flops)` of every op at one shape."""
-    import fastmoe_route as fr
-
-    g = given(device, tokens, hidden, inter, experts, top_k)
-    num_rows = tokens * top_k
-    moved = 2 * hidden * (tokens + num_rows)
-    return {
-        "gate": (lambda z: fr.gate(z, top_k, normalize=True).weights, g.logits,
-                 tokens * (2 * experts + 8 * top_k), 0),
-        "expert_choice": (lambda z: fr.expert_choice(z, max(1, num_rows // experts)).weights,
-                          g.logits, tokens * experts * 10, 0),
-        "plan_dispatch": (lambda e: fr.plan_dispatch(e, experts).row_to_slot, g.routing.experts,
-                          num_rows * 16, 0),
-        "reroute": (lambda e: fr.reroute((e, g.asked.weights), experts, top_k, g.capacity).experts,
-                    g.asked.experts, tokens * 2 * top_k * 12, 0),
-        "permute": (lambda v: fr.permute(v, g.plan), g.x, moved, 0),
-        "unpermute": (lambda v: fr.unpermute(v, g.plan, g.routing.weights), g.rows, moved, 0),
-        "grouped_mm": (lambda v: fr.grouped_mm(v, g.w_up, g.plan.offsets), g.rows,
-                       2 * (num_rows * (hidden + 2 * inter) + g.w_up.numel()),
-                       4 * num_rows * hidden * inter),
-        "moe_mlp": (lambda v: fr.moe_mlp(v, g.routing, g.w_up, g.w_down, plan=g.plan), g.x,
-                    2 * (2 * tokens * hidden + g.w_up.numel() + g.w_down.numel()),
-                    6 * num_rows * hidden * inter),
-        "softmax": (lambda v: fr.softmax(v), g.wide, 4 * g.wide.numel(), 0),
-        "softmax_topk": (lambda v: fr.softmax_topk(v, 8)[0], g.wide, 2 * g.wide.numel(), 0),
-    }  # fmt: skip
+# ---- the ops beyond those of the bench -----------------------------------------------------------
 
 
 def further(
@@ -168,70 +112,11 @@ def further(
     }  # fmt: skip
 
 
-def baselines(
-    device: str, tokens: int, hidden: int, inter: int, experts: int, top_k: int
-) -> dict[str, Any]:
-    """`(op, contender) -> function of the op's input`: plain PyTorch and installed peers."""
-    generator = torch.Generator(device).manual_seed(1)
-    w_up = (
-        torch.randn(experts, hidden, 2 * inter, generator=generator, device=device).bfloat16() / 32
-    )
-    w_down = torch.randn(experts, inter, hidden, generator=generator, device=device).bfloat16() / 32
-    chosen = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k).indices
-    weights = torch.full((tokens, top_k), 1.0 / top_k, device=device)
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    token_of_row = order // top_k
-    ends = flat.bincount(minlength=experts).cumsum(0).to(torch.int32)
-
-    def gate(z: Tensor) -> Tensor:
-        values = z.float().softmax(-1).topk(top_k).values
-        return values / values.sum(-1, keepdim=True)
-
-    def combine(rows: Tensor) -> Tensor:
-        scaled = rows * weights.flatten()[order, None].to(rows.dtype)
-        return torch.zeros(tokens, hidden, device=device, dtype=rows.dtype).index_add_(
-            0, token_of_row, scaled
-        )
-
-    found: dict[str, Any] = {
-        ("gate", "torch softmax + topk"): gate,
-        ("plan_dispatch", "torch argsort + bincount"): lambda e: (
-            e.flatten().argsort(stable=True), e.flatten().bincount(minlength=experts))[0],
-        ("permute", "torch index_select"): lambda v: v.index_select(0, token_of_row),
-        ("unpermute", "torch index_add"): combine,
-        ("softmax", "torch softmax"): lambda v: v.softmax(-1),
-        ("softmax_topk", "torch softmax + topk"): lambda v: v.softmax(-1).topk(8).values,
-    }  # fmt: skip
-    if hasattr(torch, "_grouped_mm"):
-
-        def layer(x: Tensor) -> Tensor:
-            rows = x.index_select(0, token_of_row)
-            gate_, up = torch._grouped_mm(rows, w_up, offs=ends).chunk(2, -1)
-            return combine(
-                torch._grouped_mm(torch.nn.functional.silu(gate_) * up, w_down, offs=ends)
-            )
-
-        found["grouped_mm", "torch._grouped_mm"] = lambda v: torch._grouped_mm(v, w_up, offs=ends)
-        found["moe_mlp", "torch._grouped_mm layer"] = layer
-    if importlib.util.find_spec("vllm") is not None:
-        try:
-            from vllm.model_executor.layers.fused_moe import fused_experts
-
-            up, down = w_up.transpose(1, 2).contiguous(), w_down.transpose(1, 2).contiguous()
-            ids = chosen.to(torch.int32)
-            found["moe_mlp", "vllm fused_experts (Triton)"] = lambda v: fused_experts(
-                v, up, down, weights, ids
-            )
-        except ImportError as error:
-            print(f"  vllm is installed, its fused_experts is not there: {error}")
-    return found
-
-
 # ---- the parts ----------------------------------------------------------------------------------
 
 
 def pytest_run(arguments: list[str], prefix: list[str] | None = None, **variables: str) -> bool:
+    """Runs tests on the GPU, several processes at once where pytest-xdist is installed."""
     command = [
         *(prefix or []),
         sys.executable,
@@ -242,6 +127,8 @@ def pytest_run(arguments: list[str], prefix: list[str] | None = None, **variable
         "cuda",
         *arguments,
     ]
+    if not prefix and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode == 0
 
 
@@ -259,22 +146,12 @@ def check_dispatcher(device: str) -> bool:
     return bool(names) and not missing
 
 
-def gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient of the sum of the op's squared result in its input, by the op's own backward."""
-
-    def run(value: Tensor) -> Tensor:
-        leaf = value.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf).float().square().sum(), leaf)[0]
-
-    return run
-
-
 def with_gradients(
     device: str, shape: tuple[int, ...]
 ) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     """`name -> (function, its input)` of all that can be captured, backward passes included."""
     pairs = {
-        name: (function, value) for name, (function, value, _, _) in ops(device, *shape).items()
+        n: (function, value) for n, (function, value, _, _) in ops(given(device, *shape)).items()
     }
     pairs |= further(device, *shape)
     return pairs | {
@@ -309,8 +186,8 @@ def check_graphs(shape: tuple[int, ...]) -> bool:
 PRODUCTS = """
 import sys, torch
 sys.path.insert(0, 'tools')
-from gpu_check import ops
-torch.save({n: f(x).cpu() for n, (f, x, _, _) in ops('cuda', 512, 2048, 768, 32, 4).items()
+from gpu_bench import given, ops
+torch.save({n: f(x).cpu() for n, (f, x, _, _) in ops(given('cuda', 512, 2048, 768, 32, 4)).items()
             if n in ('grouped_mm', 'moe_mlp')}, sys.argv[1])
 """
 
@@ -337,62 +214,58 @@ def check_products(folder: Path) -> bool:
     return good
 
 
-def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call; the caches are left as the call before left them."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def parts_of(
+    options: argparse.Namespace, device: str, report: dict[str, Any]
+) -> dict[str, Callable[[], bool]]:
+    """What there is to run here; the bench adds to the report."""
+    rehearsed = {"rehearsal": (64, 64, 32, 8, 2)}
+    shapes = rehearsed if device == "cpu" else SHAPES
+    if options.quick:
+        shapes = {"qwen3-2048": SHAPES["qwen3-2048"]}
 
+    def bench() -> bool:
+        small = {"repeats": 2, "size": 128} if device == "cpu" else {}
+        report["bench"] = run_bench(device, shapes, **small)
+        return True
 
-def limits(device: str, size: int, repeats: int) -> tuple[float, float]:
-    """Bytes copied a second, and bfloat16 operations a second of a square product."""
-    source = torch.empty(size * size, dtype=torch.bfloat16, device=device).normal_()
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() * 2 / seconds_of(lambda: target.copy_(source), device, repeats)
-    square = source.view(size, size)
-    return copied, 2 * size**3 / seconds_of(lambda: square @ square, device, repeats)
-
-
-def run_bench(device: str, shape: tuple[int, ...], repeats: int, size: int) -> dict[str, Any]:
-    bandwidth, peak = limits(device, size, repeats)
-    print(f"  measured: {bandwidth / 1e9:.0f} GB/s copied, {peak / 1e12:.1f} TFLOP/s in bfloat16")
-    print(f"  shape: T, H, I, E, K = {shape}")
-    report: dict[str, Any] = {"bandwidth": bandwidth, "peak": peak, "shape": shape, "rows": []}
-    others = baselines(device, *shape)
-    for name, (function, value, num_bytes, flops) in ops(device, *shape).items():
-        own = seconds_of(partial(function, value), device, repeats)
-        limit = max(num_bytes / bandwidth, flops / peak)
-        row = {"op": name, "seconds": own, "share_of_limit": limit / own, "others": {}}
-        text = f"  {name:<16} {own * 1e6:9.1f} us  {limit / own:5.0%} of the limit"
-        for (op, contender), other in others.items():
-            if op == name:
-                taken = seconds_of(partial(other, value), device, repeats)
-                row["others"][contender] = taken
-                text += f"  {taken / own:5.2f}x {contender}"
-        print(text)
-        report["rows"].append(row)
-    return report
+    parts = {"dispatcher": lambda: check_dispatcher(device)}
+    if device == "cpu":
+        parts["gradients"] = lambda: all(
+            bool(function(value).isfinite().all())
+            for function, value in with_gradients(device, rehearsed["rehearsal"]).values()
+        )
+        return parts | {"bench": bench}
+    parts["suite"] = lambda: pytest_run(SUITE)
+    parts["suite, sm80"] = lambda: pytest_run(EXPERTS, FASTMOE_ROUTE_CUDA_GEMM="sm80")
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None or options.quick:
+        print("compute-sanitizer is left out:", "quick" if sanitizer else "not installed")
+    else:
+        for kind in ("memcheck", "racecheck"):
+            prefix = [
+                sanitizer,
+                "--tool",
+                kind,
+                "--error-exitcode",
+                "9",
+                "--target-processes",
+                "all",
+            ]
+            parts[f"sanitizer, {kind}"] = partial(
+                pytest_run, SANITIZED, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+            )
+    parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
+    parts["products"] = lambda: check_products(ROOT / "build")
+    return parts | {"bench": bench}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, no sanitizer")
+    parser.add_argument("--quick", action="store_true", help="one shape, no sanitizer")
     parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts of the list above")
     parser.add_argument(
         "--rehearse", action="store_true", help="on the CPU, to test this file only"
     )
@@ -402,53 +275,16 @@ def main() -> int:
         print(missing, file=sys.stderr)
         return 2
     device = "cpu" if options.rehearse else "cuda"
-    large = (16384, 2048, 768, 128, 8)
-    shape = (
-        (64, 64, 32, 8, 2)
-        if options.rehearse
-        else (2048, 2048, 768, 64, 8)
-        if options.quick
-        else large
-    )
-    repeats, size = (2, 256) if options.rehearse else (30, 8192)
     report: dict[str, Any] = {"device": "cpu" if options.rehearse else torch.cuda.get_device_name()}
-    parts: dict[str, Callable[[], bool]] = {"dispatcher": lambda: check_dispatcher(device)}
-    if options.rehearse:
-        parts["gradients"] = lambda: all(
-            bool(function(value).isfinite().all())
-            for function, value in with_gradients(device, shape).values()
-        )
-    else:
-        parts["suite"] = lambda: pytest_run(SUITE)
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer and not options.quick:
-            for kind in ("memcheck", "racecheck"):
-                prefix = [
-                    sanitizer,
-                    "--tool",
-                    kind,
-                    "--error-exitcode",
-                    "9",
-                    "--target-processes",
-                    "all",
-                ]
-                parts[f"sanitizer, {kind}"] = lambda prefix=prefix: pytest_run(
-                    SANITIZED, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
-        else:
-            print("compute-sanitizer is left out:", "quick" if options.quick else "not installed")
-        parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
-        parts["products"] = lambda: check_products(Path(ROOT / "build"))
-
-    def bench() -> bool:
-        report["bench"] = run_bench(device, shape, repeats, size)
-        return True
-
-    parts["bench"] = bench
+    parts = parts_of(options, device, report)
+    unknown = {*(options.only or [])} - {*parts}
+    if unknown:
+        parser.error(f"--only must name parts of {', '.join(parts)}; got {', '.join(unknown)}")
     results = {}
-    for name, part in parts.items():
+    for name in options.only or parts:
         print(f"== {name}", flush=True)
         try:
-            results[name] = part()
+            results[name] = parts[name]()
         except Exception as error:
             print(f"  {type(error).__name__}: {error}")
             results[name] = False

@@ -7,10 +7,17 @@
 namespace fastmoe_route {
 namespace cuda {
 
+// 1 / (1 + e^-x). The reciprocal is one instruction, within one ulp, of subnormal results too: a division takes ten.
+__device__ inline float sigmoid(float x) {
+  float s;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(s) : "f"(1.0f + expf(-x)));
+  return s;
+}
+
 struct Silu {
-  __device__ static float value(float x) { return x / (1.0f + expf(-x)); }
+  __device__ static float value(float x) { return x * sigmoid(x); }
   __device__ static float slope(float x, float& d) {
-    const float s = 1.0f / (1.0f + expf(-x));
+    const float s = sigmoid(x);
     d = s * fmaf(x, 1.0f - s, 1.0f);
     return x * s;
   }
@@ -69,11 +76,11 @@ struct SwiGluClamped {
   __device__ static float clamped(float x) { return x < -kLimit ? -kLimit : at_most_limit(x); }
   __device__ static float value(float gate, float up) {
     const float g = at_most_limit(gate);
-    return (clamped(up) + 1.0f) * (g / (1.0f + expf(-kSteepness * g)));
+    return (clamped(up) + 1.0f) * (g * sigmoid(kSteepness * g));
   }
   __device__ static float slope(float gate, float up, float& d_gate, float& d_up) {
     const float g = at_most_limit(gate), u = clamped(up) + 1.0f;
-    const float s = 1.0f / (1.0f + expf(-kSteepness * g));
+    const float s = sigmoid(kSteepness * g);
     const float glu = g * s;
     // The clamps pass the gradient on their bounds, as torch's do.
     d_gate = gate <= kLimit ? u * s * fmaf(kSteepness * g, 1.0f - s, 1.0f) : 0.0f;

@@ -6,13 +6,16 @@
 // plus grad_logsumexp * softmax(z). The choice is a constant. Scores are formed again: keeping them from the forward
 // pass would cost T E floats, written and read, for some E exponentials a row.
 //
-// A row lies in the warp's own memory (gate_score.cuh); sums are butterflies over the lanes, so bits repeat. Bytes: the
-// logits and grad_scores once, K ids and gradients, the result once; grad_score_sum stays in the caches.
-#include "cuda/gate_score.cuh"
+// Rows of the common case lie in registers (gate_backward_fast.cuh), others in the warp's own memory (gate_score.cuh);
+// sums are butterflies over the lanes, so bits repeat. Bytes: the logits and grad_scores once, K ids and gradients, the
+// result once; grad_score_sum stays in the caches.
+#include "cuda/gate_backward_fast.cuh"
 
 namespace fastmoe_route {
 namespace cuda {
 namespace {
+
+constexpr int64_t kFastMostExperts = 256;
 
 struct BackwardCall {
   GateBackwardArgs a;
@@ -155,10 +158,42 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_backward_kernel(const __
   for (int64_t t = grid_warp(); t < call.a.shape.num_tokens; t += grid_warps()) row.run(t);
 }
 
+template <class T, int kPerLane>
+__global__ void __launch_bounds__(kGateThreads, 1)
+    gate_backward_fast_kernel(const __grid_constant__ FastBackwardCall call) {
+  FastBackwardRow<T, kPerLane> row(call);
+  for (int64_t t = grid_warp(); t < call.a.shape.num_tokens; t += grid_warps()) row.run(t);
+}
+
+// At most kFastMostExperts logits and a choice a lane; a score of few instructions, of which a row has eight copies.
+bool is_fast(const GateShape& shape) {
+  const bool is_short =
+      shape.score != Score::kSqrtSoftplus && !(shape.score == Score::kSoftmax && shape.softmax_over_group);
+  return is_short && shape.num_null == 0 && shape.num_experts <= kFastMostExperts && shape.top_k <= kWarp;
+}
+
+template <class T>
+CudaStatus gate_backward_fast(const GateBackwardArgs& a, const CudaQueue& queue) {
+  constexpr int kFew = 4, kMany = kFastMostExperts / kWarp;
+  const int64_t size = sizeof(T), num_experts = a.shape.num_experts;
+  const auto is_whole = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  FastBackwardCall call{a, static_cast<int>(num_experts), static_cast<int>(a.shape.top_k), false};
+  call.in_packs = a.logits.stride_col == 1 && a.logits.stride_row * size % 16 == 0 && num_experts % 8 == 0 &&
+                  is_whole(a.logits.data) && is_whole(a.grad_score_sum) && is_whole(a.grad_scores) &&
+                  is_whole(a.grad_logits);
+  const auto launch = [&](auto kernel) {
+    kernel<<<num_blocks(a.shape.num_tokens, kGateWarps), kGateThreads, 0, queue.stream>>>(call);
+    return launched();
+  };
+  if (num_experts <= kFew * kWarp) return launch(gate_backward_fast_kernel<T, kFew>);
+  return launch(gate_backward_fast_kernel<T, kMany>);
+}
+
 template <class T>
 CudaStatus gate_backward_as(const GateBackwardArgs& a, const CudaQueue& queue) {
   const GateShape& shape = a.shape;
   if (shape.num_tokens == 0) return {};
+  if (is_fast(shape)) return gate_backward_fast<T>(a, queue);
   BackwardCall call{};
   call.a = a;
   call.num_columns = static_cast<int>(shape.num_experts + shape.num_null);

@@ -21,24 +21,24 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kMostGridY = 65535;
 
-// A warp owns 32 packs of a row.
+// A warp owns 32 packs of a row: blockIdx.y counts them. They are loaded before the maps say whether the row has a
+// slot, so that no load waits for another.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) activate_kernel(ExpertRows rows, T* preactivation, T* activated) {
-  const int64_t row_packs = rows.intermediate / N;
-  const int64_t num_chunks = (row_packs + kWarp - 1) / kWarp;
-  for (int64_t item = grid_warp(); item < rows.num_rows * num_chunks; item += grid_warps()) {
-    const int64_t row = item / num_chunks;
-    const int64_t col = (item % num_chunks * kWarp + lane_index()) * N;
-    if (col >= rows.intermediate) continue;  // no lane waits for another here
-    T* const pre = preactivation + row * rows.up_size;
+  const int64_t row = grid_warp();
+  const int64_t step = int64_t{gridDim.y} * kWarp * N;
+  if (row >= rows.num_rows) return;  // no lane waits for another here
+  T* const pre = preactivation + row * rows.up_size;
+  for (int64_t col = (int64_t{blockIdx.y} * kWarp + lane_index()) * N; col < rows.intermediate; col += step) {
+    GateAndUp<T, N> in{};
+    in.load(rows, pre, col);
     Pack<T, N> result{};
     if (rows.slot_of(row) < 0) {
       const GateAndUp<T, N> zeros{};
       zeros.store(rows, pre, col);
     } else {
-      GateAndUp<T, N> in{};
-      in.load(rows, pre, col);
       dispatch_activation(rows.activation, [&](auto f) {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(ExpertRows rows, T* 
         }
       });
     }
-    *reinterpret_cast<Pack<T, N>*>(activated + row * rows.intermediate + col) = result;
+    store_pack(activated + row * rows.intermediate + col, result);
   }
 }
 
@@ -75,9 +75,11 @@ CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, vo
         rows.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(preactivation) && is_multiple_of_16(activated);
     dispatch_width<T>(is_wide, [&](auto width) {
       constexpr int N = decltype(width)::value;
-      const int64_t items = rows.num_rows * ceil_div(rows.intermediate / N, kWarp);
-      activate_kernel<T, N><<<num_blocks(items, kThreads / kWarp), kThreads, 0, queue.stream>>>(
-          rows, static_cast<T*>(preactivation), static_cast<T*>(activated));
+      const int64_t chunks = ceil_div(rows.intermediate / N, kWarp);
+      const dim3 grid(num_blocks(rows.num_rows, kThreads / kWarp),
+                      static_cast<unsigned>(chunks < kMostGridY ? chunks : kMostGridY));
+      activate_kernel<T, N>
+          <<<grid, kThreads, 0, queue.stream>>>(rows, static_cast<T*>(preactivation), static_cast<T*>(activated));
     });
   };
   dtype == DType::kBFloat16 ? run(BFloat16{}) : run(Float16{});

@@ -45,7 +45,7 @@ __device__ inline int64_t group_of(const RowGroups& groups, int64_t row) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 4)
     activate_backward_kernel(const __grid_constant__ ActivationGradient<T> g) {
   const ExpertRows& rows = g.rows;
   for (int64_t row = grid_warp(); row < rows.num_rows; row += grid_warps()) {
@@ -55,12 +55,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     T* const pre_grad = g.pre_grad + row * rows.up_size;
     float dot = 0.0f;
     for (int64_t col = int64_t{lane_index()} * N; col < rows.intermediate; col += kWarp * N) {
-      GateAndUp<T, N> out{};
+      GateAndUp<T, N> in{}, out{};
       Pack<T, N> kept{};
+      in.load(rows, g.preactivation + row * rows.up_size, col);  // before the maps have said whether it counts
+      const Pack<T, N> upstream = *reinterpret_cast<const Pack<T, N>*>(scaled + col);
       if (slot >= 0) {
-        GateAndUp<T, N> in{};
-        in.load(rows, g.preactivation + row * rows.up_size, col);
-        const Pack<T, N> upstream = *reinterpret_cast<const Pack<T, N>*>(scaled + col);
         dispatch_activation(rows.activation, [&](auto f) {
 #pragma unroll
           for (int n = 0; n < N; ++n) {
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         });
       }
       out.store(rows, pre_grad, col);
-      *reinterpret_cast<Pack<T, N>*>(scaled + col) = kept;
+      store_pack(scaled + col, kept);
     }
     if (lane_index() == 0 && g.row_weights != nullptr) g.row_weights[row] = weight;
     if (slot < 0 || g.grad_weights == nullptr) continue;

@@ -73,42 +73,47 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(Maps maps, int64_t nu
   }
 }
 
+// A block owns a token, a warp of it every so many chunks. Rows and weights of the token's slots come by one load of
+// the warp, 32 slots at a time, and go around by shuffles. A slot without a row adds 0 * 0, which changes no sum.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 2) unpermute_kernel(UnpermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) unpermute_kernel(UnpermuteArgs a) {
   using Float = accumulate_t<T>;
   constexpr int kRowsAtOnce = 4;
   const int64_t row_packs = a.hidden / N;
-  const int64_t num_chunks = (row_packs + kWarp - 1) / kWarp;
-  const T* rows = static_cast<const T*>(a.rows);
-  for (int64_t item = grid_warp(); item < a.num_tokens * num_chunks; item += grid_warps()) {
-    const int64_t token = item / num_chunks;
-    const int64_t pack = item % num_chunks * kWarp + lane_index();
-    if (pack >= row_packs) continue;  // no lane waits for another here
-    Float sum[N] = {};
-    for (int64_t first = 0; first < a.top_k; first += kRowsAtOnce) {
-      Pack<T, N> values[kRowsAtOnce];
-      Float weight[kRowsAtOnce];
-      bool is_used[kRowsAtOnce];
+  const int64_t rows_stride = a.rows_stride / N;
+  for (int64_t token = blockIdx.x; token < a.num_tokens; token += gridDim.x) {
+    for (int64_t pack = threadIdx.x; pack - lane_index() < row_packs; pack += blockDim.x) {  // by whole warps
+      const Pack<T, N>* const rows = static_cast<const Pack<T, N>*>(a.rows) + pack;
+      Float sum[N] = {};
+      for (int64_t first = 0; first < a.top_k; first += kWarp) {
+        const int64_t choice = first + lane_index(), slot = token * a.top_k + choice;
+        int32_t own_row = choice < a.top_k ? a.slot_to_row[slot] : -1;
+        if (own_row >= a.num_rows) own_row = -1;
+        Float own_weight = 0;
+        if (own_row >= 0)
+          own_weight = a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
+        const int count = static_cast<int>(a.top_k - first < kWarp ? a.top_k - first : kWarp);
+        for (int j = 0; j < count; j += kRowsAtOnce) {
+          Pack<T, N> values[kRowsAtOnce];
 #pragma unroll
-      for (int u = 0; u < kRowsAtOnce; ++u) {
-        const int64_t slot = token * a.top_k + first + u;
-        const int32_t row = first + u < a.top_k ? a.slot_to_row[slot] : -1;
-        is_used[u] = row >= 0 && row < a.num_rows;
-        if (!is_used[u]) continue;
-        weight[u] = a.weights != nullptr ? load_as<Float>(a.weights, a.weights_dtype, slot) : Float{1};
-        values[u] = *reinterpret_cast<const Pack<T, N>*>(rows + row * a.rows_stride + pack * N);
+          for (int u = 0; u < kRowsAtOnce; ++u) {
+            const int32_t row = __shfl_sync(kAllLanes, own_row, j + u);
+            values[u] = row >= 0 && pack < row_packs ? rows[row * rows_stride] : Pack<T, N>{};
+          }
+#pragma unroll
+          for (int u = 0; u < kRowsAtOnce; ++u) {
+            const Float weight = __shfl_sync(kAllLanes, own_weight, j + u);
+#pragma unroll
+            for (int n = 0; n < N; ++n) sum[n] = fma(weight, widen(values[u].values[n]), sum[n]);
+          }
+        }
       }
+      if (pack >= row_packs) continue;
+      Pack<T, N> result;
 #pragma unroll
-      for (int u = 0; u < kRowsAtOnce; ++u) {
-        if (!is_used[u]) continue;
-#pragma unroll
-        for (int n = 0; n < N; ++n) sum[n] = fma(weight[u], widen(values[u].values[n]), sum[n]);
-      }
+      for (int n = 0; n < N; ++n) result.values[n] = narrow<T>(sum[n]);
+      store_pack(static_cast<T*>(a.y) + token * a.hidden + pack * N, result);
     }
-    Pack<T, N> result;
-#pragma unroll
-    for (int n = 0; n < N; ++n) result.values[n] = narrow<T>(sum[n]);
-    store_pack(static_cast<T*>(a.y) + token * a.hidden + pack * N, result);
   }
 }
 
@@ -171,8 +176,9 @@ CudaStatus permute_as(const PermuteArgs& a, const CudaQueue& queue) {
 
 template <class T, int N>
 CudaStatus unpermute_as(const UnpermuteArgs& a, const CudaQueue& queue) {
-  const int64_t items = a.num_tokens * ceil_div(a.hidden / N, kWarp);
-  unpermute_kernel<T, N><<<num_blocks(items, kThreads / kWarp), kThreads, 0, queue.stream>>>(a);
+  const int64_t threads = ceil_div(a.hidden / N, kWarp) * kWarp;
+  unpermute_kernel<T, N><<<num_blocks(a.num_tokens, 1), static_cast<unsigned>(threads < kThreads ? threads : kThreads),
+                           0, queue.stream>>>(a);
   return launched();
 }
 

@@ -1,20 +1,30 @@
 // softmax on CUDA: exp(x - max) / sum along a row, and the backward pass y * (g - sum(g * y) / sum(y)): the sum of
 // the rounded y differs from 1, and where one y is close to 1 that would be all that is left of its g - sum(g * y).
 //
-// Who owns what. A row of at most kMostColumns belongs to a warp, which keeps it in registers: one read, whatever
-// the method. A longer row belongs to a block:
+// Who owns what. A row of at most kMostColumns belongs to a warp, which keeps it in registers. A longer row belongs to
+// a block, which keeps it, if it fits, in its registers and its shared memory: 131,072 columns of 16 bits, 65,536 of
+// float32, on a multiprocessor with 227 KiB. These read x once, whatever the method. Of the others, and of double,
 //   three_pass  reads x for the max, for the sum, and to write
 //   online      reads x for both at once (Milakov and Gimelshein, arXiv:1805.02867), and to write
 // `auto` is online. two_pass, a sum of mantissas and exponents that saves a pass on a processor whose exp is long
 // (arXiv:2001.04438), also runs as online here: that reads x as often.
 //
+// A kept row is copied into shared memory without registers, all of it at once, so that as many loads are in flight as
+// the row has; threads wait for their own packs only. An element costs a widening, a max, two operations and an ex2 in
+// the sum, and a widening, three operations, an ex2 and half a rounding where it is written.
+//
 // Sums run over a thread's columns in order, then over a butterfly and the warps of the block in order: a function of
 // the row length alone, so a row has the same bits in every batch. -inf columns add nothing, and the merge of two sums
 // of which one has seen only -inf is defined; a row of only -inf, or with a +inf or NaN, is NaN, as in torch.
 //
-// Bytes of a row: 1 read and 1 write in registers, else 2 or 3 reads (the later ones from the second-level cache if the
-// row fits) and 1 write. Backward: 2 reads and 1 write in registers, else 4 reads and 1 write.
+// Bytes of a row: 1 read and 1 write where it is kept, else 2 or 3 reads (the later ones from the second-level cache if
+// the row fits) and 1 write. Backward: 2 reads and 1 write in registers, else 4 reads and 1 write.
+#include <cuda_pipeline_primitives.h>
+
+#include <cfloat>
+
 #include "cuda/block.cuh"
+#include "cuda/long_rows.cuh"
 #include "ops/softmax.h"
 
 namespace fastmoe_route {
@@ -152,6 +162,188 @@ __device__ void map_columns(const T* x, T* y, int64_t num_cols, const F& f) {
     y[c] = narrow<T>(f(c, widen(x[c])));
 }
 
+// ---- Rows that a block keeps. Thread t has the packs t, t + blockDim.x, ...: the first kHeld in registers, the others
+// in groups of kHeld in shared memory.
+
+constexpr int kHeld = 4;
+constexpr int kMostGroups = 3;
+constexpr int kMostPacks = kHeld * (1 + kMostGroups);  // of a thread
+constexpr int kKeptThreads = 1024;                     // at most
+
+// A sum of exponentials relative to the largest so far. That starts below every number, so that -inf adds 0; a NaN or
+// +inf makes the sum NaN.
+struct KeptSum {
+  float max = -FLT_MAX, sum = 0.0f;
+
+  // The first `count` packs of a group.
+  template <class T>
+  __device__ void add(const Packed<T> (&packs)[kHeld], int count) {
+    float top = max;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (int n = 0; n < Packed<T>::kColumns; ++n) top = larger(top, packs[i][n]);
+    }
+    sum = relative_to(top);
+    max = top;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (int n = 0; n < Packed<T>::kColumns; ++n) sum += exponential_term(packs[i][n] - max);
+    }
+  }
+  __device__ float relative_to(float larger_max) const { return sum * exponential_term(max - larger_max); }
+
+  // Of all lanes.
+  __device__ KeptSum of_warp() const {
+    KeptSum total;
+    total.max = warp_max(max);
+    total.sum = warp_sum(relative_to(total.max));
+    return total;
+  }
+};
+
+// exp(x - max) / sum in rows of more than kMostColumns, in whose bound a few roundings are nothing. For a result of 16
+// bits, which is far from them, the power of two is computed 2^64 times too large, where none is too small for ex2, and
+// the factor takes that back. One of float32 takes ex2 with gradual underflow instead.
+template <class T>
+class Probability {
+ public:
+  __device__ explicit Probability(const KeptSum& row) : max_(row.max), factor_(1.0f / row.sum * (1.0f / kLift)) {}
+
+  __device__ float operator()(float x) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      float power;
+      asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"((x - max_) * kLog2E));
+      return power * factor_;
+    } else {
+      return power_of_two(fmaf(x - max_, kLog2E, 64.0f)) * factor_;
+    }
+  }
+
+ private:
+  static constexpr float kLift = sizeof(T) == sizeof(float) ? 1.0f : 18446744073709551616.0f;  // 2^64
+  float max_, factor_;
+};
+
+template <class T, bool kIsWide>
+class KeptRow {
+ public:
+  static constexpr int kColumns = Packed<T>::kColumns;
+
+  __device__ KeptRow(const SoftmaxArgs& a, int64_t row, uint4* shared)
+      : x_(static_cast<const T*>(a.x) + row * a.x_stride), y_(static_cast<T*>(a.y) + row * a.num_cols),
+        num_cols_(static_cast<int>(a.num_cols)), num_packs_((num_cols_ + kColumns - 1) / kColumns), shared_(shared) {}
+
+  // Starts the copies of all groups.
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i < count_of(0)) held_[i] = is_whole(pack_of(0, i)) ? whole(pack_of(0, i)) : part(pack_of(0, i));
+#pragma unroll
+    for (int g = 1; g <= kMostGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i >= count_of(g)) break;
+        const int pack = pack_of(g, i);
+        if (is_whole(pack)) {
+          __pipeline_memcpy_async(place_of(g, i), x_ + pack * kColumns, sizeof(uint4));
+        } else {
+          *place_of(g, i) = part(pack).words;
+        }
+      }
+      __pipeline_commit();
+    }
+  }
+
+  __device__ KeptSum sum() {
+    KeptSum own;
+    own.add(held_, count_of(0));
+    __pipeline_wait_prior(2);
+    add_group(own, 1);
+    __pipeline_wait_prior(1);
+    add_group(own, 2);
+    __pipeline_wait_prior(0);
+    add_group(own, 3);
+    return own;
+  }
+
+  __device__ void write(const Probability<T>& probability) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i < count_of(0)) write_pack(pack_of(0, i), held_[i], probability);
+    for (int g = 1; count_of(g) > 0; ++g) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (i < count_of(g)) write_pack(pack_of(g, i), {*place_of(g, i)}, probability);
+    }
+  }
+
+ private:
+  __device__ static int pack_of(int group, int i) {
+    return (group * kHeld + i) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+  // How many packs of a group this thread has; 0 in the one behind the last.
+  __device__ int count_of(int group) const {
+    const int left = num_packs_ - pack_of(group, 0), threads = static_cast<int>(blockDim.x);
+    return left <= 0 ? 0 : (left > (kHeld - 1) * threads) ? kHeld : (left > 2 * threads) ? 3 : left > threads ? 2 : 1;
+  }
+  __device__ uint4* place_of(int group, int i) const { return shared_ + pack_of(group - 1, i); }
+
+  __device__ bool is_whole(int pack) const { return kIsWide && (pack + 1) * kColumns <= num_cols_; }
+  __device__ Packed<T> whole(int pack) const { return {reinterpret_cast<const uint4*>(x_)[pack]}; }
+  __device__ Packed<T> part(int pack) const {
+    return Packed<T>::gather(x_, pack * kColumns, num_cols_, narrow<T>(-INFINITY));
+  }
+
+  __device__ void add_group(KeptSum& own, int group) const {
+    const int count = count_of(group);
+    if (count == 0) return;
+    Packed<T> packs[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i < count) packs[i] = {*place_of(group, i)};
+    own.add(packs, count);
+  }
+
+  __device__ void write_pack(int pack, const Packed<T>& from, const Probability<T>& probability) const {
+    const Packed<T> to = Packed<T>::of([&](int n) { return probability(from[n]); });
+    if (is_whole(pack)) {
+      __stwb(reinterpret_cast<uint4*>(y_) + pack, to.words);
+    } else {
+      to.scatter(y_, pack * kColumns, num_cols_);
+    }
+  }
+
+  const T* x_;
+  T* y_;
+  int num_cols_, num_packs_;
+  uint4* shared_;
+  Packed<T> held_[kHeld];
+};
+
+template <class T, bool kIsWide>
+__global__ void __launch_bounds__(kKeptThreads, 1) softmax_kept_kernel(SoftmaxArgs a) {
+  extern __shared__ uint4 shared_packs[];
+  __shared__ float2 warp_sums[2][kWarp];
+  int turn = 0;  // the sums of a row are still read where those of the next are written
+  for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x, turn ^= 1) {
+    KeptRow<T, kIsWide> kept(a, row, shared_packs);
+    kept.load();
+    KeptSum sum = kept.sum().of_warp();
+    if (lane_index() == 0) warp_sums[turn][warp_index()] = {sum.max, sum.sum};
+    __syncthreads();
+    sum = KeptSum();
+    if (lane_index() < static_cast<int>(blockDim.x) / kWarp) {
+      sum.max = warp_sums[turn][lane_index()].x;
+      sum.sum = warp_sums[turn][lane_index()].y;
+    }
+    kept.write(Probability<T>(sum.of_warp()));
+  }
+}
+
 template <class T, bool kIsWide, bool kIsOnline>
 __global__ void __launch_bounds__(kBlockThreads, 1) softmax_block_kernel(SoftmaxArgs a) {
   using Float = accumulate_t<T>;
@@ -240,6 +432,45 @@ CudaStatus softmax_block(const SoftmaxArgs& a, const CudaQueue& queue) {
   return launched();
 }
 
+// Launches for a row that a block keeps, or says that it does not fit.
+template <class T, bool kIsWide>
+CudaStatus softmax_kept(const SoftmaxArgs& a, const CudaQueue& queue, bool* fits) {
+  const int64_t num_packs = ceil_div(a.num_cols, Packed<T>::kColumns);
+  int64_t threads = ceil_div(ceil_div(num_packs, kHeld), kWarp) * kWarp;
+  // Two blocks a multiprocessor, where shared memory holds their rows: one reads while the other writes.
+  const int64_t most_threads = num_packs > kKeptThreads / 2 * kMostPacks ? kKeptThreads : kKeptThreads / 2;
+  threads = threads < 128 ? 128 : threads > most_threads ? most_threads : threads;
+  const int64_t shared_packs = ceil_div(num_packs, threads) - kHeld;
+  const int64_t bytes = shared_packs > 0 ? shared_packs * threads * static_cast<int64_t>(sizeof(uint4)) : 0;
+  *fits = shared_packs + kHeld <= kMostPacks;
+  if (!*fits || bytes == 0) {
+    if (*fits)
+      softmax_kept_kernel<T, kIsWide>
+          <<<num_blocks(a.num_rows, 1), static_cast<unsigned>(threads), 0, queue.stream>>>(a);
+    return *fits ? launched() : CudaStatus();
+  }
+  constexpr int64_t kStaticBytes = 1024;  // and what the system takes
+  int device = 0, most_bytes = 0, num_processors = 0;
+  CudaStatus status = status_of(cudaGetDevice(&device));
+  if (status.code == 0)
+    status = status_of(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (status.code == 0)
+    status = status_of(cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device));
+  most_bytes -= kStaticBytes;
+  *fits = bytes <= most_bytes;
+  if (status.code != 0 || !*fits) return status;
+  const auto kernel = softmax_kept_kernel<T, kIsWide>;
+  // The same in every thread of the host, whatever it launches.
+  status = status_of(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
+  if (status.code != 0) return status;
+  // As many blocks as are resident: their warps go on to the next row one by one, while others still write.
+  const int64_t resident = num_processors * (kKeptThreads / threads);
+  const int64_t blocks = a.num_rows < resident ? a.num_rows : resident;
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, queue.stream>>>(a);
+  return launched();
+}
+
 template <class T>
 CudaStatus softmax_as(const SoftmaxArgs& a, const CudaQueue& queue) {
   constexpr int kWide = kPackColumns<T>;
@@ -253,8 +484,14 @@ CudaStatus softmax_as(const SoftmaxArgs& a, const CudaQueue& queue) {
     return launched();
   }
   const bool rows_alike = a.num_rows == 1 || (a.x_stride % kWide == 0 && a.num_cols % kWide == 0);
-  return rows_alike && is_wide(a.x) && is_wide(a.y) ? softmax_block<T, true>(a, queue)
-                                                    : softmax_block<T, false>(a, queue);
+  const bool all_wide = rows_alike && is_wide(a.x) && is_wide(a.y);
+  if constexpr (sizeof(T) <= sizeof(float)) {
+    bool fits = false;
+    const CudaStatus status =
+        all_wide ? softmax_kept<T, true>(a, queue, &fits) : softmax_kept<T, false>(a, queue, &fits);
+    if (fits || status.code != 0) return status;
+  }
+  return all_wide ? softmax_block<T, true>(a, queue) : softmax_block<T, false>(a, queue);
 }
 
 template <class T>

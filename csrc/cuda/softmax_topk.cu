@@ -1,20 +1,25 @@
 // softmax_topk on CUDA: one read of each row for its max, its sum of exponentials and its k best columns.
 //
 // Who owns what. A block owns a chunk of kChunk columns of a row, whose elements lie in its registers, thread by thread
-// in packs of 16 bytes: it finds their max, adds their exponentials relative to it, and selects the k best, best first.
-// Then lists of neighbouring chunks are merged, kChunk candidates a block, until one is left; the last merge divides.
-// Chunks and merges follow from the number of columns and k alone, so a row's bits do not depend on the batch.
+// in packs of 16 bytes. A thread finds the largest of its own and adds their exponentials relative to it; warps and the
+// block bring these sums to one max. Lists of the k best of neighbouring chunks are then merged, up to kChunk entries a
+// block, until one is left; the last merge divides. Chunks and merges follow from the number of columns and k alone,
+// so a row's bits do not depend on the batch.
 //
-// Selection is exact, by (value, column): keys are the value's bits made monotone, NaN below every number. The k-th
-// best of the threads' maxima is a floor below which nothing is chosen; a radix select over what is left, 8 bits a
-// pass, gives the k-th key, and a second one over the columns of the equal ones gives the last column that is taken.
-// Chosen entries are put in order by counting those that go before each. Why radix: k extractions of a block-wide
-// maximum cost k barriers and more, a pass costs three however large k is.
-// Sums: a thread's columns in order, a butterfly, the warps in order, then chunks in order in double.
+// Selection is exact, by (value, column): keys are the value's bits made monotone, NaN below every number. It costs an
+// element one comparison, that of its thread's max. With j = k / kWarps, rounded up, the j-th best thread of a warp has
+// a max that j elements of the warp reach, so k of the block reach the lowest of these floors, and few more do: 22 of
+// 8192 random ones for k = 8. Those are gathered, and ranked by counting which go before. Where more than kMostFound
+// reach the floor, as in a row of few values, a radix select, 8 bits a pass, gives the k-th key, and a second one the
+// last column of its equals that is taken. Where fewer than k numbers are above -inf, a warp looks for -inf, then NaN,
+// from the first column on.
+// Atomics place what is gathered; the ranks, and so the results, do not depend on where.
+// Sums: a thread's columns in order, a butterfly, another over the warps, then chunks in order in double.
 // Bytes: x once, k entries of 12 or 16 bytes a chunk. Backward: x once, its gradient once, and k columns again.
 #include <type_traits>
 
 #include "cuda/block.cuh"
+#include "cuda/long_rows.cuh"
 #include "ops/softmax_topk.h"
 
 namespace fastmoe_route {
@@ -24,6 +29,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBins = 256;
+constexpr int kMostFound = kThreads;  // ranked by counting, one a thread
 constexpr int kMostTaken = static_cast<int>(kSoftmaxTopkLimit);
 
 // Keys order as values do: 0 is no element, 1 is NaN, both zeros share one.
@@ -54,6 +60,11 @@ template <class T>
 constexpr int kPerThread = sizeof(T) == 8 ? 16 : 32;
 template <class T>
 constexpr int kChunk = kPerThread<T> * kThreads;
+// Blocks of a chunk each that a multiprocessor holds.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8   ? 4
+                        : sizeof(T) == 4 ? 5
+                                         : 6;
 
 // The k best of a chunk or of several; sum is relative to max.
 template <class Key>
@@ -66,19 +77,64 @@ struct Lists {
 
 __device__ inline double offset_of(double max) { return max == -static_cast<double>(INFINITY) ? 0.0 : max; }
 
+// A chosen element, or one that may be.
+template <class Key>
+struct alignas(2 * sizeof(Key)) Entry {
+  Key key;
+  int32_t column;
+};
+template <class Key>
+__device__ inline bool goes_before(const Entry<Key>& a, const Entry<Key>& b) {
+  return a.key > b.key || (a.key == b.key && a.column < b.column);
+}
+
 // Shared memory of a selection.
 template <class Key>
 struct Selection {
-  int bins[kBins];  // 0 between two selections
+  Entry<Key> found[kMostFound];  // what reaches the floor, in any order
+  int count;                     // how many do; those beyond kMostFound are not kept
+  Key floors[kWarps];
+  int bins[kBins];  // of a radix select
   int warp_counts[kWarps];
   int digit, rest;  // what the owner of the digit found
-  int count;        // elements there are
-  int num_found;
-  Key found_keys[kMostTaken];  // the chosen ones, in any order
-  int32_t found_columns[kMostTaken];
-  Key keys[kMostTaken];  // and best first
-  int32_t columns[kMostTaken];
+
+  __device__ void add(Key key, int32_t column) {
+    const int at = atomicAdd(&count, 1);
+    if (at < kMostFound) found[at] = {key, column};
+  }
 };
+
+// The largest of the warp's keys, in every lane.
+__device__ inline uint32_t largest_key(uint32_t key) { return __reduce_max_sync(kAllLanes, key); }
+__device__ inline uint64_t largest_key(uint64_t key) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const uint64_t other = __shfl_xor_sync(kAllLanes, key, mask);
+    key = other > key ? other : key;
+  }
+  return key;
+}
+
+// The n-th largest of the warp's keys, given the largest.
+template <class Key>
+__device__ inline Key nth_key(Key key, Key largest, int n) {
+  for (; n > 1; --n) {
+    const unsigned owners = __ballot_sync(kAllLanes, key == largest);
+    if (lane_index() == __ffs(static_cast<int>(owners)) - 1) key = 0;
+    largest = largest_key(key);
+  }
+  return largest;
+}
+
+// A key that k of the block's keys reach, or 0; s.floors holds the ceil(k / kWarps)-th of every warp.
+template <class Key>
+__device__ inline Key lowest_floor(const Selection<Key>& s) {
+  Key floor = s.floors[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) floor = s.floors[w] < floor ? s.floors[w] : floor;
+  return floor;
+}
+__device__ inline int floor_rank(int k) { return (k + kWarps - 1) / kWarps; }
 
 // The largest digit so that the elements of it and of larger ones number at least `rest`; `rest` becomes what is to be
 // taken of that digit's own. s.bins holds the counts and is cleared. All threads, behind a barrier; there are at least
@@ -125,185 +181,273 @@ __device__ Word select_word(Selection<Key>& s, int& rest, const Each& each) {
   return prefix;
 }
 
-// Puts the k best of the block's elements into s.keys and s.columns, best first; returns how many there are. `column`
-// gives the column of element i of this thread, and among equal keys the lower one is better. All threads; what was in
-// s may still be read by others, so long as they have a barrier of the block in between.
-template <int N, class Key, class Column>
-__device__ int select_best(Selection<Key>& s, const Key (&keys)[N], int k, const Column& column) {
+// Leaves in s.found the k best of the elements that each(visit) visits, of which the block has more than k. All
+// threads, behind a barrier.
+template <class Key, class Each>
+__device__ void select_exactly(Selection<Key>& s, int k, const Each& each) {
   static_assert(kThreads == kBins, "a thread a bin");
   constexpr int kKeyBits = static_cast<int>(sizeof(Key)) * 8;
-  int own = 0;
-  Key largest = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    own += keys[i] != 0;
-    largest = keys[i] > largest ? keys[i] : largest;
-  }
   s.bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) s.count = s.num_found = 0;
   __syncthreads();
-  if (own > 0) atomicAdd(&s.count, own);
-  const int num_owners = __syncthreads_count(own > 0);
-  const int count = s.count, taken = count < k ? count : k;
-  Key floor = 1;
   int rest = k;
-  if (num_owners >= k) {
-    floor = select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) {
-      if (largest != 0) visit(largest);
+  const Key last =
+      select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) { each([&](Key key, int32_t) { visit(key); }); });
+  // Columns inverted, so that the largest word is the lowest column.
+  const uint32_t last_column = ~select_word<32, uint32_t>(s, rest, [&](const auto& visit) {
+    each([&](Key key, int32_t column) {
+      if (key == last) visit(~static_cast<uint32_t>(column));
     });
-  }
-  Key last = 1;
-  uint32_t last_column = ~0u;
-  if (count > k) {
-    rest = k;
-    last = select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (keys[i] >= floor) visit(keys[i]);
-    });
-    // Columns inverted, so that the largest word is the lowest column.
-    last_column = ~select_word<32, uint32_t>(s, rest, [&](const auto& visit) {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (keys[i] == last) visit(~static_cast<uint32_t>(column(i)));
-    });
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (keys[i] == 0 || keys[i] < last) continue;
-    if (keys[i] == last && static_cast<uint32_t>(column(i)) > last_column) continue;
-    const int at = atomicAdd(&s.num_found, 1);  // any order: the entries are put in order below
-    s.found_keys[at] = keys[i];
-    s.found_columns[at] = column(i);
-  }
+  });
+  if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < taken) {
-    const Key key = s.found_keys[threadIdx.x];
-    const int32_t col = s.found_columns[threadIdx.x];
-    int rank = 0;
-    for (int j = 0; j < taken; ++j)
-      rank += s.found_keys[j] > key || (s.found_keys[j] == key && s.found_columns[j] < col);
-    s.keys[rank] = key;
-    s.columns[rank] = col;
-  }
+  each([&](Key key, int32_t column) {
+    if (key > last || (key == last && static_cast<uint32_t>(column) <= last_column)) s.add(key, column);
+  });
   __syncthreads();
-  return taken;
 }
 
-// Writes a list, or the results of its row if it is the last. All threads.
+// Writes the k best of what was found as a list, or as the results of the row if it is the only one. All threads,
+// behind a barrier.
 template <class T>
 __device__ void write_list(const SoftmaxTopkArgs& a, const Lists<KeyOf<T>>& to, int64_t row, int64_t list,
-                           const Selection<KeyOf<T>>& s, int taken, double max, double sum) {
-  const int j = static_cast<int>(threadIdx.x);
-  if (to.num_lists > 1) {
-    const int64_t at = row * to.num_lists + list;
-    if (j < a.k) {
-      to.keys[at * a.k + j] = j < taken ? s.keys[j] : 0;
-      to.columns[at * a.k + j] = j < taken ? s.columns[j] : 0;
+                           const Selection<KeyOf<T>>& s, double max, double sum) {
+  const int j = static_cast<int>(threadIdx.x), k = static_cast<int>(a.k), count = s.count;
+  const int64_t at = row * to.num_lists + list;
+  if (j < count) {
+    const Entry<KeyOf<T>> own = s.found[j];
+    int rank = 0;
+    for (int i = 0; i < count; ++i) rank += goes_before(s.found[i], own);
+    if (rank < k && to.num_lists > 1) {
+      to.keys[at * k + rank] = own.key;
+      to.columns[at * k + rank] = own.column;
+    } else if (rank < k) {
+      const double value = static_cast<double>(key_value(own.key));
+      static_cast<T*>(a.values)[at * k + rank] =
+          narrow<T>(static_cast<accumulate_t<T>>(exp(value - offset_of(max)) / sum));
+      a.indices[at * k + rank] = own.column;
     }
-    if (j == 0) {
-      to.sums[2 * at] = max;
-      to.sums[2 * at + 1] = sum;
-    }
-    return;
   }
-  if (j < a.k) {
-    const double value = static_cast<double>(key_value(s.keys[j]));
-    static_cast<T*>(a.values)[row * a.k + j] =
-        narrow<T>(static_cast<accumulate_t<T>>(exp(value - offset_of(max)) / sum));
-    a.indices[row * a.k + j] = s.columns[j];
-  }
-  if (j == 0 && a.statistics != nullptr) {
-    a.statistics[2 * row] = max;
-    a.statistics[2 * row + 1] = sum;
+  if (to.num_lists > 1 && j >= count && j < k) to.keys[at * k + j] = 0;
+  double* const sums = to.num_lists > 1 ? to.sums : a.statistics;
+  if (j == 0 && sums != nullptr) {
+    sums[2 * at] = max;
+    sums[2 * at + 1] = sum;
   }
 }
 
+// A block's columns of a row.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) chunk_kernel(SoftmaxTopkArgs a, Lists<KeyOf<T>> to, bool is_wide) {
-  using Float = accumulate_t<T>;
-  using Key = KeyOf<T>;
-  constexpr int N = kPerThread<T>, kPack = 16 / sizeof(T), kPacks = N / kPack;
-  __shared__ Selection<Key> s;
-  __shared__ Float maxima[kWarps], sums[kWarps];
-  for (int64_t item = blockIdx.x; item < a.num_rows * to.num_lists; item += gridDim.x) {
-    const int64_t row = item / to.num_lists, begin = item % to.num_lists * kChunk<T>;
-    const T* const x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
-    const int64_t left = a.num_cols - begin;
-    const int size = left < kChunk<T> ? static_cast<int>(left) : kChunk<T>;
-    const auto column_of = [&](int i) {
-      return (i / kPack * kThreads + static_cast<int>(threadIdx.x)) * kPack + i % kPack;
-    };
-    T values[N];
+struct Chunk {
+  static constexpr int kPack = Packed<T>::kColumns, kPacks = kPerThread<T> / kPack;
+
+  const T* x;
+  int size;
+  int32_t begin;  // the first one
+
+  // Of a thread's element i.
+  __device__ static int column_of(int i, int thread) { return (i / kPack * kThreads + thread) * kPack + i % kPack; }
+  __device__ static int column_of(int i) { return column_of(i, static_cast<int>(threadIdx.x)); }
+  // Pack p of every thread is past the end. The same in all threads.
+  __device__ bool ends_before(int p) const { return p * (kThreads * kPack) >= size; }
+
+  // -inf where there is no element.
+  __device__ void load(Packed<T> (&packs)[kPacks], bool is_wide) const {
+    const T none = narrow<T>(-static_cast<accumulate_t<T>>(INFINITY));
+    const auto wide = [&](int p) { return Packed<T>{reinterpret_cast<const uint4*>(x)[p * kThreads + threadIdx.x]}; };
+    if (is_wide && size == kChunk<T>) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) packs[p] = wide(p);
+      return;
+    }
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = column_of(p * kPack);
-      if (is_wide && col + kPack <= size) {
-        const Pack<T, kPack> pack = *reinterpret_cast<const Pack<T, kPack>*>(x + col);
-#pragma unroll
-        for (int n = 0; n < kPack; ++n) values[p * kPack + n] = pack.values[n];
-      } else {
-#pragma unroll
-        for (int n = 0; n < kPack; ++n) values[p * kPack + n] = col + n < size ? x[col + n] : T{};
+      const int column = column_of(p * kPack);
+      packs[p] = is_wide && column + kPack <= size ? wide(p) : Packed<T>::gather(x, column, size, none);
+    }
+  }
+
+  // Adds what reaches the floor to what was found; own_key is the largest of this thread's. The warp looks at one such
+  // thread at a time, a lane an element, read again: registers have no index.
+  template <class Key>
+  __device__ void gather(Selection<Key>& s, Key own_key, Key floor) const {
+    static_assert(kPerThread<T> <= kWarp, "a lane an element");
+    const int lane = lane_index();
+    unsigned owners = __ballot_sync(kAllLanes, own_key >= floor);
+    for (; owners != 0; owners &= owners - 1) {
+      const int column = column_of(lane, warp_index() * kWarp + __ffs(static_cast<int>(owners)) - 1);
+      if (lane >= kPerThread<T> || column >= size) continue;
+      const Key key = rising_key(widen(x[column]));
+      if (key >= floor) s.add(key, begin + column);
+    }
+  }
+
+  // Calls visit(key, column of the row) for those of this thread that reach the floor, read again.
+  template <class Key, class Visit>
+  __device__ void each(Key floor, const Visit& visit) const {
+#pragma unroll 1
+    for (int i = 0; i < kPerThread<T>; ++i) {
+      const int column = column_of(i);
+      if (column >= size) return;
+      const Key key = rising_key(widen(x[column]));
+      if (key >= floor) visit(key, begin + column);
+    }
+  }
+};
+
+// Adds -inf from the first column on, then NaN, until `wanted` are found: all numbers above -inf are. All threads,
+// behind a barrier.
+template <class T>
+__device__ void find_rest(Selection<KeyOf<T>>& s, const Chunk<T>& chunk, int wanted) {
+  if (warp_index() == 0) {
+    int count = s.count;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int base = 0; base < chunk.size && count < wanted; base += kWarp) {
+        const int column = base + lane_index();
+        const KeyOf<T> key = column < chunk.size ? rising_key(widen(chunk.x[column])) : 0;
+        const KeyOf<T> sought = pass == 0 ? rising_key(-static_cast<accumulate_t<T>>(INFINITY)) : KeyOf<T>{1};
+        const unsigned owners = __ballot_sync(kAllLanes, key == sought);
+        const int at = count + __popc(owners & ((1u << lane_index()) - 1));
+        if (key == sought && at < wanted) s.found[at] = {key, chunk.begin + column};
+        count += __popc(owners);
       }
     }
-    Float max = -static_cast<Float>(INFINITY);
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (column_of(i) < size) max = larger(max, widen(values[i]));
-    max = block_max(max, maxima);
-    const Float offset = max == -static_cast<Float>(INFINITY) ? Float{0} : max;
-    Float sum = 0;
-    Key keys[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const bool is_inside = column_of(i) < size;
-      const Float value = widen(values[i]);
-      if (is_inside) sum += exp(value - offset);
-      keys[i] = is_inside ? rising_key(value) : Key{0};
+    __syncwarp();
+    if (lane_index() == 0) s.count = count < wanted ? count : wanted;
+  }
+  __syncthreads();
+}
+
+// Calls f(list, row) for the lists of this block, with a barrier in between.
+template <class F>
+__device__ void for_each_list(int64_t num_lists, int64_t num_rows, const F& f) {
+  for (int64_t list = blockIdx.y; list < num_lists; list += gridDim.y) {
+    for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
+      f(list, row);
+      __syncthreads();
     }
-    sum = block_sum(sum, sums);
-    const int taken =
-        select_best(s, keys, static_cast<int>(a.k), [&](int i) { return static_cast<int32_t>(begin) + column_of(i); });
-    write_list<T>(a, to, row, item % to.num_lists, s, taken, max, sum);
   }
 }
 
-// One list of every `per_merge` neighbours. Entry i of a thread is candidate i * kThreads + thread.
+// A sum of exponentials relative to `from`, relative to a max that is at least that.
+template <class Float>
+__device__ inline Float relative_to(Float max, Float from, Float sum) {
+  return from == max ? sum : sum * exponential_term(from - max);
+}
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    chunk_kernel(SoftmaxTopkArgs a, Lists<KeyOf<T>> to, bool is_wide) {
+  using Float = accumulate_t<T>;
+  using Key = KeyOf<T>;
+  constexpr int kPack = Chunk<T>::kPack, kPacks = Chunk<T>::kPacks;
+  __shared__ Selection<Key> s;
+  __shared__ Float maxima[kWarps], sums[kWarps], max, sum;
+  const int k = static_cast<int>(a.k);
+  for_each_list(to.num_lists, a.num_rows, [&](int64_t list, int64_t row) {
+    Chunk<T> chunk;
+    chunk.begin = static_cast<int32_t>(list) * kChunk<T>;
+    chunk.size = static_cast<int>(a.num_cols) - chunk.begin;
+    chunk.size = chunk.size < kChunk<T> ? chunk.size : kChunk<T>;
+    chunk.x = static_cast<const T*>(a.x) + row * a.x_stride + chunk.begin;
+    Packed<T> packs[kPacks];
+    chunk.load(packs, is_wide);
+
+    Float own_max = -static_cast<Float>(INFINITY);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (chunk.ends_before(p)) break;
+#pragma unroll
+      for (int n = 0; n < kPack; ++n) own_max = larger(own_max, packs[p][n]);
+    }
+    const Float offset = own_max == -static_cast<Float>(INFINITY) ? Float{0} : own_max;
+    Float own_sum = 0;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (chunk.ends_before(p)) break;
+#pragma unroll
+      for (int n = 0; n < kPack; ++n) own_sum += exponential_term(packs[p][n] - offset);
+    }
+
+    const Key own_key = rising_key(own_max), warp_key = largest_key(own_key);
+    const Float most = key_value(warp_key);
+    const Float warp_total = warp_sum(relative_to(most, own_max, own_sum));
+    const Key warp_floor = nth_key(own_key, warp_key, floor_rank(k));
+    if (lane_index() == 0) {
+      s.floors[warp_index()] = warp_floor;
+      maxima[warp_index()] = most;
+      sums[warp_index()] = warp_total;
+    }
+    if (threadIdx.x == 0) s.count = 0;
+    __syncthreads();
+
+    // Above -inf, so that what is no element is not found.
+    const Key above = rising_key(-static_cast<Float>(INFINITY)) + 1, lowest = lowest_floor(s);
+    const Key floor = lowest > above ? lowest : above;
+    chunk.gather(s, own_key, floor);
+    if (warp_index() == kWarps - 1) {
+      const int w = lane_index() % kWarps;
+      const Float block_max = warp_max(maxima[w]);
+      const Float total = warp_sum(lane_index() < kWarps ? relative_to(block_max, maxima[w], sums[w]) : Float{0});
+      if (lane_index() == 0) {
+        max = block_max;
+        sum = total;
+      }
+    }
+    __syncthreads();
+    const int count = s.count, wanted = k < chunk.size ? k : chunk.size;
+    if (count > kMostFound) {
+      __syncthreads();  // s.count was read
+      select_exactly(s, k, [&](const auto& visit) { chunk.each(floor, visit); });
+    } else if (count < wanted) {
+      __syncthreads();
+      find_rest(s, chunk, wanted);
+    }
+    write_list<T>(a, to, row, list, s, max, sum);
+  });
+}
+
+// One list of every `per_merge` neighbours.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
     merge_kernel(SoftmaxTopkArgs a, Lists<KeyOf<T>> from, Lists<KeyOf<T>> to, int per_merge) {
   using Key = KeyOf<T>;
-  constexpr int N = kPerThread<T>;
   __shared__ Selection<Key> s;
   __shared__ double maxima[kWarps], sums[kWarps];
-  for (int64_t item = blockIdx.x; item < a.num_rows * to.num_lists; item += gridDim.x) {
-    const int64_t row = item / to.num_lists, first = item % to.num_lists * per_merge;
-    const int64_t left = from.num_lists - first;
+  const int k = static_cast<int>(a.k);
+  for_each_list(to.num_lists, a.num_rows, [&](int64_t list, int64_t row) {
+    const int64_t first = list * per_merge, left = from.num_lists - first;
     const int num_lists = left < per_merge ? static_cast<int>(left) : per_merge;
     const int64_t source = row * from.num_lists + first;
-    const int num_candidates = num_lists * static_cast<int>(a.k);
-    Key keys[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int c = i * kThreads + static_cast<int>(threadIdx.x);
-      keys[i] = c < num_candidates ? from.keys[source * a.k + c] : Key{0};
-    }
+    const Key* const keys = from.keys + source * k;
+    const auto each = [&](Key floor, const auto& visit) {
+      for (int c = static_cast<int>(threadIdx.x); c < num_lists * k; c += kThreads) {
+        const Key key = keys[c];
+        if (key >= floor) visit(key, from.columns[source * k + c]);
+      }
+    };
+    Key own_key = 0;
+    for (int c = static_cast<int>(threadIdx.x); c < num_lists * k; c += kThreads)
+      own_key = keys[c] > own_key ? keys[c] : own_key;
+    const Key warp_floor = nth_key(own_key, largest_key(own_key), floor_rank(k));
+    if (lane_index() == 0) s.floors[warp_index()] = warp_floor;
+    if (threadIdx.x == 0) s.count = 0;
     double own_max = -static_cast<double>(INFINITY);
     for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads)
       own_max = larger(own_max, from.sums[2 * (source + l)]);
     const double max = block_max(own_max, maxima);
+
+    const Key lowest = lowest_floor(s), floor = lowest > 0 ? lowest : 1;
+    each(floor, [&](Key key, int32_t column) { s.add(key, column); });
     double own_sum = 0.0;
-    for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads) {
-      const double list_max = from.sums[2 * (source + l)], list_sum = from.sums[2 * (source + l) + 1];
-      own_sum += list_max == max ? list_sum : list_sum * exp(list_max - max);
-    }
+    for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads)
+      own_sum += relative_to(max, from.sums[2 * (source + l)], from.sums[2 * (source + l) + 1]);
     const double sum = block_sum(own_sum, sums);
-    const int32_t* const columns = from.columns + source * a.k;
-    const int taken = select_best(s, keys, static_cast<int>(a.k),
-                                  [&](int i) { return columns[i * kThreads + static_cast<int>(threadIdx.x)]; });
-    write_list<T>(a, to, row, item % to.num_lists, s, taken, max, sum);
-  }
+    if (s.count > kMostFound) {
+      __syncthreads();  // s.count was read
+      select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
+    }
+    write_list<T>(a, to, row, list, s, max, sum);
+  });
 }
 
 // A block owns 4096 columns of a row; it writes what the choice does not touch, then, where they lie in its columns,
@@ -369,18 +513,23 @@ bool rows_are_wide(const T* x, int64_t stride, int64_t num_rows) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && (num_rows == 1 || stride * sizeof(T) % 16 == 0);
 }
 
+// A block for every list of every row, rows along x; for_each_list walks on by the size of the grid.
+dim3 grid_of(int64_t num_lists, int64_t num_rows) {
+  constexpr int64_t kMostHeight = 65535;
+  return {num_blocks(num_rows, 1), static_cast<unsigned>(num_lists < kMostHeight ? num_lists : kMostHeight)};
+}
+
 template <class T>
 CudaStatus softmax_topk_as(const SoftmaxTopkArgs& a, const CudaQueue& queue) {
   using Key = KeyOf<T>;
   Lists<Key> lists = lists_of<Key>(a.num_rows, ceil_div(a.num_cols, kChunk<T>), a.k, queue);
   const bool is_wide = rows_are_wide(static_cast<const T*>(a.x), a.x_stride, a.num_rows);
-  chunk_kernel<T><<<num_blocks(a.num_rows * lists.num_lists, 1), kThreads, 0, queue.stream>>>(a, lists, is_wide);
+  chunk_kernel<T><<<grid_of(lists.num_lists, a.num_rows), kThreads, 0, queue.stream>>>(a, lists, is_wide);
   CudaStatus status = launched();
   const int per_merge = kChunk<T> / static_cast<int>(a.k);
   while (status.code == 0 && lists.num_lists > 1) {
     const Lists<Key> merged = lists_of<Key>(a.num_rows, ceil_div(lists.num_lists, per_merge), a.k, queue);
-    merge_kernel<T>
-        <<<num_blocks(a.num_rows * merged.num_lists, 1), kThreads, 0, queue.stream>>>(a, lists, merged, per_merge);
+    merge_kernel<T><<<grid_of(merged.num_lists, a.num_rows), kThreads, 0, queue.stream>>>(a, lists, merged, per_merge);
     status = launched();
     lists = merged;
   }

@@ -175,5 +175,6 @@ def _constants(
     ]
     behind = [source for source in sources if source is not None and source.requires_grad]
     guard = torch._C._functions.DelayedError(message, len(constants) + len(behind))
-    guarded = iter(guard(*constants, *behind))
+    found = guard(*constants, *behind)
+    guarded = iter((found,) if isinstance(found, Tensor) else found)  # one comes without a tuple
     return tuple(None if gradient is None else next(guarded) for gradient in gradients)

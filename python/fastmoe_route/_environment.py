@@ -9,7 +9,7 @@ import warnings
 
 PREFIX = "FASTMOE_ROUTE_"
 VARIABLES = {
-    "FASTMOE_ROUTE_CUDA_GEMM": "sm80 (default) or native: products that only one GPU kind runs",
+    "FASTMOE_ROUTE_CUDA_GEMM": "sm80: products as on every GPU; native: sm_100a's own as well",
     "FASTMOE_ROUTE_CUTLASS_DIR": "where a build of the CUDA library finds CUTLASS",
     "FASTMOE_ROUTE_ISA": "the kernels' instruction set: portable, avx2, avx512, avx512_bf16 or amx",
     "FASTMOE_ROUTE_LIBRARY_DIR": "a folder to look in first for the compiled libraries",

@@ -235,7 +235,9 @@ def _fits_columns(value: Any, logits: Tensor, dtype: torch.dtype) -> bool:
     return (
         isinstance(value, Tensor)
         and value.dtype == dtype
-        and value.shape in (logits.shape, logits.shape[1:])
+        # One rank first: tuples of unequal length are compared item by item, T with E, and a trace
+        # would keep that as a condition.
+        and value.shape == logits.shape[-value.dim() :]
         and value.device == logits.device
         and value.layout is torch.strided
     )

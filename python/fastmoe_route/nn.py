@@ -109,7 +109,9 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights, and sets biases to 0."""
+        """Draws new weights, and sets biases to 0. On the meta device there is nothing to draw."""
+        if self.w_up.is_meta:
+            return  # torch would import its compiler, two seconds, to find that out
         for w in (self.w_up, self.w_down):
             nn.init.normal_(w, std=w.shape[2] ** -0.5 if self.init_std is None else self.init_std)
         for bias in (self.bias_up, self.bias_down):
@@ -442,6 +444,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 def _per_token(value: Any, x: Tensor) -> Any:
     """A tensor with the leading shape of `x`, flat; anything else as it is."""
-    if isinstance(value, Tensor) and x.dim() > 2 and value.shape == x.shape[:-1]:
+    is_alike = isinstance(value, Tensor) and x.dim() > 2 and value.dim() == x.dim() - 1
+    if is_alike and value.shape == x.shape[:-1]:
         return value.reshape(-1)
     return value

@@ -31,6 +31,7 @@ def test_speed_up(model, tmp_path, capsys):
          *("--json", str(path))]
     )  # fmt: skip
     assert json.loads(path.read_text())["runs"].keys() == report["runs"].keys()
+    assert report["memory_gb_per_s"] > 0
     assert all(row["logits_difference"] <= 2e-5 for row in report["runs"].values())
     for row in report["runs"].values():
         assert 0 < row["experts_prompt_s"] < row["prompt_s"]

@@ -110,6 +110,22 @@ def test_patched_model_compiles_generates_and_pickles():
         assert_near(compiled(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "minimax_m2", "qwen3_moe"])
+def test_patched_model_exports_with_a_dynamic_length(kind):
+    model = causal_model(kind, "fastmoe_route")
+    patch_routers(model)
+    length = torch.export.Dim("length", min=2, max=60)
+    shapes = {"input_ids": {1: length}, "use_cache": None}
+    options = {"use_cache": False}
+    program = torch.export.export(
+        model, (tokens(1, 12),), options, dynamic_shapes=shapes, strict=False
+    )
+    for count in (6, 8, 23):
+        ids = tokens(1, count, seed=2)
+        with torch.no_grad():
+            assert_near(program.module()(ids, **options).logits, model(ids, **options).logits)
+
+
 def test_a_subclass_with_its_own_forward_is_left_alone():
     model = causal_model("mixtral")
     for layer in model.model.layers:

@@ -2,7 +2,6 @@
 #include "cuda/gemm/gemm.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -18,14 +17,14 @@ namespace fastmoe_route {
 namespace cuda {
 namespace {
 
-// FASTMOE_ROUTE_CUDA_GEMM=native allows kernels that no machine of the project could execute; sm80, the default, keeps
-// to those that the tests execute. Read once.
-bool uses_native() {
-  static const bool is_native = [] {
-    const char* const value = std::getenv("FASTMOE_ROUTE_CUDA_GEMM");
-    return value != nullptr && std::strcmp(value, "native") == 0;
+// Kernels for one architecture alone: those of sm_90a by default, with which the ops' tests have run on such a GPU.
+// FASTMOE_ROUTE_CUDA_GEMM=native allows those of sm_100a too, which were compiled only; sm80 allows none. Read once.
+bool uses_native(int capability) {
+  static const std::string value = [] {
+    const char* const text = std::getenv("FASTMOE_ROUTE_CUDA_GEMM");
+    return std::string(text != nullptr ? text : "");
   }();
-  return is_native;
+  return value == "native" || (value != "sm80" && capability == 90);
 }
 
 CudaStatus capability_of(int* capability) {
@@ -54,20 +53,17 @@ const char* name_of(GemmKernel kernel) {
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
     case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64";
-    case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 64x256x64";
+    case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 128x128x64, clusters of two";
     default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
 }
 
 CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
-  question.uses_native = uses_native();
   question.allows_tf32 = question.dtype == DType::kFloat32 && queue.allows_tf32 != nullptr && queue.allows_tf32();
-  if (question.uses_native) {
-    const CudaStatus status = capability_of(&question.capability);
-    if (status.code != 0) return status;
-  }
+  const CudaStatus status = capability_of(&question.capability);
+  question.uses_native = uses_native(question.capability);
   *kernel = choose_kernel(question);
-  return {};
+  return status;
 }
 
 }  // namespace
@@ -77,7 +73,8 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   const bool is_wide =
       are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in}, queue, &kernel);
+  const CudaStatus status =
+      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in, p.b_is_column_major}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -96,14 +93,16 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
   const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, 0}, queue, &kernel);
+  const int64_t mean_rows = p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
+  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, mean_rows, false}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
     case GemmKernel::kFma: return groups_product_float32(p, queue);
     case GemmKernel::kTf32: return groups_product_tf32(p, queue);
     case GemmKernel::kSm90Cooperative:
-      return is_bfloat16 ? groups_sm90_bfloat16(p, queue) : groups_sm90_float16(p, queue);
+      return is_bfloat16 ? groups_sm90_cooperative_bfloat16(p, queue) : groups_sm90_cooperative_float16(p, queue);
+    case GemmKernel::kSm90PingPong: return groups_sm90_pingpong_bfloat16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? groups_sm100_bfloat16(p, queue) : groups_sm100_float16(p, queue);
     default: break;
   }
@@ -115,8 +114,8 @@ CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done)
       are_wide({p.x, p.b, p.preactivation, p.activated},
                {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status =
-      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden}, queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden, p.b_is_column_major}, queue, &kernel);
   *is_done = is_fused(kernel);
   if (status.code != 0 || !*is_done) return status;
   if (kernel == GemmKernel::kTf32) return up_product_tf32(p, queue);
@@ -137,24 +136,26 @@ std::string policy_table() {
          << (q.is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
   };
   for (const bool is_rows : {true, false}) {
-    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1});
+    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1, false});
     line("sm_80 and later", "multiples of 16 bytes, torch allows tf32",
-         {80, false, true, DType::kFloat32, true, false, is_rows, 1});
+         {80, false, true, DType::kFloat32, true, false, is_rows, 1, false});
   }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const bool is_rows : {true, false}) {
-      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, is_rows, 1});
-      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1});
+      line("sm_80 and later", "not all multiples of 16 bytes",
+           {80, true, false, dtype, false, false, is_rows, 1, false});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1, false});
       for (const int capability : {90, 100}) {
-        const char* device = capability == 90 ? "sm_90a, native" : "sm_100a, native";
-        const GemmQuestion longer{capability, true, false, dtype, true, false, is_rows, kPingPongMost + 1};
-        const GemmQuestion shorter{capability, true, false, dtype, true, false, is_rows, kPingPongMost};
-        if (choose_kernel(longer) == choose_kernel(shorter)) {
-          line(device, "multiples of 16 bytes, no bias", longer);
-        } else {
-          line(device, "the same, inner size at most 1024", shorter);
-          line(device, "the same, inner size above 1024", longer);
-        }
+        const char* device = capability == 90 ? "sm_90" : "sm_100, if native is asked for";
+        const GemmQuestion longest{capability, true, false, dtype, true, false, is_rows, INT64_MAX, false};
+        line(device, "multiples of 16 bytes, no bias", longest);
+        GemmQuestion shorter = longest;
+        shorter.in = kPingPongMost;
+        if (choose_kernel(shorter) == choose_kernel(longest)) continue;
+        line(device,
+             is_rows ? "the same, inner size at most 1024, or 2048 where weights are [E, out, in]"
+                     : "the same, 256 to 1024 rows a group on average",
+             shorter);
       }
     }
   }

@@ -45,10 +45,12 @@ __global__ void __launch_bounds__(kThreads)
   int64_t i = groups.bounds[groups.num_groups] * row_units + grid_warp() * kWarp + lane_index();
   for (; i < end; i += num_threads) d[i] = uint4{};
 }
+// Column y of the grid takes a part of every group's result: a few empty experts would else be a block's work each.
 __global__ void __launch_bounds__(kThreads) zero_empty_kernel(RowGroups groups, uint4* d, int64_t group_units) {
+  const int64_t first = int64_t{blockIdx.y} * kThreads + threadIdx.x, step = int64_t{gridDim.y} * kThreads;
   for (int64_t e = blockIdx.x; e < groups.num_groups; e += gridDim.x) {
     if (groups.bounds[e] != groups.bounds[e + 1]) continue;
-    for (int64_t i = threadIdx.x; i < group_units; i += kThreads) d[e * group_units + i] = uint4{};
+    for (int64_t i = first; i < group_units; i += step) d[e * group_units + i] = uint4{};
   }
 }
 
@@ -72,7 +74,7 @@ CudaStatus fill(ArraysCall call, const CudaQueue& queue, NativeArrays* arrays) {
   return launched();
 }
 
-constexpr unsigned kZeroBlocks = 256;
+constexpr unsigned kZeroBlocks = 256, kZeroParts = 8;
 
 }  // namespace
 
@@ -116,7 +118,7 @@ CudaStatus native_arrays(const GroupsProduct& p, const CudaQueue& queue, NativeA
   call.d_stride = p.n;
   const CudaStatus status = fill(call, queue, arrays);
   if (status.code != 0) return status;
-  zero_empty_kernel<<<kZeroBlocks, kThreads, 0, queue.stream>>>(p.groups, static_cast<uint4*>(p.d),
+  zero_empty_kernel<<<dim3(kZeroBlocks, kZeroParts), kThreads, 0, queue.stream>>>(p.groups, static_cast<uint4*>(p.d),
                                                                 p.m * p.n * size / 16);
   return launched();
 }

@@ -1,5 +1,5 @@
-// A grouped product of CUTLASS 3 out of its parts: architecture, schedule, tile, layouts. Compiled only: no machine of
-// this project can execute these instructions.
+// A grouped product of CUTLASS 3 out of its parts: architecture, schedule, tile, cluster, layouts. Those of sm_90a ran
+// on an H200 (docs/gpu.md), those of sm_100a were compiled only.
 #pragma once
 
 #include <cutlass/bfloat16.h>
@@ -18,12 +18,11 @@
 namespace fastmoe_route {
 namespace cuda {
 
-template <class Arch, class Element, class LayoutA, class LayoutB, class Tile, class MainSchedule,
+template <class Arch, class Element, class LayoutA, class LayoutB, class Tile, class Cluster, class MainSchedule,
           class EpilogueSchedule>
 struct NativeProduct {
   using Class = cutlass::arch::OpClassTensorOp;
   using Row = cutlass::layout::RowMajor;
-  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   using Shape = cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>;
   static constexpr int kWide = 16 / static_cast<int>(sizeof(Element));
 

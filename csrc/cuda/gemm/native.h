@@ -30,8 +30,9 @@ CudaStatus native_arrays(const GroupsProduct& product, const CudaQueue& queue, N
 CudaStatus rows_sm90_cooperative_bfloat16(const RowsProduct& product, const CudaQueue& queue);
 CudaStatus rows_sm90_cooperative_float16(const RowsProduct& product, const CudaQueue& queue);
 CudaStatus rows_sm90_pingpong_bfloat16(const RowsProduct& product, const CudaQueue& queue);
-CudaStatus groups_sm90_bfloat16(const GroupsProduct& product, const CudaQueue& queue);
-CudaStatus groups_sm90_float16(const GroupsProduct& product, const CudaQueue& queue);
+CudaStatus groups_sm90_cooperative_bfloat16(const GroupsProduct& product, const CudaQueue& queue);
+CudaStatus groups_sm90_cooperative_float16(const GroupsProduct& product, const CudaQueue& queue);
+CudaStatus groups_sm90_pingpong_bfloat16(const GroupsProduct& product, const CudaQueue& queue);
 CudaStatus rows_sm100_bfloat16(const RowsProduct& product, const CudaQueue& queue);
 CudaStatus rows_sm100_float16(const RowsProduct& product, const CudaQueue& queue);
 CudaStatus groups_sm100_bfloat16(const GroupsProduct& product, const CudaQueue& queue);

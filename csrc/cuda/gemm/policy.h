@@ -1,8 +1,10 @@
-// Which kernel multiplies: one function of the device, the dtype and the inner size, and the table it makes.
+// Which kernel multiplies: one function of the device, the dtype and the sizes, and the table it makes.
 //
-// Never of the number of rows: kernels of different architectures add in different orders, and a token's bits must not
-// depend on its batch. float32 runs on tensor cores, rounded to tf32 (10 bits of mantissa), only where torch lets its
-// own products do so: torch.backends.cuda.matmul.allow_tf32, torch.set_float32_matmul_precision.
+// Of the number of rows only between kernels that add in the same order: kernels of different architectures need not,
+// and a token's bits must not depend on its batch. Tiles of sm_90a were chosen by measurement on an H200, where all
+// that were tried gave the same bits (docs/gpu.md). float32 runs on tensor cores, rounded to tf32 (10 bits of
+// mantissa), only where torch lets its own products do so: torch.backends.cuda.matmul.allow_tf32,
+// torch.set_float32_matmul_precision.
 #pragma once
 
 #include "common/dtype.h"
@@ -17,21 +19,25 @@ struct GemmQuestion {
   bool uses_native;  // kernels for one architecture alone are allowed
   bool allows_tf32;  // torch's setting
   DType dtype;
-  bool is_wide;   // sizes, strides and addresses are multiples of 16 bytes
-  bool has_bias;  // rows_product with a bias
-  bool is_rows;   // rows_product, else groups_product
-  int64_t in;     // inner size of a rows_product
+  bool is_wide;            // sizes, strides and addresses are multiples of 16 bytes
+  bool has_bias;           // rows_product with a bias
+  bool is_rows;            // rows_product, else groups_product
+  int64_t in;              // inner size; of a groups_product the mean over the groups
+  bool b_is_column_major;  // of a rows_product
 };
 
-constexpr int64_t kPingPongMost = 1024;  // up to here the epilogue is worth hiding
+// Inner sizes for which the store of one tile is worth hiding behind the product of the next. Below, a groups_product
+// does little but store, and larger tiles do that best.
+constexpr int64_t kPingPongMost = 1024, kPingPongMostOfColumns = 2048, kPingPongLeastOfGroups = 256;
 
 inline GemmKernel choose_kernel(const GemmQuestion& q) {
   if (q.dtype == DType::kFloat32) return q.allows_tf32 && q.is_wide ? GemmKernel::kTf32 : GemmKernel::kFma;
   if (!q.is_wide) return GemmKernel::kTensorCoresNarrow;
   if (!q.uses_native || q.has_bias) return GemmKernel::kTensorCores;
   if (q.capability == 90) {
-    const bool is_short = q.is_rows && q.in <= kPingPongMost && q.dtype == DType::kBFloat16;
-    return is_short ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
+    const int64_t most = q.b_is_column_major ? kPingPongMostOfColumns : kPingPongMost;
+    const bool is_short = q.in <= most && (q.is_rows || q.in >= kPingPongLeastOfGroups);
+    return is_short && q.dtype == DType::kBFloat16 ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
   }
   return q.capability == 100 ? GemmKernel::kSm100 : GemmKernel::kTensorCores;
 }

@@ -9,7 +9,7 @@ namespace cuda {
 template <class Element, class LayoutA, class LayoutB>
 using TensorMemoryProduct =
     NativeProduct<cutlass::arch::Sm100, Element, LayoutA, LayoutB, cute::Shape<cute::_128, cute::_256, cute::_64>,
-                  cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmSm100,
+                  cute::Shape<cute::_1, cute::_1, cute::_1>, cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmSm100,
                   cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm>;
 
 }  // namespace cuda

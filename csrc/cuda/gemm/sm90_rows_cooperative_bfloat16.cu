@@ -4,7 +4,7 @@ namespace fastmoe_route {
 namespace cuda {
 
 CudaStatus rows_sm90_cooperative_bfloat16(const RowsProduct& product, const CudaQueue& queue) {
-  return native_rows<CooperativeProduct, cutlass::bfloat16_t>(product, queue);
+  return native_rows<CooperativeRows, cutlass::bfloat16_t>(product, queue);
 }
 
 }  // namespace cuda

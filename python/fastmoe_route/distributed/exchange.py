@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
+
+# This module of torch takes whatever the default group is when it is imported as default argument
+# of its functions, and holds it for good. Compilers and optimisers import it on their first call,
+# after which `destroy_process_group` ends no thread of Gloo: one that lets go of a tensor while
+# Python shuts down aborts the process. Imported before there is a group, it holds none.
+if dist.is_available() and not dist.is_initialized():
+    import_module("torch.distributed.nn.functional")
 
 
 class ExchangeError(RuntimeError):

@@ -45,13 +45,15 @@ class ExpertParallel(nn.Module):
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: experts that do not divide among the ranks, a placement that does not fit, or
-            ranks that differ in sizes, dtype or placement.
+        ValueError: experts that do not divide among the ranks, a placement that does not fit, ranks
+            that differ in sizes, dtype or placement, or a group without this process.
 
     Run under `torchrun`:
 
+        from fastmoe_route.distributed import ExpertParallel  # before there is a process group
+
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        layer = fr.distributed.ExpertParallel(fr.nn.MoE(512, 1024, num_experts=64, top_k=8))
+        layer = ExpertParallel(fr.nn.MoE(512, 1024, num_experts=64, top_k=8))
         loss = criterion(layer(x), target) + fr.nn.aux_loss(layer)
         loss.backward()
         layer.reduce_gradients()
@@ -89,6 +91,9 @@ class ExpertParallel(nn.Module):
         self.group = process_group
         self.rank_capacity_factor = rank_capacity_factor
         self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if self.rank < 0:
+            rule, got = "have this process as a member", f"rank {dist.get_rank()} outside of it"
+            fail(ValueError, "ExpertParallel", "process_group", rule, got)
         self.num_experts = layer.experts.num_experts
         ranks = _check_placement(placement, self.num_experts, self.num_ranks)
         self._check_alike(layer, ranks)

@@ -260,7 +260,11 @@ class Router(nn.Module):
             return None
         scopes = None if context.scope_ids is None else (context.scope_ids, context.num_scopes)
         limit = Capacity(self.factor, self.min_capacity, self.drop_policy, self.rounding)
-        return capacity_plan(self.name, routing, limit, scopes)
+        return capacity_plan(self.name, routing, limit, scopes, self.even_slots(routing))
+
+    def even_slots(self, routing: Routing) -> int:
+        """Slots per token in the even share that a capacity is a multiple of: all there are."""
+        return routing.experts.shape[1]
 
     def _common_losses(self, routing: Routing) -> dict[str, Tensor]:
         if not self.stats:

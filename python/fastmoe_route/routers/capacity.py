@@ -56,7 +56,7 @@ class Capacity(NamedTuple):
 
 
 def capacity_plan(
-    name: str, routing: Routing, limit: Capacity, scopes: tuple[Tensor, int] | None
+    name: str, routing: Routing, limit: Capacity, scopes: tuple[Tensor, int] | None, top_k: int
 ) -> DispatchPlan:
     """The plan of a routing whose experts keep only so many slots.
 
@@ -66,11 +66,12 @@ def capacity_plan(
         limit: the capacity.
         scopes: int32 `[T]` scope ids and their number. Every scope has the capacity that its own
             number of tokens gives, so what one request keeps never depends on another.
+        top_k: slots per token in an even share.
 
     Returns:
         `DispatchPlan`.
     """
-    num_tokens, top_k = routing.experts.shape
+    num_tokens = routing.experts.shape[0]
     num_experts = routing.demand.shape[0]
     if scopes is None:
         capacity = limit.of(num_tokens, num_experts, top_k)

@@ -12,6 +12,7 @@ from fastmoe_route import losses
 from fastmoe_route._arguments import check_choice, check_int, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
+from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.segments import segment_mean, sequences
@@ -133,7 +134,8 @@ class DaMoE(LinearRouter):
     `k_t = clamp(round(top_k * I_t / mean of I over the sequence), 1, E)` with the importance `I_t`
     = `attention_mass`, the column mass of the attention matrix averaged over heads. Equal attention
     gives every token `top_k`. The map from importance to `k_t` is from memory. With bidirectional
-    attention the mass knows later tokens, so decoding cannot reproduce it.
+    attention the mass knows later tokens, so decoding cannot reproduce it. A capacity counts
+    `top_k` slots per token as the even share, the mean, and not the `E` that a token may take.
 
     Args:
         hidden_size: `H`.
@@ -157,6 +159,10 @@ class DaMoE(LinearRouter):
             self.score(x), self.num_experts, k_per_token=k, normalize=True, stats=self.stats
         )
         return self.routed(routing, context, extra={"k": k})
+
+    def even_slots(self, routing: Routing) -> int:
+        """The mean, where others have as many for each token."""
+        return self.top_k
 
 
 @register("dynamoe", row="R39", source="arXiv:2603.01697", verified="2nd")

@@ -53,8 +53,11 @@ CudaStatus groups(const GroupsProduct& product, const CudaQueue& queue) {
 CudaStatus rows_sm90_cooperative_bfloat16(const RowsProduct& p, const CudaQueue& q) { return rows<BFloat16>(p, q); }
 CudaStatus rows_sm90_cooperative_float16(const RowsProduct& p, const CudaQueue& q) { return rows<Float16>(p, q); }
 CudaStatus rows_sm90_pingpong_bfloat16(const RowsProduct& p, const CudaQueue& q) { return rows<BFloat16>(p, q); }
-CudaStatus groups_sm90_bfloat16(const GroupsProduct& p, const CudaQueue& q) { return groups<BFloat16>(p, q); }
-CudaStatus groups_sm90_float16(const GroupsProduct& p, const CudaQueue& q) { return groups<Float16>(p, q); }
+CudaStatus groups_sm90_cooperative_bfloat16(const GroupsProduct& p, const CudaQueue& q) {
+  return groups<BFloat16>(p, q);
+}
+CudaStatus groups_sm90_cooperative_float16(const GroupsProduct& p, const CudaQueue& q) { return groups<Float16>(p, q); }
+CudaStatus groups_sm90_pingpong_bfloat16(const GroupsProduct& p, const CudaQueue& q) { return groups<BFloat16>(p, q); }
 CudaStatus rows_sm100_bfloat16(const RowsProduct& p, const CudaQueue& q) { return rows<BFloat16>(p, q); }
 CudaStatus rows_sm100_float16(const RowsProduct& p, const CudaQueue& q) { return rows<Float16>(p, q); }
 CudaStatus groups_sm100_bfloat16(const GroupsProduct& p, const CudaQueue& q) { return groups<BFloat16>(p, q); }

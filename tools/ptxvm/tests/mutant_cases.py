@@ -96,11 +96,14 @@ def softmax_topk(
     dtype: torch.dtype = torch.float64,
     num_rows: int = 3,
     blocks: int = 2,
+    numbers: int | None = None,
 ) -> None:
     x = random(num_rows, width).to(dtype)
     x[0] *= 100 if num_rows > 1 else 1
     if ties:
         x = (2 * x).round()
+    if numbers is not None:
+        x[:, : width - numbers] = -torch.inf
     x.requires_grad_()
     with few_blocks(blocks):
         values, columns = fr.softmax_topk(x, k)
@@ -245,7 +248,10 @@ CASES: dict[str, Case] = {
     "plan, 600 experts": partial(plan, 700, 600, align=4),
     "plan, 300 experts": partial(plan, 700, 300),
     "plan, many rows": partial(plan, 2400, 8, align=2),
-    "plan, nobody": partial(plan, 1100, 8, has_none=True),
+    "plan, several chunks": partial(plan, 66_000, 512, ids=torch.int32),
+    "plan, nobody": partial(plan, 1000, 8, has_none=True),
+    "plan, no slots": partial(plan, 0, 8, has_strays=False),
+    "plan, more padding than tiles": partial(plan, 700, 300, align=32),
     "plan, by score, int32": partial(
         plan, 300, 8, capacity=20, drop_policy="score", ids=torch.int32
     ),
@@ -256,6 +262,7 @@ CASES: dict[str, Case] = {
         plan, 300, 8, capacity=20, drop_policy="score", weights=torch.bfloat16
     ),
     "plan, max_rows": partial(plan, 700, 8, max_rows=500),
+    "plan, max_rows, int32": partial(plan, 700, 8, max_rows=500, ids=torch.int32),
     "plan, max_rows suffices": partial(plan, 700, 8, max_rows=1350),
     "plan, max_rows cuts the last": partial(plan, 700, 8, max_rows=1399, has_strays=False),
     "plan, max_rows cuts at a step": partial(plan, 700, 8, max_rows=544, has_strays=False),
@@ -276,6 +283,8 @@ CASES: dict[str, Case] = {
     "softmax 1500": partial(softmax, 1500, "three_pass", 2),
     "softmax 1499": partial(softmax, 1499, "online", 2),
     "softmax 1500, online": partial(softmax, 1500, "online", 2),
+    "softmax 1501, float16": partial(softmax, 1501, "online", 2, torch.float16),
+    "softmax 20000": partial(softmax, 20000, "online", 2),
     "softmax 200, float64": partial(softmax, 200, "online", 1, torch.float64),
     "softmax 300, float64": partial(softmax, 300, "online", 2, torch.float64),
     "softmax 300, float64, three_pass": partial(softmax, 300, "three_pass", 2, torch.float64),
@@ -286,6 +295,7 @@ CASES: dict[str, Case] = {
     "softmax_topk 3000": partial(softmax_topk, 3000, 40, True, torch.float32),
     "softmax_topk 9000": partial(softmax_topk, 9000, 5, False),
     "softmax_topk 9000, ties": partial(softmax_topk, 9000, 64, True),
+    "softmax_topk 300, masked": partial(softmax_topk, 300, 40, False, numbers=30),
     "softmax_topk 100": partial(softmax_topk, 100, 64, False),
     "softmax_topk 301": partial(softmax_topk, 301, 4, False),
     "softmax_topk 3001, one row": partial(softmax_topk, 3001, 4, False, torch.float32, 1),

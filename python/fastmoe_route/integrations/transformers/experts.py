@@ -4,9 +4,10 @@ A module says how its weights lie (`is_transposed`, `is_concatenated`), whether 
 gate, a norm after each expert, and how gate and up projection meet (`_apply_gate`). Weights and
 biases are used in place in either layout. The activation is recognised by what it computes: the
 module's own function is evaluated once on a grid of numbers, values and gradients, and compared
-with each activation of `moe_mlp`. What matches runs fused in `moe_mlp`. Everything else runs the
-module's own function, between two grouped products. So a custom activation is never replaced by a
-similar one, and a known formula under a new name is still fast.
+with each activation of `moe_mlp`. What matches, and has no tensors of its own that could be
+learned or loaded, runs fused in `moe_mlp`. Everything else runs the module's own function, between
+two grouped products. So a custom activation is never replaced by a similar one, and a known formula
+under a new name is still fast.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastmoe_route.moe_mlp import moe_mlp
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 _CACHE = "_fastmoe_route_activation"
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "parametrizations.")
 OWN = ""  # stands for the module's own function where an activation is named
 
 # Both sides of every threshold in use (0 of relu, the limits of clamped activations, the range in
@@ -139,8 +141,8 @@ def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
 def activation_of(module: Any) -> tuple[str, bool]:
     """The activation of `moe_mlp` that the module computes, and whether its gate is interleaved.
 
-    The answer is kept on the module and found again when its class, its `act_fn` or one of its
-    numbers (a clamp limit, say) has changed.
+    The answer is kept on the module and found again when its class, its `act_fn` or a number of
+    either (a clamp limit, say) has changed.
 
     Returns:
         `("", False)` where only the module's own function will do.
@@ -149,10 +151,12 @@ def activation_of(module: Any) -> tuple[str, bool]:
         found: tuple[str, bool] = _recognise(module)
         return found
     state = module.__dict__
+    act = module._modules.get("act_fn", state.get("act_fn"))
+    values = (*state.values(), *getattr(act, "__dict__", {}).values())
     key = (
         type(module)._apply_gate,
-        module._modules.get("act_fn", state.get("act_fn")),
-        [value for value in state.values() if type(value) is float or type(value) is int],
+        act,
+        [value for value in values if type(value) is float or type(value) is int],
     )
     known = state.get(_CACHE)
     if known is None or known[0] != key:
@@ -165,7 +169,7 @@ def activation_of(module: Any) -> tuple[str, bool]:
 
 @torch.compiler.assume_constant_result
 def _recognise(module: Any) -> tuple[str, bool]:
-    if module.has_post_expert_norm:
+    if module.has_post_expert_norm or _has_learned_activation(module):
         return OWN, False
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -190,6 +194,12 @@ def _recognise(module: Any) -> tuple[str, bool]:
                 if _agree(module._apply_gate, split, joined):
                     return name, interleaved
     return OWN, False
+
+
+def _has_learned_activation(module: Any) -> bool:
+    """Whether there are tensors beside the projections, which the activation may read."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return not all(name.startswith(_PROJECTIONS) for name, _ in named)
 
 
 def _interleave(halves: Tensor) -> Tensor:
