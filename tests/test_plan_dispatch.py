@@ -363,12 +363,19 @@ def test_around_the_tile(backend: str, num_slots: int, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("num_slots", "num_experts", "align"),
-    [(512, 3, 1), (2047, 130, 4), (2048, 512, 1), (2050, 512, 8), (4094, 31, 1), (140_002, 512, 8)],
+    [
+        *((512, 3, 1), (2047, 130, 4), (2048, 512, 1), (2050, 512, 8), (4094, 31, 1)),
+        *((140_002, 512, 8), (34_000, 9, 32_768)),
+    ],
 )
 def test_around_the_tiles_of_cuda(
     backend: str, num_slots: int, num_experts: int, align: int
 ) -> None:
-    """No count up to 2,048 slots; several chunks a tile past 131,072 with 512 experts."""
+    """No count up to 2,048 slots; several chunks a tile past 131,072 with 512 experts.
+
+    The last has more tiles than blocks that fill padding, and so much that all of those are there:
+    a GPU found the tiles beyond them without a block.
+    """
     generator = torch.Generator().manual_seed(num_slots)
     experts = torch.randint(-1, num_experts, (num_slots // 2, 2), generator=generator).int()
     experts = experts.to(backend)

@@ -7,11 +7,16 @@
 namespace fastmoe_route {
 namespace cuda {
 
-// 1 / (1 + e^-x). The reciprocal is one instruction, within one ulp, of subnormal results too: a division takes ten.
+// 1 / (1 + e^-x). The reciprocal is one instruction, within one ulp, of subnormal results too, where a division takes
+// ten. On sm_80 the products' epilogue has no register left for it, but for the exact one.
 __device__ inline float sigmoid(float x) {
+#if __CUDA_ARCH__ < 900
+  return __frcp_rn(1.0f + expf(-x));
+#else
   float s;
   asm("rcp.approx.f32 %0, %1;" : "=f"(s) : "f"(1.0f + expf(-x)));
   return s;
+#endif
 }
 
 struct Silu {

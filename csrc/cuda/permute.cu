@@ -16,6 +16,8 @@
 // Bytes: permute T H + R H, unpermute K T H + T H, backward T H + 2 R H, times the element size, and the maps. Accesses
 // are 16 bytes wide where addresses and strides allow it, else one element (permute: the widest word that fits);
 // the order in which a weight's gradient is summed follows that width, all else is the same bits.
+#include <type_traits>
+
 #include "cuda/maps.cuh"
 #include "ops/permute.h"
 
@@ -73,10 +75,14 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(Maps maps, int64_t nu
   }
 }
 
+// Blocks a multiprocessor holds: without this bound ptxas goes for more and spills.
+template <class T, int N>
+constexpr int kUnpermuteBlocks = std::is_same_v<T, BFloat16> || N == 1 ? 4 : 3;
+
 // A block owns a token, a warp of it every so many chunks. Rows and weights of the token's slots come by one load of
 // the warp, 32 slots at a time, and go around by shuffles. A slot without a row adds 0 * 0, which changes no sum.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, 4) unpermute_kernel(UnpermuteArgs a) {
+__global__ void __launch_bounds__(kThreads, kUnpermuteBlocks<T, N>) unpermute_kernel(UnpermuteArgs a) {
   using Float = accumulate_t<T>;
   constexpr int kRowsAtOnce = 4;
   const int64_t row_packs = a.hidden / N;

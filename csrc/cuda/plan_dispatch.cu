@@ -23,6 +23,8 @@
 // Ids out of range, and slots of a token whose scope is out of range, are none. Bytes: ids twice, both maps once,
 // 4 E a tile and, by warps, as much again, or, by blocks, 4 E for every pair of tiles, from the second-level cache; a
 // sort adds about 24 bytes a slot and pass over 8 bits of key.
+#include <algorithm>
+
 #include "cuda/plan_place.cuh"
 #include "cuda/surplus.cuh"
 
@@ -330,9 +332,8 @@ CudaStatus place(PlanWork work, const int32_t* demand, const CudaQueue& queue) {
     count_kernel<<<num_blocks(work.num_tiles, 1), kPlaceThreads, bytes, queue.stream>>>(work);
     if (status = launched(); status.code != 0) return status;
   }
-  unsigned blocks = num_blocks(work.num_tiles, 1);
-  const unsigned wanted = num_blocks(a.num_rows, 8 * kPlaceThreads);  // that padding may fill
-  if (wanted > blocks) blocks = wanted < kMostPlaceBlocks ? wanted : kMostPlaceBlocks;
+  const unsigned to_fill = std::min(num_blocks(a.num_rows, 8 * kPlaceThreads), kMostFillBlocks);  // padding, perhaps
+  const unsigned blocks = std::max(num_blocks(work.num_tiles, 1), to_fill);
   const size_t bytes = ((kPlaceWarps + 3) * a.num_experts + 1) * sizeof(int32_t);
   place_kernel<<<blocks, kPlaceThreads, bytes, queue.stream>>>(work, demand);
   return launched();

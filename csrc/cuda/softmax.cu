@@ -169,27 +169,30 @@ constexpr int kHeld = 4;
 constexpr int kMostGroups = 3;
 constexpr int kMostPacks = kHeld * (1 + kMostGroups);  // of a thread
 constexpr int kKeptThreads = 1024;                     // at most
+// Packs from shared memory that a thread adds up at once. From sm_100 on ptxas has no register for four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kAddedTogether = 1;
+#else
+constexpr int kAddedTogether = kHeld;
+#endif
 
 // A sum of exponentials relative to the largest so far. That starts below every number, so that -inf adds 0; a NaN or
 // +inf makes the sum NaN.
 struct KeptSum {
   float max = -FLT_MAX, sum = 0.0f;
 
-  // The first `count` packs of a group.
-  template <class T>
-  __device__ void add(const Packed<T> (&packs)[kHeld], int count) {
+  template <class T, int kCount>
+  __device__ void add(const Packed<T> (&packs)[kCount]) {
     float top = max;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i >= count) break;
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int n = 0; n < Packed<T>::kColumns; ++n) top = larger(top, packs[i][n]);
     }
     sum = relative_to(top);
     max = top;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i >= count) break;
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int n = 0; n < Packed<T>::kColumns; ++n) sum += exponential_term(packs[i][n] - max);
     }
@@ -240,8 +243,9 @@ class KeptRow {
   // Starts the copies of all groups.
   __device__ void load() {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (i < count_of(0)) held_[i] = is_whole(pack_of(0, i)) ? whole(pack_of(0, i)) : part(pack_of(0, i));
+    for (int i = 0; i < kHeld; ++i) {
+      held_[i] = i >= count_of(0) ? nothing() : is_whole(pack_of(0, i)) ? whole(pack_of(0, i)) : part(pack_of(0, i));
+    }
 #pragma unroll
     for (int g = 1; g <= kMostGroups; ++g) {
 #pragma unroll
@@ -260,7 +264,7 @@ class KeptRow {
 
   __device__ KeptSum sum() {
     KeptSum own;
-    own.add(held_, count_of(0));
+    own.add(held_);
     __pipeline_wait_prior(2);
     add_group(own, 1);
     __pipeline_wait_prior(1);
@@ -294,6 +298,9 @@ class KeptRow {
 
   __device__ bool is_whole(int pack) const { return kIsWide && (pack + 1) * kColumns <= num_cols_; }
   __device__ Packed<T> whole(int pack) const { return {reinterpret_cast<const uint4*>(x_)[pack]}; }
+  __device__ static Packed<T> nothing() {  // adds 0
+    return Packed<T>::of([](int) { return -INFINITY; });
+  }
   __device__ Packed<T> part(int pack) const {
     return Packed<T>::gather(x_, pack * kColumns, num_cols_, narrow<T>(-INFINITY));
   }
@@ -301,11 +308,15 @@ class KeptRow {
   __device__ void add_group(KeptSum& own, int group) const {
     const int count = count_of(group);
     if (count == 0) return;
-    Packed<T> packs[kHeld];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (i < count) packs[i] = {*place_of(group, i)};
-    own.add(packs, count);
+    for (int first = 0; first < kHeld; first += kAddedTogether) {
+      Packed<T> packs[kAddedTogether];
+#pragma unroll
+      for (int i = 0; i < kAddedTogether; ++i) {
+        packs[i] = first + i < count ? Packed<T>{*place_of(group, first + i)} : nothing();
+      }
+      own.add(packs);
+    }
   }
 
   __device__ void write_pack(int pack, const Packed<T>& from, const Probability<T>& probability) const {

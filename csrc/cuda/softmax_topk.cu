@@ -60,10 +60,15 @@ template <class T>
 constexpr int kPerThread = sizeof(T) == 8 ? 16 : 32;
 template <class T>
 constexpr int kChunk = kPerThread<T> * kThreads;
-// Blocks of a chunk each that a multiprocessor holds.
+// Blocks of a chunk each that a multiprocessor holds. From sm_100 on ptxas spills at the registers of five for float.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFloatBlocks = 4;
+#else
+constexpr int kFloatBlocks = 5;
+#endif
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8   ? 4
-                        : sizeof(T) == 4 ? 5
+                        : sizeof(T) == 4 ? kFloatBlocks
                                          : 6;
 
 // The k best of a chunk or of several; sum is relative to max.
