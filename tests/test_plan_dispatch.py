@@ -371,11 +371,7 @@ def test_around_the_tile(backend: str, num_slots: int, kind: str) -> None:
 def test_around_the_tiles_of_cuda(
     backend: str, num_slots: int, num_experts: int, align: int
 ) -> None:
-    """No count up to 2,048 slots; several chunks a tile past 131,072 with 512 experts.
-
-    The last has more tiles than blocks that fill padding, and so much that all of those are there:
-    a GPU found the tiles beyond them without a block.
-    """
+    """No count up to 2,048 slots; several chunks a tile past 131,072; more tiles than padding."""
     generator = torch.Generator().manual_seed(num_slots)
     experts = torch.randint(-1, num_experts, (num_slots // 2, 2), generator=generator).int()
     experts = experts.to(backend)

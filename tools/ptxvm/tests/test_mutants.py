@@ -24,7 +24,7 @@ from mutant_cases import CASES
 KINDS = ("order", "mask", "guard")
 SEEDS = (1, 2, 3)
 MOST_INSTRUCTIONS = 3_000_000  # of a mutant's launch: one that waits for ever is red soon
-QUICK = ("plan", "plan, scopes", "plan, max_rows", "softmax 1500", "softmax_topk 300")
+QUICK = ("plan", "plan, scopes", "plan, max_rows", "softmax 300, float64", "softmax_topk 100")
 
 
 @cache
