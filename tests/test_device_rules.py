@@ -187,14 +187,15 @@ def traffic_of(call: Callable[[], object]) -> dict[str, int]:
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (70, 128), (4096, 64), (60, 512)])
-def test_a_plan_is_two_launches(
+def test_a_plan_is_two_launches_at_most(
     counted: None, num_tokens: int, num_experts: int, id_dtype: torch.dtype
 ) -> None:
     """Without a limit that can bind; the sizes go from one token to many tiles of slots."""
+    wanted = 1 if num_tokens * 8 <= 2048 else 2
     generator = torch.Generator().manual_seed(2)
     experts = torch.randint(-1, num_experts, (num_tokens, 8), generator=generator).to(id_dtype)
     for options in ({}, {"align": 16}, {"capacity": num_tokens * 8}):
-        assert launches_of(lambda o=options: fr.plan_dispatch(experts, num_experts, **o)) == 2
+        assert launches_of(lambda o=options: fr.plan_dispatch(experts, num_experts, **o)) == wanted
 
 
 def test_rows_move_in_one_launch_each(counted: None) -> None:

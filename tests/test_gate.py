@@ -333,7 +333,7 @@ def test_gradcheck(options, stats):
     assert torch.autograd.gradcheck(floats, (logits,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_agree_with_the_reference(dtype):
     tried = 0
     for case in cases.gate_cases(seed=31, n=250, max_experts=129, dtypes=(dtype,)):
@@ -356,7 +356,7 @@ def test_gradients_agree_with_the_reference(dtype):
 
         experts, got = grad_of(fr.gate, case["logits"])
         expected_experts, expected = grad_of(reference.gate, case["logits"].double())
-        if not torch.equal(experts, expected_experts):
+        if not torch.equal(experts, expected_experts) or not expected.to(dtype).isfinite().all():
             continue
         size = expected.abs().amax(1, keepdim=True)
         assert_bound(got, expected, 3e-4 * size + 1e-5 + rounding(expected, dtype))
