@@ -75,4 +75,5 @@ def test_a_recipe_computes_nothing_besides_its_gate(tool: ModuleType) -> None:
             with Operators() as seen:
                 router(**asked)
         others = [x for x in seen.names if x != "aten.detach.default"]
-        assert [x.split("_forward")[0] for x in others] == ["fastmoe_route.gate"], (name, others)
+        assert len(others) == 1, (name, others)
+        assert others[0].split("_forward")[0].startswith("fastmoe_route.gate"), (name, others)

@@ -105,7 +105,7 @@ def ops(g: SimpleNamespace) -> dict[str, tuple[Call, Tensor, float, int]]:
         "moe_mlp": (lambda v: fr.moe_mlp(v, pair, g.w_up, g.w_down), g.x,
                     2 * (2 * tokens * hidden + g.w_up.numel() + g.w_down.numel()),
                     6 * num_rows * hidden * inter),
-        "moe_mlp, gpt-oss": (
+        "moe_mlp, clamped": (
             lambda v: fr.moe_mlp(v, pair, g.w_up, g.w_down, activation="swiglu_clamped",
                                  interleaved=True), g.x,
             2 * (2 * tokens * hidden + g.w_up.numel() + g.w_down.numel()),
@@ -198,12 +198,12 @@ def peers(g: SimpleNamespace) -> dict[str, dict[str, Call]]:
         tuned = "" if os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1" else ", not tuned"
         found["moe_mlp"][f"liger_kernel (Triton{tuned})"] = liger
     if importlib.util.find_spec("triton_kernels") is not None:
-        found["moe_mlp, gpt-oss"] = {"triton_kernels": triton_kernels_layer(g)}
+        found["moe_mlp, clamped"] = {"triton_kernels": triton_kernels_layer(g)}
     return found
 
 
 def triton_kernels_layer(g: SimpleNamespace) -> Call:
-    """OpenAI's kernels for gpt-oss, their choice of experts included (they sort with it)."""
+    """OpenAI's kernels, their choice of experts included: they sort with it."""
     from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs
     from triton_kernels.routing import routing
     from triton_kernels.swiglu import swiglu_fn

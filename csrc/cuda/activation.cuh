@@ -9,8 +9,8 @@ namespace cuda {
 
 // 1 / (1 + e^-x). The reciprocal is one instruction, within one ulp, of subnormal results too, where a division takes
 // ten. On sm_80 the products' epilogue has no register left for it, but for the exact one.
-__device__ inline float sigmoid(float x) {
-#if __CUDA_ARCH__ < 900
+__device__ inline float logistic(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return __frcp_rn(1.0f + expf(-x));
 #else
   float s;
@@ -20,9 +20,9 @@ __device__ inline float sigmoid(float x) {
 }
 
 struct Silu {
-  __device__ static float value(float x) { return x * sigmoid(x); }
+  __device__ static float value(float x) { return x * logistic(x); }
   __device__ static float slope(float x, float& d) {
-    const float s = sigmoid(x);
+    const float s = logistic(x);
     d = s * fmaf(x, 1.0f - s, 1.0f);
     return x * s;
   }
@@ -81,11 +81,11 @@ struct SwiGluClamped {
   __device__ static float clamped(float x) { return x < -kLimit ? -kLimit : at_most_limit(x); }
   __device__ static float value(float gate, float up) {
     const float g = at_most_limit(gate);
-    return (clamped(up) + 1.0f) * (g * sigmoid(kSteepness * g));
+    return (clamped(up) + 1.0f) * (g * logistic(kSteepness * g));
   }
   __device__ static float slope(float gate, float up, float& d_gate, float& d_up) {
     const float g = at_most_limit(gate), u = clamped(up) + 1.0f;
-    const float s = sigmoid(kSteepness * g);
+    const float s = logistic(kSteepness * g);
     const float glu = g * s;
     // The clamps pass the gradient on their bounds, as torch's do.
     d_gate = gate <= kLimit ? u * s * fmaf(kSteepness * g, 1.0f - s, 1.0f) : 0.0f;

@@ -1,13 +1,13 @@
 // permute, unpermute and their backward on CUDA.
 //
 // Who owns what. permute: a warp owns a token's chunk of columns, reads it once into registers and writes it to the K
-// rows of the token. unpermute: a warp owns a chunk of a token's result and sums the K rows in slot order, a gather: no
+// rows of the token. unpermute: a block owns a token, and a lane sums a pack of its K rows in slot order, a gather: no
 // scatter, no atomics. backward: a warp owns a slot, its row of the gradient and its weight's gradient; the up to 8
 // slots of a block are neighbours, so grad_y comes from the first-level cache after its first read. The padding rows
 // are the work of further warps of the same launch, 32 rows at a time.
 //
-// Why. Token-major reads every source row once, row-major K times. A chunk per warp, rather than a token, fills the
-// device at T = 1 too.
+// Why. Token-major reads every source row once, row-major K times. permute has a chunk per warp, rather than a token,
+// which fills the device at T = 1 too.
 //
 // The maps of a plan are device data and are not checked by the host, so a kernel acts on a (slot, row) pair only if
 // slot_to_row[slot] == row and row_to_slot[row] == slot, both in range; unpermute, which only reads, asks for a row in

@@ -1,5 +1,5 @@
-// The second launch of plan_dispatch up to kFewExperts experts: a block has a tile of slots, and adds up the counts of
-// all tiles by itself.
+// The last launch of plan_dispatch up to kFewExperts experts, and the only one for one tile: a block has a tile of
+// slots, and adds up the counts of all tiles by itself.
 #pragma once
 
 #include "cuda/plan_work.cuh"

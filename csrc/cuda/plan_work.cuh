@@ -132,8 +132,8 @@ struct Cursors {
 // each the cursor's value then. All lanes.
 template <int kCount>
 __device__ inline void take_ranks(const Cursors& cursors, int num_experts, const int* experts, int32_t* ranks) {
-  unsigned
-      peers[kCount];  // lanes of the same expert, by ballots over the bits of its id; none has a bit that no id has
+  // Lanes of the same expert, by ballots over the bits of its id; none has a bit that no id has.
+  unsigned peers[kCount];
 #pragma unroll
   for (int u = 0; u < kCount; ++u) peers[u] = kAllLanes;
   for (int bit = 1; bit <= num_experts; bit *= 2) {

@@ -15,7 +15,7 @@
 // from the first column on.
 // Atomics place what is gathered; the ranks, and so the results, do not depend on where.
 // Sums: a thread's columns in order, a butterfly, another over the warps, then chunks in order in double.
-// Bytes: x once, k entries of 12 or 16 bytes a chunk. Backward: x once, its gradient once, and k columns again.
+// Bytes: x once, k entries of 8 or 12 bytes and a sum of 16 a chunk. Backward: x once, its gradient once, k columns.
 #include <type_traits>
 
 #include "cuda/block.cuh"

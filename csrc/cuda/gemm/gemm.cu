@@ -52,7 +52,7 @@ const char* name_of(GemmKernel kernel) {
     case GemmKernel::kTf32: return "cutlass 2.x mma.sync tf32, 128x128x16, cp.async 3 stages";
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
-    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64";
+    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64, wgrad by twos";
     case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 128x128x64, clusters of two";
     default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
@@ -153,7 +153,7 @@ std::string policy_table() {
         shorter.in = kPingPongMost;
         if (choose_kernel(shorter) == choose_kernel(longest)) continue;
         line(device,
-             is_rows ? "the same, inner size at most 1024, or 2048 where weights are [E, out, in]"
+             is_rows ? "the same, inner size at most 1024, or 2048 where it is contiguous in the weights"
                      : "the same, 256 to 1024 rows a group on average",
              shorter);
       }

@@ -1,8 +1,8 @@
 // The grouped products the expert ops are made of, without naming CUTLASS: the units behind them take seconds each to
 // compile and know nothing else of the package.
 //
-// A row's bits depend on the inner size, the dtype and that row alone: tiles of every size add products in the same
-// order, and nothing splits the inner dimension over blocks.
+// A row's bits depend on the sizes, the dtype, what policy.h asks of the whole call (a bias, multiples of 16 bytes) and
+// that row alone: tiles of every size add products in the same order, and nothing splits the inner dimension.
 #pragma once
 
 #include <utility>

@@ -119,7 +119,7 @@ CudaStatus native_arrays(const GroupsProduct& p, const CudaQueue& queue, NativeA
   const CudaStatus status = fill(call, queue, arrays);
   if (status.code != 0) return status;
   zero_empty_kernel<<<dim3(kZeroBlocks, kZeroParts), kThreads, 0, queue.stream>>>(p.groups, static_cast<uint4*>(p.d),
-                                                                p.m * p.n * size / 16);
+                                                                                  p.m * p.n * size / 16);
   return launched();
 }
 
