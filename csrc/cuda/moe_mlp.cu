@@ -28,26 +28,26 @@ constexpr int64_t kMostGridY = 65535;
 // slot, so that no load waits for another.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) activate_kernel(ExpertRows rows, T* preactivation, T* activated) {
-  const int64_t row = grid_warp();
   const int64_t step = int64_t{gridDim.y} * kWarp * N;
-  if (row >= rows.num_rows) return;  // no lane waits for another here
-  T* const pre = preactivation + row * rows.up_size;
-  for (int64_t col = (int64_t{blockIdx.y} * kWarp + lane_index()) * N; col < rows.intermediate; col += step) {
-    GateAndUp<T, N> in{};
-    in.load(rows, pre, col);
-    Pack<T, N> result{};
-    if (rows.slot_of(row) < 0) {
-      const GateAndUp<T, N> zeros{};
-      zeros.store(rows, pre, col);
-    } else {
-      dispatch_activation(rows.activation, [&](auto f) {
+  for (int64_t row = grid_warp(); row < rows.num_rows; row += grid_warps()) {
+    T* const pre = preactivation + row * rows.up_size;
+    for (int64_t col = (int64_t{blockIdx.y} * kWarp + lane_index()) * N; col < rows.intermediate; col += step) {
+      GateAndUp<T, N> in{};
+      in.load(rows, pre, col);
+      Pack<T, N> result{};
+      if (rows.slot_of(row) < 0) {
+        const GateAndUp<T, N> zeros{};
+        zeros.store(rows, pre, col);
+      } else {
+        dispatch_activation(rows.activation, [&](auto f) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          result.values[n] = narrow<T>(decltype(f)::value(widen(in.gate.values[n]), widen(in.up.values[n])));
-        }
-      });
+          for (int n = 0; n < N; ++n) {
+            result.values[n] = narrow<T>(decltype(f)::value(widen(in.gate.values[n]), widen(in.up.values[n])));
+          }
+        });
+      }
+      store_pack(activated + row * rows.intermediate + col, result);
     }
-    store_pack(activated + row * rows.intermediate + col, result);
   }
 }
 
