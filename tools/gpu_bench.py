@@ -316,9 +316,7 @@ def run_shape(
             f"{limit / best:4.0%} of the limit"
         )
         for peer, call in contenders.get(name, {}).items():
-            row["others"][peer] = seen = time_peer(
-                name, call, function, value, device, repeats, is_training
-            )
+            row["others"][peer] = seen = time_peer(name, call, function, value, device, repeats)
             text += f" | {peer} " + (seen["failed"][:70] if "failed" in seen else
                 f"{seen['eager'] / row['eager']:.2f}x, graph "
                 f"{seen['graph'] / best if seen.get('graph') else math.nan:.2f}x")  # fmt: skip
@@ -328,7 +326,7 @@ def run_shape(
 
 
 def time_peer(
-    name: str, call: Call, own: Call, value: Tensor, device: str, repeats: int, is_training: bool
+    name: str, call: Call, own: Call, value: Tensor, device: str, repeats: int
 ) -> dict[str, Any]:
     """Its times, or why there are none."""
     try:
