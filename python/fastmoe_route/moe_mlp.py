@@ -121,9 +121,10 @@ def moe_mlp(
                     and needs_grad(x, weights, w_up, w_down, bias_up, bias_down)
                 )
             ):
-                tensors = (x, experts, weights, w_up, w_down, bias_up, bias_down)
                 options = (_CODES[activation], interleaved, _ON_INPUT[weights_on])
-                return _routed_forward(*tensors, *options)  # type: ignore[no-any-return]
+                return _routed_forward(  # type: ignore[no-any-return]
+                    x, experts, weights, w_up, w_down, bias_up, bias_down, *options
+                )
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
             pass  # what follows says what is wrong
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
