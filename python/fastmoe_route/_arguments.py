@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _INT64_MAX = 2**63 - 1
@@ -133,9 +134,15 @@ def check_ids(op: str, argument: str, ids: Any, low: int, high: int) -> None:
     check_ends(op, argument, ids, low, high)
 
 
+def may_look(value: Tensor) -> bool:
+    """Whether a check may read values: not where there are none, and never waiting for a device."""
+    is_traced = torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+    return value.device.type == "cpu" and not is_traced
+
+
 def check_ends(op: str, argument: str, ids: Tensor, low: int, high: int) -> None:
-    """Requires whole values in [low, high], where looking costs no wait for a device."""
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+    """Requires whole values in [low, high], where `may_look`."""
+    if may_look(ids) and ids.numel() > 0:
         for end in ids.aminmax():
             check_int(op, argument, int(end), low, high)
 
@@ -213,6 +220,11 @@ def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> 
     if value not in choices:
         fail(ValueError, op, argument, "be one of " + ", ".join(choices), repr(value))
     return choices.index(value)
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in, and what weights and statistics are: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

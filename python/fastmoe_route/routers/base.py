@@ -24,6 +24,7 @@ from fastmoe_route._arguments import (
     check_shape,
     check_tensor,
     fail,
+    may_look,
 )
 from fastmoe_route.dispatch import DROP_POLICIES
 from fastmoe_route.invariance import dispatch_invariance
@@ -330,13 +331,15 @@ class Router(nn.Module):
         """An argument that must be a finite number within limits, see `_arguments.check_number`."""
         return check_number(self.name, argument, value, *limits, **open_limits)
 
-    def check_numbers(self, argument: str, values: Any) -> Tensor:
-        """An argument that must be a list of finite numbers, as a float32 tensor."""
+    def check_numbers(self, argument: str, values: Any, count: int, **limits: float) -> Tensor:
+        """An argument that must be a list of `count` numbers within limits, as float32."""
         if isinstance(values, Tensor):
             values = values.tolist()
         if not isinstance(values, (list, tuple)):
             fail(TypeError, self.name, argument, "be a list of numbers", repr(values))
-        return torch.tensor([self.check_number(argument, value) for value in values])
+        if len(values) != count:
+            self.fail(argument, f"have {count} entries", len(values))
+        return torch.tensor([self.check_number(argument, value, **limits) for value in values])
 
     def check_flag(self, argument: str, value: Any) -> bool:
         """An argument that must be a bool."""
@@ -349,7 +352,7 @@ class Router(nn.Module):
 
     def check_finite(self, argument: str, value: Tensor) -> None:
         """Refuses a tensor that is not finite, where looking costs no wait for a device."""
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_look(value):
             _check_finite(self.name, [(argument, value)])
 
     def check_ids(self, argument: str, ids: Tensor, size: int) -> None:

@@ -284,13 +284,11 @@ class DynMoLE(LinearRouter):
         super().__init__(
             hidden_size, num_experts, num_experts if top_k is None else top_k, **common
         )
-        self.q, self.top_p = (
-            self.check_number("q", q, above=0),
-            self.check_number("top_p", top_p, 0),
-        )
+        self.q = self.check_number("q", q, above=0)
+        self.top_p = self.check_number("top_p", top_p, 0)
         self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
         self.min_k = min(check_int(self.name, "min_k", min_k, 0), self.top_k)
-        uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+        uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64, device="cpu")
         h_max = self.check_number("h_max", h_max, 0)
         self.h_max = h_max * float(losses.tsallis_entropy(uniform, q))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_divides, check_int, check_number, check_shape, fail
+from fastmoe_route._arguments import check_divides, check_int, check_number, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -198,10 +198,9 @@ class LocMoE(Router):
         num_nodes = check_divides(self.name, "num_nodes", num_nodes, num_experts, what)
         self.locality_coef = self.check_number("locality_coef", locality_coef)
         even = [1 / num_nodes] * num_nodes
-        shares = self.check_numbers("target", even if target is None else target)
-        if shares.shape != (num_nodes,) or not bool((shares > 0).all()):
-            rule = f"hold {num_nodes} positive shares"
-            fail(ValueError, self.name, "target", rule, target)
+        shares = self.check_numbers(
+            "target", even if target is None else target, num_nodes, above=0
+        )
         nodes = torch.arange(num_experts) // (num_experts // num_nodes)
         self.register_buffer("node_of_expert", nodes)
         self.register_buffer("target", shares)

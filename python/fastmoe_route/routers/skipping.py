@@ -102,9 +102,8 @@ class DuoLLM(SkippingRouter):
             self.fail("top_k", "be 1: a token takes one path", top_k)
         self.random = self.check_flag("random", random)
         self.forced: Tensor | None = None
-        paths = self.check_numbers("costs", [1.0] * num_experts if costs is None else costs)
-        if paths.shape != (num_experts,):
-            self.fail("costs", f"have {num_experts} entries", len(paths))
+        ones = [1.0] * num_experts
+        paths = self.check_numbers("costs", ones if costs is None else costs, num_experts)
         self.register_buffer("costs", torch.cat([paths, paths.new_zeros(1)]))
 
     def route(self, x: Tensor, context: Context) -> Routed:

@@ -14,6 +14,7 @@ from fastmoe_route.routers.estimators import ordered_log_prob
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import gumbel
 from fastmoe_route.routers.routings import assemble
+from fastmoe_route.routers.scores import wide
 
 
 @register(
@@ -47,8 +48,7 @@ class Hash(Router):
         assert context.token_ids is not None
         steps = torch.arange(self.top_k, device=x.device)
         experts = (context.token_ids.long()[:, None] + steps) % self.num_experts
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weights = torch.full(experts.shape, 1 / self.top_k, dtype=dtype, device=x.device)
+        weights = wide(x).new_full(experts.shape, 1 / self.top_k)
         return self.routed(assemble(experts, weights, self.num_experts), context)
 
 
