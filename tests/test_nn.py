@@ -318,7 +318,7 @@ def test_autocast_and_meta_with_every_router(name):
 
 @pytest.mark.parametrize("name", names())
 def test_a_layer_with_any_router_is_made_without_memory(name):
-    """As for models that are loaded in pieces: on the meta device, then filled from a checkpoint."""
+    """On the meta device, then filled from a checkpoint: how large models are loaded."""
     filled, layer = layer_with(name).eval(), layer_with(name, device="meta").eval()
     layer.to_empty(device="cpu").load_state_dict(filled.state_dict())
     x, given = layer_inputs()

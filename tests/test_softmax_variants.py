@@ -337,7 +337,7 @@ def test_one_shard_is_cross_entropy():
     assert_bound(grads[0], grads[1], 1e-12)
 
 
-def test_sharded_cross_entropy_is_differentiated_once():
+def test_one_shard_is_differentiated_once():
     logits = normal(7, 12).requires_grad_()
     loss = sv.sharded_cross_entropy(logits, torch.arange(7)) + logits.pow(3).sum()
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)

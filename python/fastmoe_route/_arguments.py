@@ -112,7 +112,7 @@ def check_int(op: str, argument: str, value: Any, low: int, high: int | None = N
     number: int = value if type(value) is int else _index(op, argument, value)
     if number < low or (high is not None and number > high):
         rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
-        fail(ValueError, op, argument, rule, number)
+        fail(ValueError, op, argument, f"be {low}" if low == high else rule, number)
     return number
 
 

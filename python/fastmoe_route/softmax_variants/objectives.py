@@ -174,7 +174,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return (m + d.log() - picked).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         logits, per_row = ctx.saved_tensors
         gradients = guarded("sharded_cross_entropy", (grad * per_row,), (logits, grad))
         return gradients[0], None, None
