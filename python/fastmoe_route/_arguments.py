@@ -32,6 +32,8 @@ def fail(kind: type[Exception], op: str, argument: str, rule: str, got: object) 
 
 def describe(value: Any) -> str:
     """A short text for an error: dtype and shape of tensors, alone or in a tuple; else the repr."""
+    if isinstance(value, Tensor) and value.is_nested:  # which has no shape to show
+        return f"a nested tensor of {value.size(0)}"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
@@ -43,8 +45,9 @@ def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
     """Requires a dense tensor, with one of the given numbers of dimensions if any are given."""
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
-    if value.layout is not torch.strided:
-        fail(TypeError, op, argument, "be a dense tensor", f"layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = describe(value) if value.is_nested else f"layout {value.layout}"
+        fail(TypeError, op, argument, "be a dense tensor", got)
     if dims and value.dim() not in dims:
         rule = "have " + " or ".join(str(dim) for dim in dims)
         rule += " dimension" if dims == (1,) else " dimensions"
