@@ -6,8 +6,8 @@ the cheapest first, until the engine reports or a result is wrong. What may go w
 listed in harmless_mutants.py, each with the reason.
 
 What was red is kept in build/vm/mutants.json, so that a run that was interrupted goes on, and one
-with a new call judges what is open: an entry holds while library and engine are what they were, and
-the call too.
+with a new call judges what is open: an entry holds while library, engine and call are what they
+were.
 
 python tools/ptxvm/tests/run_mutants.py --kinds order mask --only softmax_topk.cu
 """
@@ -24,7 +24,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from engine_fixture import FOLDER, ROOT
+from engine_fixture import FOLDER, HERE, ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -38,7 +38,7 @@ def digest(*parts: bytes) -> str:
 
 
 def digest_of_call(name: str) -> str:
-    """Of what the call does, but for what is in other files than its own."""
+    """Of the call's function and arguments."""
     case = CASES[name]
     if not isinstance(case, partial):
         return digest(inspect.getsource(case).encode())
@@ -53,8 +53,10 @@ class Record:
 
     def __init__(self, path: Path, *, is_fresh: bool) -> None:
         self._path = path
-        sources = ("fastmoe_route_vm.so", "ptxvm.so", "libcudart.so.13")
-        self._library = digest(*((FOLDER / name).read_bytes() for name in sources))
+        libraries = ("fastmoe_route_vm.so", "ptxvm.so", "libcudart.so.13")
+        files = [FOLDER / name for name in libraries]
+        files += [HERE / name for name in ("mutant_checks.py", "mutant_runs.py")]
+        self._library = digest(*(file.read_bytes() for file in files))
         known = json.loads(path.read_text()) if path.exists() and not is_fresh else {}
         if known.get("library") != self._library:
             known = {}
