@@ -28,6 +28,7 @@ from fastmoe_route.moe_mlp import moe_mlp
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 _CACHE = "_fastmoe_route_activation"
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "parametrizations.")
+_SIMPLE = frozenset((bool, float, int, str))
 OWN = ""  # stands for the module's own function where an activation is named
 
 # Both sides of every threshold in use (0 of relu, the limits of clamped activations, the range in
@@ -141,30 +142,46 @@ def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
 def activation_of(module: Any) -> tuple[str, bool]:
     """The activation of `moe_mlp` that the module computes, and whether its gate is interleaved.
 
-    The answer is kept on the module and found again when its class, its `act_fn` or a number of
-    either (a clamp limit, say) has changed.
+    The answer is kept on the module and found again when its class or its `act_fn` has changed, or
+    a number, flag or string (a clamp limit, say, or `training`) of either or, for a class with an
+    `_apply_gate` of its own, of its config. A compiled module is traced again when anything that
+    its gate reads has changed.
 
     Returns:
         `("", False)` where only the module's own function will do.
     """
     if torch.compiler.is_compiling():
         found: tuple[str, bool] = _recognise(module)
+        is_guarded = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        if found[0] != OWN and is_guarded:
+            _trace_what_is_read(module)
         return found
     state = module.__dict__
+    gate = type(module)._apply_gate
     act = module._modules.get("act_fn", state.get("act_fn"))
-    values = (*state.values(), *getattr(act, "__dict__", {}).values())
-    key = (
-        type(module)._apply_gate,
-        act,
-        [value for value in values if type(value) is float or type(value) is int],
-    )
-    known = state.get(_CACHE)
-    if known is None or known[0] != key:
-        known = (key, _recognise(module))
-        state[_CACHE] = known
-        name = known[1][0] or "its own activation"
-        logger.info("%s runs with %s", type(module).__name__, name)
-    return known[1]  # type: ignore[no-any-return]
+    values = [*state.values(), *getattr(act, "__dict__", {}).values()]
+    if gate.__name__ != "_default_apply_gate":
+        values += getattr(state.get("config"), "__dict__", {}).values()
+    key = (gate, act, [value for value in values if type(value) in _SIMPLE])
+    kept = state.get(_CACHE, ())
+    for known, found in kept:
+        if known == key:
+            return found
+    found = _recognise(module)
+    state[_CACHE] = ((key, found), *kept[:3])  # a few, as `training` goes back and forth
+    logger.info("%s runs with %s", type(module).__name__, found[0] or "its own activation")
+    return found
+
+
+def _trace_what_is_read(module: Any) -> None:
+    """Runs the activation on no rows: the compiler then guards all it reads, and drops the rest."""
+    w_up = module.gate_up_proj if module.has_gate else module.up_proj
+    shape = (0, w_up.shape[-1 if module.is_transposed else 1])
+    no_rows = torch.empty(shape, dtype=w_up.dtype, device=w_up.device)
+    if module.has_gate:
+        module._apply_gate(no_rows)
+    else:
+        module.act_fn(no_rows)
 
 
 @torch.compiler.assume_constant_result
