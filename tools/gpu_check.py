@@ -10,6 +10,7 @@ In this order, each part even if one before it failed:
   sanitizer   a part of them under compute-sanitizer (memcheck, racecheck), where it is installed
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
+  nccl        fr.distributed on NCCL, a process for each GPU: one, if there is one
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
   bench       every op beside plain PyTorch and Triton peers (tools/gpu_bench.py)
 
@@ -255,6 +256,7 @@ def parts_of(
                 pytest_run, SANITIZED, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
             )
     parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
+    parts["nccl"] = lambda: pytest_run(["tests/test_distributed.py", "-k", "nccl"])
     parts["products"] = lambda: check_products(ROOT / "build")
     return parts | {"bench": bench}
 
