@@ -12,18 +12,17 @@ under a new name is still fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoe_route._arguments import FLOAT_DTYPES, check_module
 from fastmoe_route._environment import logger
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
-from fastmoe_route.moe_mlp import moe_mlp
+from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS, moe_mlp
+from fastmoe_route.reference.experts import activate
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 _CACHE = "_fastmoe_route_activation"
@@ -192,24 +191,17 @@ def _recognise(module: Any) -> tuple[str, bool]:
 
     # A trace may be going on around this call; what is computed here must be real numbers.
     with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
-        if not module.has_gate:
-            for name, plain in _PLAIN.items():
-                if _agree(module.act_fn, plain, _numbers()):
+        numbers = _numbers()
+        halves = torch.cartesian_prod(numbers, numbers).t()  # every gate beside every up
+        for name in ACTIVATIONS:
+            if name not in GATED_ACTIVATIONS:
+                if not module.has_gate and _agree(module.act_fn, numbers, name):
                     return name, False
-            return OWN, False
-        gate, up = torch.meshgrid(_numbers(), _numbers(), indexing="ij")
-        halves = torch.stack([gate.flatten(), up.flatten()])
-        for interleaved in (False, True):
-            for name, function in _GATED.items():
-                lay = _interleave if interleaved else torch.flatten
-                joined = lay(halves)[None]
-
-                def split(z: Tensor, f: Any = function, pairs: bool = interleaved) -> Tensor:
-                    parts = (z[:, ::2], z[:, 1::2]) if pairs else z.chunk(2, dim=1)
-                    return f(*parts)  # type: ignore[no-any-return]
-
-                if _agree(module._apply_gate, split, joined):
-                    return name, interleaved
+            elif module.has_gate:
+                for interleaved in (False, True):
+                    joined = (halves.t() if interleaved else halves).reshape(1, -1)
+                    if _agree(module._apply_gate, joined, name, interleaved):
+                        return name, interleaved
     return OWN, False
 
 
@@ -219,41 +211,18 @@ def _has_learned_activation(module: Any) -> bool:
     return not all(name.startswith(_PROJECTIONS) for name, _ in named)
 
 
-def _interleave(halves: Tensor) -> Tensor:
-    return halves.t().flatten()
-
-
 def _numbers() -> Tensor:
     grid = torch.tensor(_GRID, dtype=torch.float64)
     return torch.cat([grid, -grid.flip(0) * 1.03])
 
 
-def _clamped(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square(),
-}
-_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "swiglu": lambda gate, up: F.silu(gate) * up,
-    "geglu": lambda gate, up: F.gelu(gate) * up,
-    "reglu": lambda gate, up: F.relu(gate) * up,
-    "swiglu_clamped": _clamped,
-}
-
-
-def _agree(own: Any, known: Callable[[Tensor], Tensor], numbers: Tensor) -> bool:
-    """Whether both functions have the same values and gradients, up to float32 rounding."""
+def _agree(own: Any, numbers: Tensor, *known: Any) -> bool:
+    """Whether `own` and `activate` have the same values and gradients, up to float32 rounding."""
     results = []
-    for function in (known, own):
+    for function, arguments in ((activate, known), (own, ())):
         x = numbers.clone().requires_grad_()
         try:
-            y = function(x)
+            y = function(x, *arguments)
             results.append((y, *torch.autograd.grad(y.sum(), x)))
         except (RuntimeError, TypeError, ValueError):
             return False
