@@ -189,8 +189,10 @@ def _recognise(module: Any) -> tuple[str, bool]:
         return OWN, False
     from torch.utils._python_dispatch import _disable_current_modes
 
-    # A trace may be going on around this call; what is computed here must be real numbers.
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    # A trace may be going on around this call, or a checkpoint, which counts what is saved: here
+    # are real numbers, and nothing that belongs to either.
+    own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), own_hooks:
         numbers = _numbers()
         halves = torch.cartesian_prod(numbers, numbers).t()  # every gate beside every up
         for name in ACTIVATIONS:
