@@ -65,6 +65,7 @@ def test_every_part_runs_even_if_others_fail(
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sanitizer)
     monkeypatch.setattr(gpu_check, "pytest_run", pytest_run)
     monkeypatch.setattr(gpu_check, "check_dispatcher", lambda device: note("dispatcher"))
+    monkeypatch.setattr(gpu_check, "check_races", lambda tool: note(f"{tool} --tool racecheck"))
     monkeypatch.setattr(gpu_check, "check_graphs", lambda shape: note("graphs"))
     monkeypatch.setattr(gpu_check, "check_products", lambda folder: note("products"))
     monkeypatch.setattr(gpu_check, "run_bench", lambda *_: note("bench", {}))
