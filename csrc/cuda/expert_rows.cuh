@@ -57,7 +57,13 @@ struct GateAndUp {
       if (rows.is_gated) up = *pack(row, rows.intermediate + col);
       return;
     }
-    const Pack<T, N> first = *pack(row, 2 * col), second = *pack(row, 2 * col + N);
+    gate = *pack(row, 2 * col);
+    up = *pack(row, 2 * col + N);
+    split();
+  }
+  // From the first and the second N of 2 N columns, gates and ups in turn.
+  __device__ void split() {
+    const Pack<T, N> first = gate, second = up;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       gate.values[n] = 2 * n < N ? first.values[2 * n] : second.values[2 * n - N];
@@ -65,10 +71,9 @@ struct GateAndUp {
     }
   }
   __device__ void store(const ExpertRows& rows, T* row, int64_t col) const {
-    const auto to = [&](int64_t at) { return const_cast<Pack<T, N>*>(pack(row, at)); };
     if (!rows.is_interleaved) {
-      *to(col) = gate;
-      if (rows.is_gated) *to(rows.intermediate + col) = up;
+      store_pack(row + col, gate);
+      if (rows.is_gated) store_pack(row + rows.intermediate + col, up);
       return;
     }
     Pack<T, N> first, second;
@@ -77,8 +82,8 @@ struct GateAndUp {
       const T value = n % 2 == 0 ? gate.values[n / 2] : up.values[n / 2];
       (n < N ? first.values[n] : second.values[n - N]) = value;
     }
-    *to(2 * col) = first;
-    *to(2 * col + N) = second;
+    store_pack(row + 2 * col, first);
+    store_pack(row + 2 * col + N, second);
   }
 };
 
