@@ -410,7 +410,7 @@ def test_dynmole_takes_all_experts_where_entropy_is_high():
     ("name", "arguments", "message"),
     [
         ("dynamoe", {"tau": 1.5}, r"dynamoe: tau must be in \[0, 1\], got 1.5"),
-        ("duo_llm", {"top_k": 2}, "duo_llm: top_k must be 1: a token takes one path, got 2"),
+        ("duo_llm", {"top_k": 2}, "duo_llm: top_k must be 1, got 2"),
         ("duo_llm", {"costs": [1.0]}, "duo_llm: costs must have 8 entries, got 1"),
         ("ftp", {"sparsity": -0.1}, r"ftp: sparsity must be in \[0, 1\], got -0.1"),
         ("flextron", {"static": 9}, r"flextron: static must be in \[1, 8\], got 9"),

@@ -355,7 +355,7 @@ CudaStatus drop_by_sorting(PlanWork work, uint8_t* is_dropped, const CudaQueue& 
   fill_group_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, by_score ? slots.slots : nullptr, slots.keys,
                                                                 slots.slots);
   if (status = launched(); status.code != 0) return status;
-  const int bits = bits_of(static_cast<uint64_t>(a.num_experts) * a.num_scopes);
+  const KeyBits bits = bits_of(static_cast<uint64_t>(a.num_experts) * a.num_scopes);
   if (status = slots.sort(bits, queue); status.code != 0) return status;
   return slots.mark_surplus(a.capacity, is_dropped, queue);
 }

@@ -187,7 +187,7 @@ __device__ Word select_word(Selection<Key>& s, int& rest, const Each& each) {
 }
 
 // Leaves in s.found the k best of the elements that each(visit) visits, of which the block has more than k. All
-// threads, behind a barrier.
+// threads; its barriers come between a look at s.count and the first write to it.
 template <class Key, class Each>
 __device__ void select_exactly(Selection<Key>& s, int k, const Each& each) {
   static_assert(kThreads == kBins, "a thread a bin");
@@ -205,8 +205,9 @@ __device__ void select_exactly(Selection<Key>& s, int k, const Each& each) {
   });
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
-  each([&](Key key, int32_t column) {
-    if (key > last || (key == last && static_cast<uint32_t>(column) <= last_column)) s.add(key, column);
+  each([&](Key key, int32_t column) {  // true for k of them
+    if (key > last || (key == last && static_cast<uint32_t>(column) <= last_column))
+      s.found[atomicAdd(&s.count, 1)] = {key, column};
   });
   __syncthreads();
 }
@@ -401,10 +402,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     __syncthreads();
     const int count = s.count, wanted = k < chunk.size ? k : chunk.size;
     if (count > kMostFound) {
-      __syncthreads();  // s.count was read
       select_exactly(s, k, [&](const auto& visit) { chunk.each(floor, visit); });
     } else if (count < wanted) {
-      __syncthreads();
+      __syncthreads();  // s.count was read
       find_rest(s, chunk, wanted);
     }
     write_list<T>(a, to, row, list, s, max, sum);
@@ -447,10 +447,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads)
       own_sum += relative_to(max, from.sums[2 * (source + l)], from.sums[2 * (source + l) + 1]);
     const double sum = block_sum(own_sum, sums);
-    if (s.count > kMostFound) {
-      __syncthreads();  // s.count was read
-      select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
-    }
+    if (s.count > kMostFound) select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
     write_list<T>(a, to, row, list, s, max, sum);
   });
 }

@@ -15,6 +15,7 @@ from fastmoe_route._arguments import (
     check_shape,
     check_tensor,
     fail,
+    may_look,
 )
 from fastmoe_route.losses._statistics import check_routing, routings, shares, statistic, surprise
 from fastmoe_route.results import Routing
@@ -235,8 +236,7 @@ def locality(routing: Routing, node_of_expert: Tensor, target: Tensor) -> Tensor
     check_tensor("locality", "target", target, 1)
     check_ids("locality", "node_of_expert", node_of_expert, 0, target.shape[0] - 1)
     check_shape("locality", "node_of_expert", node_of_expert, score_sum.shape)
-    looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and not bool((target > 0).all()):
+    if may_look(target) and not bool((target > 0).all()):
         fail(ValueError, "locality", "target", "be positive", target.tolist())
     per_node = score_sum.new_zeros(target.shape[0]).index_add(0, node_of_expert.long(), score_sum)
     share = per_node / per_node.sum().clamp(min=torch.finfo(per_node.dtype).tiny)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -177,8 +176,7 @@ class AdaptDHM(Centroids):
     ) -> None:
         rate = 1 - self.check_number("momentum", momentum, 0, 1)
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
-        if top_k != 1:
-            fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
+        self.check_int("top_k", top_k, 1, 1)
         self.temperature = self.check_number("temperature", temperature, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_divides, check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -56,7 +55,7 @@ class BlockFFN(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.locality_coef = self.check_number("locality_coef", locality_coef)
         self.chunk_coef = self.check_number("chunk_coef", chunk_coef)
-        self.chunk = check_int(self.name, "chunk", chunk, 1)
+        self.chunk = self.check_int("chunk", chunk, 1)
         self.eps = self.check_number("eps", eps, above=0)
         self.gain = nn.Parameter(torch.ones(num_experts))
 
@@ -101,11 +100,9 @@ class Finedeep(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        what = "number of experts"
-        sublayers = check_divides(self.name, "sublayers", sublayers, num_experts, what)
-        self.sublayers = sublayers
+        self.sublayers = self.check_divisor("sublayers", sublayers)
         self.readers = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
-        self.gains = nn.Parameter(torch.ones(sublayers - 1, hidden_size))
+        self.gains = nn.Parameter(torch.ones(self.sublayers - 1, hidden_size))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.experts is not None
@@ -158,8 +155,8 @@ class SoftMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.slots = slots = check_int(self.name, "slots", slots, 1)
-        self.prototypes = nn.Parameter(torch.randn(num_experts * slots, hidden_size))
+        self.slots = self.check_int("slots", slots, 1)
+        self.prototypes = nn.Parameter(torch.randn(num_experts * self.slots, hidden_size))
         self.scale = nn.Parameter(torch.ones(()))
 
     def route(self, x: Tensor, context: Context) -> Routed:

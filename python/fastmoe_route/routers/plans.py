@@ -96,13 +96,7 @@ def sparse_columns(x: Tensor, ids: Tensor, num_segments: int, room: Tensor) -> T
 
 
 def expert_plan(
-    scores: Tensor,
-    top_k: int,
-    context: Context,
-    *,
-    iters: int,
-    gamma: float,
-    learning_rate: float,
+    scores: Tensor, top_k: int, context: Context, *, iters: int, gamma: float, learning_rate: float
 ) -> Tensor:
     """The plan of `sparse_ot` with few tokens per expert, per scope if there are any.
 
