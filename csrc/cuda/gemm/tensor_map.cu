@@ -10,30 +10,34 @@ namespace {
 
 constexpr unsigned kDriverVersion = 12000;  // the first with tensor maps
 
-CudaStatus find_encoder(PFN_cuTensorMapEncodeTiled_v12000* encoder) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const CudaStatus status = status_of(
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kDriverVersion, cudaEnableDefault, &result));
-  if (status.code == 0 && result == cudaDriverEntryPointSuccess) {
-    *encoder = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+struct Encoder {
+  PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;  // or null: the driver has none
+  CudaStatus status;
+};
+
+Encoder find_encoder() {
+  Encoder found;
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  found.status = status_of(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kDriverVersion,
+                                                            cudaEnableDefault, &result));
+  if (found.status.code == 0 && result == cudaDriverEntryPointSuccess) {
+    found.encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }
-  return status;
+  return found;
 }
 
 }  // namespace
 
 CudaStatus map_tensor(const TensorBoxes& boxes, CUtensorMap* map, bool* is_mapped) {
   *is_mapped = false;
-  PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
-  const CudaStatus status = find_encoder(&encode);
-  if (status.code != 0 || encode == nullptr) return status;
+  static const Encoder encoder = find_encoder();
+  if (encoder.status.code != 0 || encoder.encode == nullptr) return encoder.status;
   constexpr cuuint32_t kSteps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(
+  const CUresult result = encoder.encode(
       map, boxes.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
       const_cast<void*>(boxes.data), boxes.sizes, boxes.strides, boxes.box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      boxes.box[0] * element_size(boxes.dtype) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE) {
     return not_supported("the driver could not make a tensor map of the weights");
   }

@@ -10,7 +10,7 @@ namespace fastmoe_route {
 namespace cuda {
 
 // Of four dimensions, the first contiguous; strides in bytes, multiples of 16. A box is what one copy moves; its first
-// dimension is 64 or 128 bytes, which is also the width of its swizzle in shared memory.
+// dimension is 128 bytes, which is also the width of its swizzle in shared memory.
 struct TensorBoxes {
   DType dtype;  // of two bytes
   const void* data;
