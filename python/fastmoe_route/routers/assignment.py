@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._segments import scopes, segment_sizes, segment_softmax, segment_sum, sequences
 from fastmoe_route.assign_balanced import METHODS, assign_balanced
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
@@ -18,7 +19,6 @@ from fastmoe_route.routers.capacity import Capacity
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, sigmoid
-from fastmoe_route.routers.segments import scopes, segment_sizes, segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -425,7 +425,7 @@ class UoE(LinearRouter):
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
         ids, number = scopes(context, x)
         share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
-        total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
+        total = segment_sum(g, ids, number) + self.eps
         scaled = g * (share[:, None] / total)[ids]
         taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)
         experts = torch.where(taken.weights > 0, taken.experts, -1)

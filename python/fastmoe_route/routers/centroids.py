@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fastmoe_route._segments import segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -56,8 +57,9 @@ class Centroids(Router):
         for column in routing.experts.long().unbind(1):
             is_used = (column >= 0).to(self.sums.dtype)
             members = column.clamp(min=0)
-            self.sums.index_add_(0, members, tokens.to(self.sums.dtype) * is_used[:, None])
-            self.counts.index_add_(0, members, is_used)
+            used = tokens.to(self.sums.dtype) * is_used[:, None]
+            self.sums.add_(segment_sum(used, members, self.num_experts))
+            self.counts.add_(segment_sum(is_used, members, self.num_experts))
 
     @torch.no_grad()
     def update(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._segments import segment_softmax, segment_sum, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -15,7 +16,6 @@ from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.routings import assemble, every_expert
 from fastmoe_route.routers.scores import linear, sigmoid, wide
-from fastmoe_route.routers.segments import segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -182,7 +182,7 @@ class SoftMoE(Router):
         ids, number = extra["sequence"], extra["sequences"].shape[0]
         num_slots = self.num_experts * self.slots
         inputs = [
-            wide(x).new_zeros(number, self.hidden_size).index_add(0, ids, column[:, None] * wide(x))
+            segment_sum(column[:, None] * wide(x), ids, number)
             for column in extra["dispatch"].unbind(1)
         ]
         mixed = torch.stack(inputs, 1).view(number * num_slots, self.hidden_size)

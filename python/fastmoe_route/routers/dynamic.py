@@ -10,12 +10,12 @@ from typing_extensions import Unpack
 
 from fastmoe_route import losses
 from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.linear import LinearRouter
-from fastmoe_route.routers.segments import segment_mean, sequences
 
 SCHEDULES = ("uniform", "descending", "ascending", "pyramid", "inverse_pyramid", "wave")
 

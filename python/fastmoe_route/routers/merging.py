@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route._arguments import check_dtype
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.routings import assemble, every_expert
 from fastmoe_route.routers.scores import Linear, sigmoid, wide, without_autocast
-from fastmoe_route.routers.segments import segment_mean, sequences
 from fastmoe_route.softmax import softmax
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.routings import per_token
 from fastmoe_route.routers.scores import linear, wide
-from fastmoe_route.routers.segments import segment_mean, sequences
 
 
 @register("graph_of_tokens", row="R53", source="arXiv:2505.00792", verified="mem", invariance="S")

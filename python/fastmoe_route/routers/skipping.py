@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._segments import segment_mean, segment_rank, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -20,7 +21,6 @@ from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import uniform
 from fastmoe_route.routers.routings import only_where
 from fastmoe_route.routers.scores import Linear, gelu, sigmoid, wide
-from fastmoe_route.routers.segments import segment_mean, segment_rank, sequences
 
 
 class SkippingRouter(LinearRouter):
