@@ -262,7 +262,7 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
-        "softmax.cu",
+        "kept_rows.cuh",
         "a pack past the end of the row has no column to load or store, every other has a first",
         (
             "held_[i] = i >= count_of(0) ? nothing()",
