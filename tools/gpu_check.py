@@ -191,7 +191,8 @@ import fastmoe_route as fr
 g = given('cuda', 512, 2048, 768, 32, 4)
 results = {n: f(x).cpu() for n, (f, x, _, _) in ops(g).items() if n in ('grouped_mm', 'moe_mlp')}
 zeros = [torch.zeros(32, n, dtype=g.x.dtype, device='cuda') for n in (1536, 2048)]
-results['grouped_mm, bias of zero'] = fr.grouped_mm(g.rows, g.w_up, g.plan.offsets, zeros[0]).cpu()
+results['grouped_mm, bias of zero'] = fr.grouped_mm(
+    g.rows, g.w_up, g.plan.offsets, bias=zeros[0]).cpu()
 results['moe_mlp, biases of zero'] = fr.moe_mlp(
     g.x, g.routing, g.w_up, g.w_down, bias_up=zeros[0], bias_down=zeros[1], plan=g.plan).cpu()
 torch.save(results, sys.argv[1])

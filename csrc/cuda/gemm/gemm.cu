@@ -54,10 +54,16 @@ const char* name_of(GemmKernel kernel) {
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
     case GemmKernel::kSm90Up: return "own wgmma, TMA, cp.async by index, 128x256x64";
-    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64, wgrad by twos";
+    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64, clusters of two";
     case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 128x128x64, clusters of two";
     default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
+}
+
+// Of a group; of RowsProduct, GroupsProduct or ExpertRows.
+template <class Product>
+int64_t mean_rows(const Product& p) {
+  return p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
 }
 
 CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
@@ -75,9 +81,8 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   const bool is_wide =
       are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status =
-      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kRows, p.in, p.b_is_column_major},
-             queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kRows, p.in, mean_rows(p)}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -88,10 +93,9 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
       const CudaStatus tried =
           is_bfloat16 ? rows_sm90_bfloat16(p, queue, &is_done) : rows_sm90_float16(p, queue, &is_done);
       if (tried.code != 0 || is_done) return tried;
-      break;
-    }
-    case GemmKernel::kSm90Cooperative:
+      if (p.bias != nullptr) break;
       return is_bfloat16 ? rows_sm90_cooperative_bfloat16(p, queue) : rows_sm90_cooperative_float16(p, queue);
+    }
     case GemmKernel::kSm90PingPong: return rows_sm90_pingpong_bfloat16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? rows_sm100_bfloat16(p, queue) : rows_sm100_float16(p, queue);
     default: break;
@@ -103,9 +107,8 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
   const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
   GemmKernel kernel;
-  const int64_t mean_rows = p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
-  const CudaStatus status =
-      choose({0, false, false, p.dtype, is_wide, false, GemmProduct::kGroups, mean_rows, false}, queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, false, GemmProduct::kGroups, mean_rows(p), mean_rows(p)}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -125,9 +128,9 @@ CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done)
       are_wide({p.x, p.b, p.bias, p.preactivation, p.activated},
                {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose(
-      {0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kUp, p.rows.hidden, p.b_is_column_major},
-      queue, &kernel);
+  const CudaStatus status =
+      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kUp, p.rows.hidden, mean_rows(p.rows)},
+             queue, &kernel);
   *is_done = is_fused(kernel);
   if (status.code != 0 || !*is_done) return status;
   if (kernel == GemmKernel::kTf32) return up_product_tf32(p, queue);
@@ -154,32 +157,26 @@ std::string policy_table() {
          << (is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
   };
   for (const Product product : {Product::kRows, Product::kGroups}) {
-    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, product, 1, false});
+    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, product, 1, 1});
     line("sm_80 and later", "multiples of 16 bytes, torch allows tf32",
-         {80, false, true, DType::kFloat32, true, false, product, 1, false});
+         {80, false, true, DType::kFloat32, true, false, product, 1, 1});
   }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const Product product : {Product::kRows, Product::kGroups}) {
-      line("sm_80 and later", "not all multiples of 16 bytes",
-           {80, true, false, dtype, false, false, product, 1, false});
-      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, false, product, 1, false});
-      if (product == Product::kRows) {
-        line("sm_90", "multiples of 16 bytes, a bias or the first product of moe_mlp",
-             {90, true, false, dtype, true, true, product, 1, false});
-      }
-      for (const int capability : {90, 100}) {
-        const char* device = capability == 90 ? "sm_90" : "sm_100, if native is asked for";
-        const GemmQuestion longest{capability, true, false, dtype, true, false, product, INT64_MAX, false};
-        line(device, "multiples of 16 bytes, no bias", longest);
-        GemmQuestion shorter = longest;
-        shorter.in = kPingPongMost;
-        if (choose_kernel(shorter) == choose_kernel(longest)) continue;
-        line(device,
-             product == Product::kRows
-                 ? "the same, inner size at most 1024, or 2048 where it is contiguous in the weights"
-                 : "the same, 256 to 1024 rows a group on average",
-             shorter);
-      }
+      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, product, 1, 1});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, false, product, 1, 1});
+      line("sm_100, if native is asked for", "multiples of 16 bytes, no bias",
+           {100, true, false, dtype, true, false, product, 1, 1});
+      const GemmQuestion longest{90, true, false, dtype, true, false, product, INT64_MAX, INT64_MAX};
+      line("sm_90", "multiples of 16 bytes", longest);
+      GemmQuestion shorter = longest;
+      shorter.in = kPingPongMost;
+      if (choose_kernel(shorter) == choose_kernel(longest)) continue;
+      line("sm_90",
+           product == Product::kRows
+               ? "the same, no bias, inner size at most 1024 and 256 rows a group or more on average"
+               : "the same, 256 to 1024 rows a group on average",
+           shorter);
     }
   }
   return text.str();

@@ -1,10 +1,9 @@
 // Which kernel multiplies: one function of the device, the dtype and the sizes, and the table it makes.
 //
 // Of the number of rows only between kernels that add in the same order: kernels of different architectures need not,
-// and a token's bits must not depend on its batch. Tiles of sm_90a were chosen by measurement on an H200, where all
-// that were tried gave the same bits, those of kSm90Up as well (docs/gpu.md). float32 runs on tensor cores, rounded to tf32 (10 bits of
-// mantissa), only where torch lets its own products do so: torch.backends.cuda.matmul.allow_tf32,
-// torch.set_float32_matmul_precision.
+// and a token's bits must not depend on its batch. Kernels and tiles of sm_90a were chosen by measurement on an H200,
+// where all gave the same bits (docs/gpu.md). float32 runs on tensor cores, rounded to tf32 (10 bits of mantissa), only
+// where torch lets its own products do so: torch.backends.cuda.matmul.allow_tf32, torch.set_float32_matmul_precision.
 #pragma once
 
 #include "common/dtype.h"
@@ -32,13 +31,13 @@ struct GemmQuestion {
   bool is_wide;  // sizes, strides and addresses are multiples of 16 bytes
   bool has_bias;
   GemmProduct product;
-  int64_t in;              // inner size; of a groups_product the mean over the groups
-  bool b_is_column_major;  // of a rows_product
+  int64_t in;          // inner size; of a groups_product the mean over the groups
+  int64_t group_rows;  // the mean
 };
 
-// Inner sizes for which the store of one tile is worth hiding behind the product of the next. Below, a groups_product
-// does little but store, and larger tiles do that best.
-constexpr int64_t kPingPongMost = 1024, kPingPongMostOfColumns = 2048, kPingPongLeastOfGroups = 256;
+// On sm_90, inner sizes and rows for which CUTLASS's smaller tiles, which take turns, are ahead: with fewer rows a
+// product waits for the weights, and larger tiles wait best.
+constexpr int64_t kPingPongMost = 1024, kPingPongLeastRows = 256;
 
 inline GemmKernel choose_kernel(const GemmQuestion& q) {
   if (q.dtype == DType::kFloat32) return q.allows_tf32 && q.is_wide ? GemmKernel::kTf32 : GemmKernel::kFma;
@@ -46,9 +45,9 @@ inline GemmKernel choose_kernel(const GemmQuestion& q) {
   if (!q.uses_native) return GemmKernel::kTensorCores;
   if (q.capability == 90) {
     if (q.product == GemmProduct::kUp || q.has_bias) return GemmKernel::kSm90Up;
-    const int64_t most = q.b_is_column_major ? kPingPongMostOfColumns : kPingPongMost;
-    const bool is_short = q.in <= most && (q.product == GemmProduct::kRows || q.in >= kPingPongLeastOfGroups);
-    return is_short && q.dtype == DType::kBFloat16 ? GemmKernel::kSm90PingPong : GemmKernel::kSm90Cooperative;
+    const bool is_short = q.in <= kPingPongMost && q.group_rows >= kPingPongLeastRows;
+    if (is_short && q.dtype == DType::kBFloat16) return GemmKernel::kSm90PingPong;
+    return q.product == GemmProduct::kRows ? GemmKernel::kSm90Up : GemmKernel::kSm90Cooperative;
   }
   return q.capability == 100 && !q.has_bias ? GemmKernel::kSm100 : GemmKernel::kTensorCores;
 }
