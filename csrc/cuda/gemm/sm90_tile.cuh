@@ -75,9 +75,9 @@ struct Sm90Up {
       std::conditional_t<kBIsColumnMajor, cute::Step<cute::_1, cute::_2, cute::_3>,
                          cute::Step<cute::_2, cute::_1, cute::_3>>{}));
 
-  // Tiles of which something is kept: the producers are at most kStages ahead of the consumers, who are at most one
-  // ahead of the finishers.
-  static constexpr int kTiles = kStages + 2;
+  // Tiles of which something is kept. Where the inner dimension is one stage: that whose rows are looked up, kStages on
+  // the way or multiplied, one that becomes pre-activations, one that is activated.
+  static constexpr int kTiles = kStages + 3;
 
   struct alignas(1024) Shared {
     Element a[kStages][kRows * kInner];
