@@ -57,13 +57,10 @@ struct GateAndUp {
       if (rows.is_gated) up = *pack(row, rows.intermediate + col);
       return;
     }
-    gate = *pack(row, 2 * col);
-    up = *pack(row, 2 * col + N);
-    split();
+    split(*pack(row, 2 * col), *pack(row, 2 * col + N));
   }
   // From the first and the second N of 2 N columns, gates and ups in turn.
-  __device__ void split() {
-    const Pack<T, N> first = gate, second = up;
+  __device__ void split(const Pack<T, N> first, const Pack<T, N> second) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       gate.values[n] = 2 * n < N ? first.values[2 * n] : second.values[2 * n - N];
@@ -71,9 +68,14 @@ struct GateAndUp {
     }
   }
   __device__ void store(const ExpertRows& rows, T* row, int64_t col) const {
+    store(rows, row, col, [](T* to, const Pack<T, N>& from) { *reinterpret_cast<Pack<T, N>*>(to) = from; });
+  }
+  // put(to, pack) stores a pack.
+  template <class Put>
+  __device__ void store(const ExpertRows& rows, T* row, int64_t col, const Put& put) const {
     if (!rows.is_interleaved) {
-      store_pack(row + col, gate);
-      if (rows.is_gated) store_pack(row + rows.intermediate + col, up);
+      put(row + col, gate);
+      if (rows.is_gated) put(row + rows.intermediate + col, up);
       return;
     }
     Pack<T, N> first, second;
@@ -82,8 +84,8 @@ struct GateAndUp {
       const T value = n % 2 == 0 ? gate.values[n / 2] : up.values[n / 2];
       (n < N ? first.values[n] : second.values[n - N]) = value;
     }
-    store_pack(row + 2 * col, first);
-    store_pack(row + 2 * col + N, second);
+    put(row + 2 * col, first);
+    put(row + 2 * col + N, second);
   }
 };
 

@@ -171,7 +171,7 @@ struct Sm90Finisher {
       for (int i = 0; i < kBatch; ++i) {
         in[i].gate = *C::pack_of(staged, row + i * kStep, low);
         if (F::kGated) in[i].up = *C::pack_of(staged, row + i * kStep, high);
-        if (is_paired) in[i].split();
+        if (is_paired) in[i].split(in[i].gate, in[i].up);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -185,7 +185,7 @@ struct Sm90Finisher {
         const int at = row + i * kStep;
         if (at >= num_rows) break;
         store_pack(to, out[i]);
-        if (pre != nullptr) in[i].store(rows, pre + (first_row + at) * rows.up_size, col);
+        if (pre != nullptr) in[i].store(rows, pre + (first_row + at) * rows.up_size, col, store_pack<T, N>);
       }
     }
   }
