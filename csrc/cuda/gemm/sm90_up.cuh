@@ -3,15 +3,15 @@
 //
 // Who owns what. A persistent grid of one block a multiprocessor walks over tiles of 128 rows of one expert by 256
 // columns of its weights, those of a gated layer in halves: 128 of the gate and the same 128 of up. Three warp groups:
-//   producers  two warps copy rows of A, 16 bytes at a time, to where the swizzle of wgmma wants them; one thread has the
-//              copy engine (TMA) bring the columns of B from a map of all weights. Both complete the same barrier of a
-//              ring of stages.
+//   producers  two warps copy rows of A, 16 bytes at a time, to where the swizzle of wgmma wants them; one thread has
+//              the copy engine (TMA) bring the columns of B from a map of all weights. Both complete the same barrier
+//              of a ring of stages.
 //   finishers  two warps activate and store, while the consumers are at the next tile: each serves one of these.
-//   consumers  two groups of 64 rows: wgmma of both operands from shared memory, 128 accumulators a thread; then weight,
-//              bias and rounding, and what is the pre-activation goes to shared memory.
+//   consumers  two groups of 64 rows: wgmma of both operands from shared memory, 128 accumulators a thread; then
+//              weight, bias and rounding, and what is the pre-activation goes to shared memory.
 // A row without a slot, or past the last, is not loaded: what its place in shared memory holds reaches that row of
-// accumulators alone, which is not stored, or zeros are. (A consumer without rows multiplies all the same: where it did
-// not, blocks that share columns drifted apart and fetched them twice, 5 to 9 % slower with few rows an expert.)
+// accumulators alone, which is not stored, or zeros are. A consumer without rows multiplies all the same: it was 5 to
+// 9 % slower not to where experts have few rows (docs/gpu.md).
 //
 // The inner dimension is taken in order, 16 at a time, into accumulators that begin at zero: the bits of CUTLASS's
 // kernels on the same rows.
