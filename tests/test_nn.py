@@ -16,6 +16,7 @@ from functorch.compile import default_partition, nop
 from router_cases import ARGUMENTS, EXPERTS, HIDDEN, inputs, names
 from tolerance import assert_bound, assert_exact, assert_has_power
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -362,7 +363,9 @@ def test_a_training_step_survives_the_passes_of_inductor():
         return default_partition(graph, inputs, **options)
 
     grads = []
-    backend = aot_autograd(fw_compiler=nop, partition_fn=partition)
+    backend = aot_autograd(
+        fw_compiler=nop, partition_fn=partition, decompositions=select_decomp_table()
+    )
     for compiled in (False, True):
         layer, x = layer_of(), tokens(6).requires_grad_()
         torch._dynamo.reset()
