@@ -128,7 +128,7 @@ test-cuda-vm: build $(VENV)/.test build/vm/.built  ## run the CUDA kernels in th
 
 .PHONY: test-cuda-vm-mutants
 test-cuda-vm-mutants: build $(VENV)/.test build/vm/.built  ## take every barrier, fence, wait, member mask and guard of the CUDA kernels away in turn and expect red
-	@$(PY) -m pytest --rootdir=tools/ptxvm/tests -c tools/ptxvm/tests/pytest.ini -m mutants tools/ptxvm/tests/test_mutants.py
+	@$(PY) tools/ptxvm/tests/run_mutants.py $(ARGS)
 
 VM_SOURCES := $(shell find tools/ptxvm -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 build/vm/.built: $(SOURCES) $(VM_SOURCES)

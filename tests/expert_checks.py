@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fastmoe_route as fr
+import products
 import torch
 import vm_backend
 from cases import GATED_ACTIVATIONS, describe, expert_cases, normal
@@ -64,11 +65,11 @@ def plain(x: Tensor, routing: tuple[Tensor, Tensor], w_up: Tensor, w_down: Tenso
         w = weights[tokens, slots].to(x.dtype)[:, None]
         on_input = o.get("weights_on") == "input"
         rows = x[tokens] * w if on_input else x[tokens]
-        up = vm_backend.matmul(rows, w_up[e])
+        up = products.matmul(rows, w_up[e])
         if o.get("bias_up") is not None:
             up = up + o["bias_up"][e]
         hidden = reference.activate(up, o["activation"], o.get("interleaved", False))
-        out = vm_backend.matmul(hidden, w_down[e])
+        out = products.matmul(hidden, w_down[e])
         if o.get("bias_down") is not None:
             out = out + o["bias_down"][e]
         y = y.index_add(0, tokens, out if on_input else out * w)

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastmoe_route.bench.machine import library_info
-
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+from fastmoe_route.bench.machine import LEVELS, library_info
 
 
 def run_python(level: str, *arguments: str) -> None:

@@ -181,7 +181,12 @@ def test_only_dense_tensors(name: str, layout: torch.layout) -> None:
 
 
 LOGITS = torch.arange(12.0).reshape(3, 4)
+NESTED = torch.nested.nested_tensor([LOGITS, LOGITS])  # strided, as dense tensors are
 BAD_CALLS: dict[str, Callable[[], Any]] = {
+    "gate: logits must be a dense tensor, got a nested tensor of 2": lambda: fr.gate(NESTED, 2),
+    "softmax: x must be a dense tensor, got a nested tensor of 2": lambda: fr.softmax(NESTED),
+    "permute: x must be a dense tensor, got a nested tensor of 2": lambda: fr.permute(NESTED, PLAN),
+    "moe_mlp: x must be a dense tensor, got a nested tensor of 2": lambda: mlp(NESTED),
     "gate: scale must be a number, got 'a'": lambda: fr.gate(LOGITS, 2, scale="a"),
     "gate: scale must be a number that a float can hold, got nan": (
         lambda: fr.gate(LOGITS, 2, scale=float("nan"))

@@ -182,9 +182,13 @@ def test_sparsemixer_gradient_of_a_fixed_draw():
     assert not exact.all()
     assert_bound(weight, own[:, 0] * torch.where(exact, 1.0, 1 / 3), 1e-7)
     g = normal(50, seed=2)
-    (grad,) = torch.autograd.grad(weight, logits, g)
+    (grad,) = torch.autograd.grad(weight, logits, g, create_graph=True)
+    p = logits.softmax(1)
     one_hot = torch.nn.functional.one_hot(chosen, 6)
-    assert_bound(grad, g[:, None] * own * (one_hot - p), 1e-12)
+    wanted = g[:, None] * p.gather(1, chosen[:, None]) * (one_hot - p)
+    assert_bound(grad, wanted, 1e-12)
+    second = [torch.autograd.grad(first.square().sum(), logits)[0] for first in (grad, wanted)]
+    assert_bound(second[0], second[1], 1e-12)
 
 
 def test_sparsemixer_multiplier_is_half_on_average():

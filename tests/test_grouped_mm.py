@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fastmoe_route as fr
+import products
 import pytest
 import torch
 import vm_backend
@@ -104,9 +105,7 @@ def test_errs_no_more_than_plain_torch(dtype, layout):
     counts, a, b = (40, 0, 3, 70), 1500, 192
     x, offsets = normal(sum(counts), a, dtype=dtype), offsets_of(counts)
     w = weights(len(counts), a, b, dtype, layout)
-    plain = torch.cat(
-        [vm_backend.matmul(part, w[e]) for e, part in enumerate(x.split(list(counts)))]
-    )
+    plain = torch.cat([products.matmul(part, w[e]) for e, part in enumerate(x.split(list(counts)))])
     expected = reference.grouped_mm(x, w, offsets, dtype=torch.float64)
     y = fr.grouped_mm(x, w, offsets)
     assert_has_power(lambda t: assert_ratio(t, plain, expected), y)
@@ -420,13 +419,13 @@ def test_tf32_where_torch_allows_it(backend: str, allow_tf32, layout: str) -> No
     """Values and both gradients of multiples of 16 bytes; products of 11-bit numbers are exact."""
     cuda = vm_backend.runs_cuda()
     offsets = offsets_of((3, 0, 150))
-    x = vm_backend.off_halves(normal(160, 40)).requires_grad_()
-    w = vm_backend.off_halves(weights(3, 40, 136, torch.float32, layout)).requires_grad_()
-    grad = vm_backend.off_halves(normal(160, 136, seed=2))
+    x = products.off_halves(normal(160, 40)).requires_grad_()
+    w = products.off_halves(weights(3, 40, 136, torch.float32, layout)).requires_grad_()
+    grad = products.off_halves(normal(160, 136, seed=2))
     allow_tf32()
     y = fr.grouped_mm(x, w, offsets)
     got = [y, *torch.autograd.grad(y, (x, w), grad)]
-    inputs = [vm_backend.tf32(t.detach()) if cuda else t.detach() for t in (x, w, grad)]
+    inputs = [products.tf32(t.detach()) if cuda else t.detach() for t in (x, w, grad)]
     x64, w64, grad64 = (t.double().requires_grad_() for t in inputs)
     wanted = reference.grouped_mm(x64, w64, offsets, dtype=torch.float64)
     exact = [wanted, *torch.autograd.grad(wanted, (x64, w64), grad64)]

@@ -226,6 +226,15 @@ def test_beta_cdf_against_its_density(a, b):
     assert beta_cdf(torch.tensor([0.0, 1.0], dtype=F64), a, b).tolist() == [0.0, 1.0]
 
 
+def test_beta_cdf_has_second_derivatives():
+    x = torch.tensor([0.1, 0.4, 0.9], dtype=F64, requires_grad=True)
+    a, b = torch.tensor(2.5, dtype=F64), torch.tensor(0.75, dtype=F64)
+    assert torch.autograd.gradgradcheck(lambda x: beta_cdf(x, a, b), x)
+    ends = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(beta_cdf(ends, a, b).sum(), ends, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), ends)[0].tolist() == [0.0, 0.0]
+
+
 def test_coupling_is_zero_where_the_own_expert_answers_loudest():
     num_experts, hidden = 4, 8
     router = torch.eye(num_experts, hidden, dtype=F64)

@@ -14,6 +14,7 @@ from fastmoe_route.integrations.transformers import explain, patch_routers, unpa
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from router_cases import ARGUMENTS, EXPERTS, HIDDEN, inputs, names
 from tolerance import assert_bound, assert_exact, assert_has_power
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 H, WIDTH, E, K = 16, 12, 6, 2
 
@@ -285,15 +286,25 @@ def test_checkpointing_and_autocast_train():
     assert error < 0.05
 
 
+def layer_with(name, **options):
+    """A layer with this router, by name."""
+    arguments = dict(ARGUMENTS.get(name, {}))
+    top_k = arguments.pop("top_k", None)
+    options = {"router": name, "router_options": arguments, **options}
+    return fr.nn.MoE(HIDDEN, WIDTH, EXPERTS, top_k, **options)
+
+
+def layer_inputs():
+    """Hidden states, and what else a layer with any router may be given."""
+    given = inputs()
+    del given["experts"]
+    return given.pop("x"), given
+
+
 @pytest.mark.parametrize("name", names())
 def test_autocast_and_meta_with_every_router(name):
     """The result has autocast's dtype; on the meta device a call tells the shape of its result."""
-    options = dict(ARGUMENTS.get(name, {}))
-    top_k = options.pop("top_k", None)
-    given = inputs()
-    x = given.pop("x")
-    del given["experts"]
-    layer = fr.nn.MoE(HIDDEN, WIDTH, EXPERTS, top_k, router=name, router_options=options)
+    layer, (x, given) = layer_with(name), layer_inputs()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer.eval()(x, **given)
     assert y.dtype == torch.bfloat16
@@ -303,6 +314,24 @@ def test_autocast_and_meta_with_every_router(name):
     # There is no value to wait for there, so a step of training waits for none.
     (layer.train()(x.to("meta"), **given).sum() + fr.nn.aux_loss(layer)).backward()
     assert routers.update(layer) == 1
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_layer_with_any_router_is_made_without_memory(name):
+    """On the meta device, then filled from a checkpoint: how large models are loaded."""
+    filled, layer = layer_with(name).eval(), layer_with(name, device="meta").eval()
+    layer.to_empty(device="cpu").load_state_dict(filled.state_dict())
+    x, given = layer_inputs()
+    assert_exact(layer(x, **given), filled(x, **given))
+
+
+@pytest.mark.parametrize("name", names())
+def test_fake_tensors_pass_every_router(name):
+    """A dry run without values, as `torch.compile` and planners of memory make it."""
+    layer, (x, given) = layer_with(name).eval(), layer_inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in given.items()}
+        assert layer(mode.from_tensor(x), **fake).shape == x.shape
 
 
 # ---- registration ------------------------------------------------------------------------------

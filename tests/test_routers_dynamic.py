@@ -8,7 +8,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 from cases import normal
-from fastmoe_route import routers
+from fastmoe_route import _segments, routers
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, inputs, layer, make
 from tolerance import assert_bound, close
 from torch import Tensor
@@ -410,7 +410,7 @@ def test_dynmole_takes_all_experts_where_entropy_is_high():
     ("name", "arguments", "message"),
     [
         ("dynamoe", {"tau": 1.5}, r"dynamoe: tau must be in \[0, 1\], got 1.5"),
-        ("duo_llm", {"top_k": 2}, "duo_llm: top_k must be 1: a token takes one path, got 2"),
+        ("duo_llm", {"top_k": 2}, "duo_llm: top_k must be 1, got 2"),
         ("duo_llm", {"costs": [1.0]}, "duo_llm: costs must have 8 entries, got 1"),
         ("ftp", {"sparsity": -0.1}, r"ftp: sparsity must be in \[0, 1\], got -0.1"),
         ("flextron", {"static": 9}, r"flextron: static must be in \[1, 8\], got 9"),
@@ -430,6 +430,20 @@ def test_errors(name, arguments, message):
 def test_segment_rank_counts_inside_a_segment_with_ties_to_the_lower_token():
     values = torch.tensor([3.0, 1.0, 1.0, 0.0, 2.0, 5.0])
     ids = torch.tensor([0, 1, 0, 1, 0, 1])
-    places, lengths = routers.segments.segment_rank(values, ids, 3)
+    places, lengths = _segments.segment_rank(values, ids, 3)
     assert places.tolist() == [2, 1, 0, 0, 1, 2]
     assert lengths.tolist() == [3] * 6
+
+
+def test_segment_sum_adds_in_order_and_has_a_form_for_other_devices():
+    x = (torch.arange(12.0).reshape(6, 2).sin() * 10).requires_grad_()
+    ids = torch.tensor([2, 0, 2, 2, 0, 2])
+    wanted = torch.zeros(4, 2)
+    for row, segment in zip(x.detach(), ids.tolist(), strict=True):
+        wanted[segment] += row
+    total = _segments.segment_sum(x, ids, 4)
+    assert torch.equal(total, wanted)
+    (grad,) = torch.autograd.grad(total, x, torch.arange(8.0).view(4, 2))
+    assert torch.equal(grad, torch.arange(8.0).view(4, 2)[ids])
+    elsewhere = _segments.segment_sum(x.detach().to("meta"), ids.to("meta"), 4)
+    assert elsewhere.shape == wanted.shape

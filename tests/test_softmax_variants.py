@@ -337,6 +337,14 @@ def test_one_shard_is_cross_entropy():
     assert_bound(grads[0], grads[1], 1e-12)
 
 
+def test_one_shard_is_differentiated_once():
+    logits = normal(7, 12).requires_grad_()
+    loss = sv.sharded_cross_entropy(logits, torch.arange(7)) + logits.pow(3).sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="sharded_cross_entropy: gradients must be different"):
+        torch.autograd.grad(grad.sum(), logits)
+
+
 def test_shards_equal_the_whole(monkeypatch):
     """Three ranks as threads, their all-reduce a barrier and a shared list."""
     logits, labels, world = normal(7, 12), torch.tensor([0, 5, 6, 11, 3, 8, 2]), 3

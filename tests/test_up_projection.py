@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import fastmoe_route as fr
+import products
 import pytest
 import torch
 import vm_backend
@@ -39,7 +40,7 @@ def test_tf32_where_torch_allows_it(
 ) -> None:
     """One-hot inputs and identity down projections show the rounding of the up projection."""
     x = torch.eye(64)[:20]
-    w_up = vm_backend.off_halves(normal(2, 64, 64, seed=3))
+    w_up = products.off_halves(normal(2, 64, 64, seed=3))
     w_up = w_up.transpose(1, 2).contiguous().transpose(1, 2) if linear else w_up
     w_down = torch.eye(64).repeat(2, 1, 1)
     experts = torch.arange(20, dtype=torch.int32)[:, None] % 2
@@ -47,7 +48,7 @@ def test_tf32_where_torch_allows_it(
     wanted = w_up[experts[:, 0].long(), torch.arange(20)].relu()
     assert_exact(fr.moe_mlp(x, routing, w_up, w_down, activation="relu"), wanted)
     allow_tf32()
-    rounded = vm_backend.tf32(wanted) if vm_backend.runs_cuda() else wanted
+    rounded = products.tf32(wanted) if vm_backend.runs_cuda() else wanted
     assert_exact(fr.moe_mlp(x, routing, w_up, w_down, activation="relu"), rounded)
 
 

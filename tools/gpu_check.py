@@ -7,7 +7,8 @@ In this order, each part even if one before it failed:
   dispatcher  the CUDA library is loaded and every op has a CUDA kernel
   suite       the tests of the ops, whose CPU tensors take a trip to the GPU (tests/cuda_backend.py)
   suite, sm80     those of the products again, with the kernels that run on every GPU
-  sanitizer   a part of them under compute-sanitizer (memcheck, racecheck), where it is installed
+  sanitizer   where compute-sanitizer is installed: tests of wrong ids, sizes, holes and padding
+              under memcheck; a small call of every op, and its gradient, under racecheck
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
@@ -27,7 +28,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,22 @@ torch.save({n: f(x).cpu() for n, (f, x, _, _) in ops(given('cuda', 512, 2048, 76
 """
 
 
+CALLS = """
+import sys, torch
+sys.path.insert(0, 'tools')
+from gpu_bench import COLUMNS
+from gpu_check import with_gradients
+for name, (function, value) in with_gradients('cuda', (96, 128, 64, 8, 2)).items():
+    function(value[:4] if value.shape[-1] == COLUMNS else value)
+    torch.cuda.synchronize()
+    print(' ', name, flush=True)
+"""
+
+
+def sanitized(sanitizer: str, tool: str) -> list[str]:
+    return [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+
+
 def check_products(folder: Path) -> bool:
     """Kernels for this architecture alone against portable ones: close, and the same bits again."""
     results = []
@@ -241,19 +257,16 @@ def parts_of(
     if sanitizer is None or options.quick:
         print("compute-sanitizer is left out:", "quick" if sanitizer else "not installed")
     else:
-        for kind in ("memcheck", "racecheck"):
-            prefix = [
-                sanitizer,
-                "--tool",
-                kind,
-                "--error-exitcode",
-                "9",
-                "--target-processes",
-                "all",
-            ]
-            parts[f"sanitizer, {kind}"] = partial(
-                pytest_run, SANITIZED, prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-            )
+        parts["sanitizer, memcheck"] = lambda: pytest_run(
+            SANITIZED, sanitized(sanitizer, "memcheck"), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        # Every shared access is followed: one call of each kernel, not the tests.
+        parts["sanitizer, racecheck"] = lambda: (
+            subprocess.run(
+                [*sanitized(sanitizer, "racecheck"), sys.executable, "-c", CALLS], cwd=ROOT
+            ).returncode
+            == 0
+        )
     parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
     parts["products"] = lambda: check_products(ROOT / "build")
     return parts | {"bench": bench}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from fastmoe_route.bench.machine import library_info
-
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+from fastmoe_route.bench.machine import LEVELS, library_info
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 //
 // Why sorts. A radix select per (expert, scope) would read the scores six times and need the tokens of every scope side
 // by side; two stable sorts handle any scopes, and are those of plan_dispatch. Bytes: 24 a slot and pass over 8 bits of
-// key (four for the scores, one or two for the groups), the scores twice, the results once.
+// key (two to four for the scores, one or two for the groups), the scores twice, the results once.
 #include "cuda/debug.cuh"
 #include "cuda/surplus.cuh"
 #include "ops/expert_choice.h"
@@ -84,7 +84,7 @@ CudaStatus expert_choice(const ExpertChoiceArgs& a, const CudaQueue& queue) {
   if (status = slots.sort(falling_key_bits(a.dtype), queue); status.code != 0) return status;
   group_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(a, count, slots.keys, slots.slots);
   if (status = launched(); status.code != 0) return status;
-  const int bits = bits_of(static_cast<uint64_t>(a.num_experts) * static_cast<uint64_t>(a.num_scopes));
+  const KeyBits bits = bits_of(static_cast<uint64_t>(a.num_experts) * static_cast<uint64_t>(a.num_scopes));
   if (status = slots.sort(bits, queue); status.code != 0) return status;
   uint8_t* const is_surplus = static_cast<uint8_t*>(queue.scratch(count));
   if (status = slots.mark_surplus(a.capacity, is_surplus, queue); status.code != 0) return status;

@@ -15,8 +15,6 @@ namespace fastmoe_route {
 namespace cuda {
 namespace {
 
-constexpr int64_t kFastMostExperts = 256;
-
 struct BackwardCall {
   GateBackwardArgs a;
   RowMemory memory;
@@ -164,6 +162,8 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   FastBackwardRow<T, kPerLane> row(call);
   for (int64_t t = grid_warp(); t < call.a.shape.num_tokens; t += grid_warps()) row.run(t);
 }
+
+constexpr int64_t kFastMostExperts = 256;
 
 // At most kFastMostExperts logits and a choice a lane; a score of few instructions, of which a row has eight copies.
 bool is_fast(const GateShape& shape) {

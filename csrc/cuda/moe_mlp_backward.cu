@@ -10,6 +10,7 @@
 // w dx', dS = <dx', x>, and round(w x) stands for x in 5.
 // Rows without a slot hold zeros wherever rows are summed over. One buffer [R, H] serves 1, 4 and 5 in turn.
 #include "cuda/activation.cuh"
+#include "cuda/architecture.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/expert_rows.cuh"
 
@@ -18,12 +19,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks a multiprocessor holds. From sm_100 on ptxas spills at the registers of four.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kActivateBlocks = 3;
-#else
-constexpr int kActivateBlocks = 4;
-#endif
+constexpr int kActivateBlocks = kNeedsMoreRegisters ? 3 : 4;  // that a multiprocessor holds
 
 // What step 2 reads and writes, in elements of T.
 template <class T>

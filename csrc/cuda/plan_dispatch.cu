@@ -307,8 +307,9 @@ CudaStatus scan(const PlanWork& work, int32_t* totals, const int32_t* demand, bo
 
 // Slots of a block, [tiles, E] counts: as many blocks as pay for adding up those of all in each.
 void cut_for_blocks(PlanWork& work) {
-  int64_t most_tiles = kPlaceMostCounts / work.a.num_experts;
-  if (most_tiles > kPlaceMostTiles) most_tiles = kPlaceMostTiles;
+  constexpr int64_t kMostTiles = 128;         // a multiprocessor each, about
+  constexpr int64_t kMostCounts = 32 * 1024;  // that every block adds up: 128 KiB
+  const int64_t most_tiles = std::min(kMostCounts / work.a.num_experts, kMostTiles);
   int64_t tile_slots = work.num_slots;  // of one chunk
   if (tile_slots > kSteps * kPlaceThreads) tile_slots = ceil_div(work.num_slots, most_tiles);
   if (tile_slots < 1) tile_slots = 1;
@@ -332,6 +333,7 @@ CudaStatus place(PlanWork work, const int32_t* demand, const CudaQueue& queue) {
     count_kernel<<<num_blocks(work.num_tiles, 1), kPlaceThreads, bytes, queue.stream>>>(work);
     if (status = launched(); status.code != 0) return status;
   }
+  constexpr unsigned kMostFillBlocks = 64;
   const unsigned to_fill = std::min(num_blocks(a.num_rows, 8 * kPlaceThreads), kMostFillBlocks);  // padding, perhaps
   const unsigned blocks = std::max(num_blocks(work.num_tiles, 1), to_fill);
   const size_t bytes = ((kPlaceWarps + 3) * a.num_experts + 1) * sizeof(int32_t);
@@ -355,7 +357,7 @@ CudaStatus drop_by_sorting(PlanWork work, uint8_t* is_dropped, const CudaQueue& 
   fill_group_keys_kernel<<<blocks, kThreads, 0, queue.stream>>>(work, by_score ? slots.slots : nullptr, slots.keys,
                                                                 slots.slots);
   if (status = launched(); status.code != 0) return status;
-  const int bits = bits_of(static_cast<uint64_t>(a.num_experts) * a.num_scopes);
+  const KeyBits bits = bits_of(static_cast<uint64_t>(a.num_experts) * a.num_scopes);
   if (status = slots.sort(bits, queue); status.code != 0) return status;
   return slots.mark_surplus(a.capacity, is_dropped, queue);
 }

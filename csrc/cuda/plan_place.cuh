@@ -9,10 +9,7 @@ namespace cuda {
 
 constexpr int kPlaceThreads = 512;
 constexpr int kPlaceWarps = kPlaceThreads / kWarp;
-constexpr int64_t kPlaceMostTiles = 128;         // a multiprocessor each, about
-constexpr int64_t kPlaceMostCounts = 32 * 1024;  // that every block adds up: 128 KiB
-constexpr int kPlaceSums = 16;                   // of them a thread loads together
-constexpr unsigned kMostFillBlocks = 64;         // where padding is what there is to do
+constexpr int kPlaceSums = 16;  // counts of tiles that a thread loads together
 
 // A tile goes by chunks: a warp has the next `steps` steps of slots in registers, ranks them from zero, and thread e
 // adds up the warps' counters of expert e.

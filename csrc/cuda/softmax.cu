@@ -2,16 +2,13 @@
 // the rounded y differs from 1, and where one y is close to 1 that would be all that is left of its g - sum(g * y).
 //
 // Who owns what. A row of at most kMostColumns belongs to a warp, which keeps it in registers. A longer row belongs to
-// a block, which keeps it, if it fits, in its registers and its shared memory: 131,072 columns of 16 bits, 65,536 of
-// float32, on a multiprocessor with 227 KiB. These read x once, whatever the method. Of the others, and of double,
+// a block, which keeps it, if it fits, in registers and shared memory (kept_rows.cuh): 131,072 columns of 16 bits, or
+// 65,536 of float32, on a multiprocessor with 227 KiB. These read x once, whatever the method. Of the others, and of
+// double,
 //   three_pass  reads x for the max, for the sum, and to write
 //   online      reads x for both at once (Milakov and Gimelshein, arXiv:1805.02867), and to write
 // `auto` is online. two_pass, a sum of mantissas and exponents that saves a pass on a processor whose exp is long
 // (arXiv:2001.04438), also runs as online here: that reads x as often.
-//
-// A kept row is copied into shared memory without registers, all of it at once, so that as many loads are in flight as
-// the row has; threads wait for their own packs only. An element costs a widening, a max, two operations and an ex2 in
-// the sum, and a widening, three operations, an ex2 and half a rounding where it is written.
 //
 // Sums run over a thread's columns in order, then over a butterfly and the warps of the block in order: a function of
 // the row length alone, so a row has the same bits in every batch. -inf columns add nothing, and the merge of two sums
@@ -19,12 +16,9 @@
 //
 // Bytes of a row: 1 read and 1 write where it is kept, else 2 or 3 reads (the later ones from the second-level cache if
 // the row fits) and 1 write. Backward: 2 reads and 1 write in registers, else 4 reads and 1 write.
-#include <cuda_pipeline_primitives.h>
+#include <algorithm>
 
-#include <cfloat>
-
-#include "cuda/block.cuh"
-#include "cuda/long_rows.cuh"
+#include "cuda/kept_rows.cuh"
 #include "ops/softmax.h"
 
 namespace fastmoe_route {
@@ -162,178 +156,7 @@ __device__ void map_columns(const T* x, T* y, int64_t num_cols, const F& f) {
     y[c] = narrow<T>(f(c, widen(x[c])));
 }
 
-// ---- Rows that a block keeps. Thread t has the packs t, t + blockDim.x, ...: the first kHeld in registers, the others
-// in groups of kHeld in shared memory.
-
-constexpr int kHeld = 4;
-constexpr int kMostGroups = 3;
-constexpr int kMostPacks = kHeld * (1 + kMostGroups);  // of a thread
-constexpr int kKeptThreads = 1024;                     // at most
-// Packs from shared memory that a thread adds up at once. From sm_100 on ptxas has no register for four.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kAddedTogether = 1;
-#else
-constexpr int kAddedTogether = kHeld;
-#endif
-
-// A sum of exponentials relative to the largest so far. That starts below every number, so that -inf adds 0; a NaN or
-// +inf makes the sum NaN.
-struct KeptSum {
-  float max = -FLT_MAX, sum = 0.0f;
-
-  template <class T, int kCount>
-  __device__ void add(const Packed<T> (&packs)[kCount]) {
-    float top = max;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int n = 0; n < Packed<T>::kColumns; ++n) top = larger(top, packs[i][n]);
-    }
-    sum = relative_to(top);
-    max = top;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int n = 0; n < Packed<T>::kColumns; ++n) sum += exponential_term(packs[i][n] - max);
-    }
-  }
-  __device__ float relative_to(float larger_max) const { return sum * exponential_term(max - larger_max); }
-
-  // Of all lanes.
-  __device__ KeptSum of_warp() const {
-    KeptSum total;
-    total.max = warp_max(max);
-    total.sum = warp_sum(relative_to(total.max));
-    return total;
-  }
-};
-
-// exp(x - max) / sum in rows of more than kMostColumns, in whose bound a few roundings are nothing. For a result of 16
-// bits, which is far from them, the power of two is computed 2^64 times too large, where none is too small for ex2, and
-// the factor takes that back. One of float32 takes ex2 with gradual underflow instead.
-template <class T>
-class Probability {
- public:
-  __device__ explicit Probability(const KeptSum& row) : max_(row.max), factor_(1.0f / row.sum * (1.0f / kLift)) {}
-
-  __device__ float operator()(float x) const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      float power;
-      asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"((x - max_) * kLog2E));
-      return power * factor_;
-    } else {
-      return power_of_two(fmaf(x - max_, kLog2E, 64.0f)) * factor_;
-    }
-  }
-
- private:
-  static constexpr float kLift = sizeof(T) == sizeof(float) ? 1.0f : 18446744073709551616.0f;  // 2^64
-  float max_, factor_;
-};
-
-template <class T, bool kIsWide>
-class KeptRow {
- public:
-  static constexpr int kColumns = Packed<T>::kColumns;
-
-  __device__ KeptRow(const SoftmaxArgs& a, int64_t row, uint4* shared)
-      : x_(static_cast<const T*>(a.x) + row * a.x_stride), y_(static_cast<T*>(a.y) + row * a.num_cols),
-        num_cols_(static_cast<int>(a.num_cols)), num_packs_((num_cols_ + kColumns - 1) / kColumns), shared_(shared) {}
-
-  // Starts the copies of all groups.
-  __device__ void load() {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      held_[i] = i >= count_of(0) ? nothing() : is_whole(pack_of(0, i)) ? whole(pack_of(0, i)) : part(pack_of(0, i));
-    }
-#pragma unroll
-    for (int g = 1; g <= kMostGroups; ++g) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i >= count_of(g)) break;
-        const int pack = pack_of(g, i);
-        if (is_whole(pack)) {
-          __pipeline_memcpy_async(place_of(g, i), x_ + pack * kColumns, sizeof(uint4));
-        } else {
-          *place_of(g, i) = part(pack).words;
-        }
-      }
-      __pipeline_commit();
-    }
-  }
-
-  __device__ KeptSum sum() {
-    KeptSum own;
-    own.add(held_);
-    __pipeline_wait_prior(2);
-    add_group(own, 1);
-    __pipeline_wait_prior(1);
-    add_group(own, 2);
-    __pipeline_wait_prior(0);
-    add_group(own, 3);
-    return own;
-  }
-
-  __device__ void write(const Probability<T>& probability) const {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (i < count_of(0)) write_pack(pack_of(0, i), held_[i], probability);
-    for (int g = 1; count_of(g) > 0; ++g) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i)
-        if (i < count_of(g)) write_pack(pack_of(g, i), {*place_of(g, i)}, probability);
-    }
-  }
-
- private:
-  __device__ static int pack_of(int group, int i) {
-    return (group * kHeld + i) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-  }
-  // How many packs of a group this thread has; 0 in the one behind the last.
-  __device__ int count_of(int group) const {
-    const int left = num_packs_ - pack_of(group, 0), threads = static_cast<int>(blockDim.x);
-    return left <= 0 ? 0 : (left > (kHeld - 1) * threads) ? kHeld : (left > 2 * threads) ? 3 : left > threads ? 2 : 1;
-  }
-  __device__ uint4* place_of(int group, int i) const { return shared_ + pack_of(group - 1, i); }
-
-  __device__ bool is_whole(int pack) const { return kIsWide && (pack + 1) * kColumns <= num_cols_; }
-  __device__ Packed<T> whole(int pack) const { return {reinterpret_cast<const uint4*>(x_)[pack]}; }
-  __device__ static Packed<T> nothing() {  // adds 0
-    return Packed<T>::of([](int) { return -INFINITY; });
-  }
-  __device__ Packed<T> part(int pack) const {
-    return Packed<T>::gather(x_, pack * kColumns, num_cols_, narrow<T>(-INFINITY));
-  }
-
-  __device__ void add_group(KeptSum& own, int group) const {
-    const int count = count_of(group);
-    if (count == 0) return;
-#pragma unroll
-    for (int first = 0; first < kHeld; first += kAddedTogether) {
-      Packed<T> packs[kAddedTogether];
-#pragma unroll
-      for (int i = 0; i < kAddedTogether; ++i) {
-        packs[i] = first + i < count ? Packed<T>{*place_of(group, first + i)} : nothing();
-      }
-      own.add(packs);
-    }
-  }
-
-  __device__ void write_pack(int pack, const Packed<T>& from, const Probability<T>& probability) const {
-    const Packed<T> to = Packed<T>::of([&](int n) { return probability(from[n]); });
-    if (is_whole(pack)) {
-      __stwb(reinterpret_cast<uint4*>(y_) + pack, to.words);
-    } else {
-      to.scatter(y_, pack * kColumns, num_cols_);
-    }
-  }
-
-  const T* x_;
-  T* y_;
-  int num_cols_, num_packs_;
-  uint4* shared_;
-  Packed<T> held_[kHeld];
-};
+// ---- Rows that a block keeps.
 
 template <class T, bool kIsWide>
 __global__ void __launch_bounds__(kKeptThreads, 1) softmax_kept_kernel(SoftmaxArgs a) {
@@ -428,10 +251,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) softmax_backward_block_kerne
   }
 }
 
-constexpr int64_t kWideBytes = 16;
-
-bool is_wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kWideBytes == 0; }
-
 template <class T, bool kIsWide>
 CudaStatus softmax_block(const SoftmaxArgs& a, const CudaQueue& queue) {
   const unsigned blocks = num_blocks(a.num_rows, 1);
@@ -447,20 +266,21 @@ CudaStatus softmax_block(const SoftmaxArgs& a, const CudaQueue& queue) {
 template <class T, bool kIsWide>
 CudaStatus softmax_kept(const SoftmaxArgs& a, const CudaQueue& queue, bool* fits) {
   const int64_t num_packs = ceil_div(a.num_cols, Packed<T>::kColumns);
-  int64_t threads = ceil_div(ceil_div(num_packs, kHeld), kWarp) * kWarp;
   // Two blocks a multiprocessor, where shared memory holds their rows: one reads while the other writes.
   const int64_t most_threads = num_packs > kKeptThreads / 2 * kMostPacks ? kKeptThreads : kKeptThreads / 2;
-  threads = threads < 128 ? 128 : threads > most_threads ? most_threads : threads;
-  const int64_t shared_packs = ceil_div(num_packs, threads) - kHeld;
-  const int64_t bytes = shared_packs > 0 ? shared_packs * threads * static_cast<int64_t>(sizeof(uint4)) : 0;
-  *fits = shared_packs + kHeld <= kMostPacks;
-  if (!*fits || bytes == 0) {
-    if (*fits)
-      softmax_kept_kernel<T, kIsWide>
-          <<<num_blocks(a.num_rows, 1), static_cast<unsigned>(threads), 0, queue.stream>>>(a);
-    return *fits ? launched() : CudaStatus();
-  }
+  const int64_t threads = std::clamp(ceil_div(ceil_div(num_packs, kHeld), kWarp) * kWarp, int64_t{128}, most_threads);
+  const int64_t packs_each = ceil_div(num_packs, threads);
+  *fits = packs_each <= kMostPacks;
+  if (!*fits) return {};
+  const auto kernel = softmax_kept_kernel<T, kIsWide>;
+  const auto launch = [&](int64_t blocks, int64_t bytes) {
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, queue.stream>>>(a);
+    return launched();
+  };
+  if (packs_each <= kHeld) return launch(num_blocks(a.num_rows, 1), 0);
+
   constexpr int64_t kStaticBytes = 1024;  // and what the system takes
+  const int64_t bytes = (packs_each - kHeld) * threads * static_cast<int64_t>(sizeof(uint4));
   int device = 0, most_bytes = 0, num_processors = 0;
   CudaStatus status = status_of(cudaGetDevice(&device));
   if (status.code == 0)
@@ -470,21 +290,16 @@ CudaStatus softmax_kept(const SoftmaxArgs& a, const CudaQueue& queue, bool* fits
   most_bytes -= kStaticBytes;
   *fits = bytes <= most_bytes;
   if (status.code != 0 || !*fits) return status;
-  const auto kernel = softmax_kept_kernel<T, kIsWide>;
   // The same in every thread of the host, whatever it launches.
   status = status_of(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
   if (status.code != 0) return status;
   // As many blocks as are resident: their warps go on to the next row one by one, while others still write.
-  const int64_t resident = num_processors * (kKeptThreads / threads);
-  const int64_t blocks = a.num_rows < resident ? a.num_rows : resident;
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), bytes, queue.stream>>>(a);
-  return launched();
+  return launch(std::min(a.num_rows, num_processors * (kKeptThreads / threads)), bytes);
 }
 
 template <class T>
 CudaStatus softmax_as(const SoftmaxArgs& a, const CudaQueue& queue) {
-  constexpr int kWide = kPackColumns<T>;
   const unsigned blocks = num_blocks(a.num_rows, kWarpThreads / kWarp);
   if (a.num_cols <= kShortColumns) {
     softmax_warp_kernel<T, kShortColumns / kWarp><<<blocks, kWarpThreads, 0, queue.stream>>>(a);
@@ -494,8 +309,7 @@ CudaStatus softmax_as(const SoftmaxArgs& a, const CudaQueue& queue) {
     softmax_warp_kernel<T, kMostColumns<T> / kWarp><<<blocks, kWarpThreads, 0, queue.stream>>>(a);
     return launched();
   }
-  const bool rows_alike = a.num_rows == 1 || (a.x_stride % kWide == 0 && a.num_cols % kWide == 0);
-  const bool all_wide = rows_alike && is_wide(a.x) && is_wide(a.y);
+  const bool all_wide = rows_are_wide<T>(a.x, a.x_stride, a.num_rows) && rows_are_wide<T>(a.y, a.num_cols, a.num_rows);
   if constexpr (sizeof(T) <= sizeof(float)) {
     bool fits = false;
     const CudaStatus status =
@@ -507,15 +321,13 @@ CudaStatus softmax_as(const SoftmaxArgs& a, const CudaQueue& queue) {
 
 template <class T>
 CudaStatus softmax_backward_as(const SoftmaxBackwardArgs& a, const CudaQueue& queue) {
-  constexpr int kWide = kPackColumns<T>;
   const unsigned warp_blocks = num_blocks(a.num_rows, kWarpThreads / kWarp);
   const unsigned row_blocks = num_blocks(a.num_rows, 1);
-  const bool rows_alike = a.num_rows == 1 || a.num_cols % kWide == 0;
   if (a.num_cols <= kShortColumns) {
     softmax_backward_warp_kernel<T, kShortColumns / kWarp><<<warp_blocks, kWarpThreads, 0, queue.stream>>>(a);
   } else if (a.num_cols <= kMostColumns<T>) {
     softmax_backward_warp_kernel<T, kMostColumns<T> / kWarp><<<warp_blocks, kWarpThreads, 0, queue.stream>>>(a);
-  } else if (rows_alike && is_wide(a.y) && is_wide(a.grad_x)) {
+  } else if (rows_are_wide<T>(a.y, a.num_cols, a.num_rows) && rows_are_wide<T>(a.grad_x, a.num_cols, a.num_rows)) {
     softmax_backward_block_kernel<T, true><<<row_blocks, kBlockThreads, 0, queue.stream>>>(a);
   } else {
     softmax_backward_block_kernel<T, false><<<row_blocks, kBlockThreads, 0, queue.stream>>>(a);

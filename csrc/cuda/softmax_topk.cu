@@ -6,19 +6,15 @@
 // block, until one is left; the last merge divides. Chunks and merges follow from the number of columns and k alone,
 // so a row's bits do not depend on the batch.
 //
-// Selection is exact, by (value, column): keys are the value's bits made monotone, NaN below every number. It costs an
-// element one comparison, that of its thread's max. With j = k / kWarps, rounded up, the j-th best thread of a warp has
-// a max that j elements of the warp reach, so k of the block reach the lowest of these floors, and few more do: 22 of
-// 8192 random ones for k = 8. Those are gathered, and ranked by counting which go before. Where more than kMostFound
-// reach the floor, as in a row of few values, a radix select, 8 bits a pass, gives the k-th key, and a second one the
-// last column of its equals that is taken. Where fewer than k numbers are above -inf, a warp looks for -inf, then NaN,
-// from the first column on.
-// Atomics place what is gathered; the ranks, and so the results, do not depend on where.
+// Selection (block_select.cuh) costs an element one comparison, that of its thread's max. With j = k / kWarps, rounded
+// up, the j-th best thread of a warp has a max that j elements of the warp reach, so k of the block reach the lowest of
+// these floors, and few more do: 22 of 8192 random ones for k = 8. Those are gathered, and ranked by counting which go
+// before: neither ranks nor results depend on where an atomic placed them. Where fewer than k numbers are above -inf, a
+// warp looks for -inf, then NaN, from the first column on.
 // Sums: a thread's columns in order, a butterfly, another over the warps, then chunks in order in double.
 // Bytes: x once, k entries of 8 or 12 bytes and a sum of 16 a chunk. Backward: x once, its gradient once, k columns.
-#include <type_traits>
-
-#include "cuda/block.cuh"
+#include "cuda/architecture.cuh"
+#include "cuda/block_select.cuh"
 #include "cuda/long_rows.cuh"
 #include "ops/softmax_topk.h"
 
@@ -26,50 +22,21 @@ namespace fastmoe_route {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kBins = 256;
-constexpr int kMostFound = kThreads;  // ranked by counting, one a thread
+constexpr int kThreads = kSelectThreads;
+constexpr int kWarps = kSelectWarps;
 constexpr int kMostTaken = static_cast<int>(kSoftmaxTopkLimit);
-
-// Keys order as values do: 0 is no element, 1 is NaN, both zeros share one.
-__device__ inline uint32_t rising_key(float value) {
-  if (isnan(value)) return 1;
-  const uint32_t bits = __float_as_uint(value + 0.0f);
-  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline uint64_t rising_key(double value) {
-  if (isnan(value)) return 1;
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(value + 0.0));
-  return (bits >> 63) != 0 ? ~bits : bits | (uint64_t{1} << 63);
-}
-__device__ inline float key_value(uint32_t key) {
-  if (key <= 1) return NAN;
-  return __uint_as_float((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
-}
-__device__ inline double key_value(uint64_t key) {
-  if (key <= 1) return NAN;
-  return __longlong_as_double(static_cast<long long>((key >> 63) != 0 ? key & ~(uint64_t{1} << 63) : ~key));
-}
-
-template <class T>
-using KeyOf = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
 // Elements a thread holds, and a block.
 template <class T>
 constexpr int kPerThread = sizeof(T) == 8 ? 16 : 32;
 template <class T>
 constexpr int kChunk = kPerThread<T> * kThreads;
-// Blocks of a chunk each that a multiprocessor holds. From sm_100 on ptxas spills at the registers of five for float.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kFloatBlocks = 4;
-#else
-constexpr int kFloatBlocks = 5;
-#endif
+// Blocks of a chunk each that a multiprocessor holds.
 template <class T>
-constexpr int kBlocks = sizeof(T) == 8   ? 4
-                        : sizeof(T) == 4 ? kFloatBlocks
-                                         : 6;
+constexpr int kBlocks = sizeof(T) == 8        ? 4
+                        : sizeof(T) == 2      ? 6
+                        : kNeedsMoreRegisters ? 4
+                                              : 5;
 
 // The k best of a chunk or of several; sum is relative to max.
 template <class Key>
@@ -81,135 +48,6 @@ struct Lists {
 };
 
 __device__ inline double offset_of(double max) { return max == -static_cast<double>(INFINITY) ? 0.0 : max; }
-
-// A chosen element, or one that may be.
-template <class Key>
-struct alignas(2 * sizeof(Key)) Entry {
-  Key key;
-  int32_t column;
-};
-template <class Key>
-__device__ inline bool goes_before(const Entry<Key>& a, const Entry<Key>& b) {
-  return a.key > b.key || (a.key == b.key && a.column < b.column);
-}
-
-// Shared memory of a selection.
-template <class Key>
-struct Selection {
-  Entry<Key> found[kMostFound];  // what reaches the floor, in any order
-  int count;                     // how many do; those beyond kMostFound are not kept
-  Key floors[kWarps];
-  int bins[kBins];  // of a radix select
-  int warp_counts[kWarps];
-  int digit, rest;  // what the owner of the digit found
-
-  __device__ void add(Key key, int32_t column) {
-    const int at = atomicAdd(&count, 1);
-    if (at < kMostFound) found[at] = {key, column};
-  }
-};
-
-// The largest of the warp's keys, in every lane.
-__device__ inline uint32_t largest_key(uint32_t key) { return __reduce_max_sync(kAllLanes, key); }
-__device__ inline uint64_t largest_key(uint64_t key) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAllLanes, key, mask);
-    key = other > key ? other : key;
-  }
-  return key;
-}
-
-// The n-th largest of the warp's keys, given the largest.
-template <class Key>
-__device__ inline Key nth_key(Key key, Key largest, int n) {
-  for (; n > 1; --n) {
-    const unsigned owners = __ballot_sync(kAllLanes, key == largest);
-    if (lane_index() == __ffs(static_cast<int>(owners)) - 1) key = 0;
-    largest = largest_key(key);
-  }
-  return largest;
-}
-
-// A key that k of the block's keys reach, or 0; s.floors holds the ceil(k / kWarps)-th of every warp.
-template <class Key>
-__device__ inline Key lowest_floor(const Selection<Key>& s) {
-  Key floor = s.floors[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) floor = s.floors[w] < floor ? s.floors[w] : floor;
-  return floor;
-}
-__device__ inline int floor_rank(int k) { return (k + kWarps - 1) / kWarps; }
-
-// The largest digit so that the elements of it and of larger ones number at least `rest`; `rest` becomes what is to be
-// taken of that digit's own. s.bins holds the counts and is cleared. All threads, behind a barrier; there are at least
-// `rest` elements.
-template <class Key>
-__device__ int pick_digit(Selection<Key>& s, int& rest) {
-  // Thread i looks at bin 255 - i: a scan over threads counts from the largest digit down.
-  const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
-  const int own = s.bins[bin];
-  s.bins[bin] = 0;
-  int before = own;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, distance);
-    if (lane_index() >= distance) before += other;
-  }
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (lane_index() == kWarp - 1) s.warp_counts[warp] = before;
-  __syncthreads();
-  before -= own;
-  for (int w = 0; w < warp; ++w) before += s.warp_counts[w];
-  if (before < rest && before + own >= rest) {
-    s.digit = bin;
-    s.rest = rest - before;
-  }
-  __syncthreads();
-  rest = s.rest;
-  return s.digit;
-}
-
-// The `rest`-th largest word among those that each(visit) visits, which number at least `rest`; `rest` is then how many
-// equal to it are to be taken. All threads, behind a barrier.
-template <int kBits, class Word, class Key, class Each>
-__device__ Word select_word(Selection<Key>& s, int& rest, const Each& each) {
-  Word prefix = 0, known = 0;
-  for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-    each([&](Word word) {
-      if ((word & known) == prefix) atomicAdd(&s.bins[static_cast<int>(word >> shift) & (kBins - 1)], 1);
-    });
-    __syncthreads();
-    prefix |= static_cast<Word>(pick_digit(s, rest)) << shift;
-    known |= Word{kBins - 1} << shift;
-  }
-  return prefix;
-}
-
-// Leaves in s.found the k best of the elements that each(visit) visits, of which the block has more than k. All
-// threads, behind a barrier.
-template <class Key, class Each>
-__device__ void select_exactly(Selection<Key>& s, int k, const Each& each) {
-  static_assert(kThreads == kBins, "a thread a bin");
-  constexpr int kKeyBits = static_cast<int>(sizeof(Key)) * 8;
-  s.bins[threadIdx.x] = 0;
-  __syncthreads();
-  int rest = k;
-  const Key last =
-      select_word<kKeyBits, Key>(s, rest, [&](const auto& visit) { each([&](Key key, int32_t) { visit(key); }); });
-  // Columns inverted, so that the largest word is the lowest column.
-  const uint32_t last_column = ~select_word<32, uint32_t>(s, rest, [&](const auto& visit) {
-    each([&](Key key, int32_t column) {
-      if (key == last) visit(~static_cast<uint32_t>(column));
-    });
-  });
-  if (threadIdx.x == 0) s.count = 0;
-  __syncthreads();
-  each([&](Key key, int32_t column) {
-    if (key > last || (key == last && static_cast<uint32_t>(column) <= last_column)) s.add(key, column);
-  });
-  __syncthreads();
-}
 
 // Writes the k best of what was found as a list, or as the results of the row if it is the only one. All threads,
 // behind a barrier.
@@ -401,10 +239,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     __syncthreads();
     const int count = s.count, wanted = k < chunk.size ? k : chunk.size;
     if (count > kMostFound) {
-      __syncthreads();  // s.count was read
       select_exactly(s, k, [&](const auto& visit) { chunk.each(floor, visit); });
     } else if (count < wanted) {
-      __syncthreads();
+      __syncthreads();  // s.count was read
       find_rest(s, chunk, wanted);
     }
     write_list<T>(a, to, row, list, s, max, sum);
@@ -447,10 +284,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int l = static_cast<int>(threadIdx.x); l < num_lists; l += kThreads)
       own_sum += relative_to(max, from.sums[2 * (source + l)], from.sums[2 * (source + l) + 1]);
     const double sum = block_sum(own_sum, sums);
-    if (s.count > kMostFound) {
-      __syncthreads();  // s.count was read
-      select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
-    }
+    if (s.count > kMostFound) select_exactly(s, k, [&](const auto& visit) { each(floor, visit); });
     write_list<T>(a, to, row, list, s, max, sum);
   });
 }
@@ -513,11 +347,6 @@ Lists<Key> lists_of(int64_t num_rows, int64_t num_lists, int64_t k, const CudaQu
   return lists;
 }
 
-template <class T>
-bool rows_are_wide(const T* x, int64_t stride, int64_t num_rows) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && (num_rows == 1 || stride * sizeof(T) % 16 == 0);
-}
-
 // A block for every list of every row, rows along x; for_each_list walks on by the size of the grid.
 dim3 grid_of(int64_t num_lists, int64_t num_rows) {
   constexpr int64_t kMostHeight = 65535;
@@ -528,7 +357,7 @@ template <class T>
 CudaStatus softmax_topk_as(const SoftmaxTopkArgs& a, const CudaQueue& queue) {
   using Key = KeyOf<T>;
   Lists<Key> lists = lists_of<Key>(a.num_rows, ceil_div(a.num_cols, kChunk<T>), a.k, queue);
-  const bool is_wide = rows_are_wide(static_cast<const T*>(a.x), a.x_stride, a.num_rows);
+  const bool is_wide = rows_are_wide<T>(a.x, a.x_stride, a.num_rows);
   chunk_kernel<T><<<grid_of(lists.num_lists, a.num_rows), kThreads, 0, queue.stream>>>(a, lists, is_wide);
   CudaStatus status = launched();
   const int per_merge = kChunk<T> / static_cast<int>(a.k);
@@ -544,8 +373,8 @@ CudaStatus softmax_topk_as(const SoftmaxTopkArgs& a, const CudaQueue& queue) {
 template <class T>
 CudaStatus softmax_topk_backward_as(const SoftmaxTopkBackwardArgs& a, const CudaQueue& queue) {
   const int64_t num_parts = ceil_div(a.num_cols, kBackwardColumns);
-  const bool is_wide = rows_are_wide(static_cast<const T*>(a.x), a.x_stride, a.num_rows) &&
-                       rows_are_wide(static_cast<const T*>(a.grad_x), a.num_cols, a.num_rows);
+  const bool is_wide =
+      rows_are_wide<T>(a.x, a.x_stride, a.num_rows) && rows_are_wide<T>(a.grad_x, a.num_cols, a.num_rows);
   softmax_topk_backward_kernel<T>
       <<<num_blocks(a.num_rows * num_parts, 1), kThreads, 0, queue.stream>>>(a, num_parts, is_wide);
   return launched();

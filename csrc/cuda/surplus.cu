@@ -27,17 +27,17 @@ KeyedSlots::KeyedSlots(int64_t num_slots, const CudaQueue& queue) : count(num_sl
   other_slots = static_cast<int32_t*>(queue.scratch(count * sizeof(int32_t)));
 }
 
-CudaStatus KeyedSlots::sort(int bits, const CudaQueue& queue) {
+CudaStatus KeyedSlots::sort(KeyBits bits, const CudaQueue& queue) {
   cub::DoubleBuffer<uint64_t> key_buffers(keys, other_keys);
   cub::DoubleBuffer<int32_t> slot_buffers(slots, other_slots);
   const int num_items = static_cast<int>(count);
   size_t bytes = 0;
-  const CudaStatus status = status_of(
-      cub::DeviceRadixSort::SortPairs(nullptr, bytes, key_buffers, slot_buffers, num_items, 0, bits, queue.stream));
+  const CudaStatus status = status_of(cub::DeviceRadixSort::SortPairs(nullptr, bytes, key_buffers, slot_buffers,
+                                                                      num_items, bits.begin, bits.end, queue.stream));
   if (status.code != 0) return status;
   void* const room = queue.scratch(bytes > 0 ? bytes : 1);
-  const cudaError_t error =
-      cub::DeviceRadixSort::SortPairs(room, bytes, key_buffers, slot_buffers, num_items, 0, bits, queue.stream);
+  const cudaError_t error = cub::DeviceRadixSort::SortPairs(room, bytes, key_buffers, slot_buffers, num_items,
+                                                            bits.begin, bits.end, queue.stream);
   keys = key_buffers.Current();
   slots = slot_buffers.Current();
   other_keys = key_buffers.Alternate();

@@ -6,6 +6,11 @@
 namespace fastmoe_route {
 namespace cuda {
 
+// Bits [begin, end) of a key.
+struct KeyBits {
+  int begin, end;
+};
+
 // Slots and their keys, twice: a sort writes the other copy and names it as the current one.
 struct KeyedSlots {
   int64_t count;
@@ -16,21 +21,21 @@ struct KeyedSlots {
 
   KeyedSlots(int64_t num_slots, const CudaQueue& queue);
 
-  // By the low `bits` of the keys, least digit first, so that equal keys keep their order.
-  CudaStatus sort(int bits, const CudaQueue& queue);
+  // By these bits of the keys, least digit first, so that equal keys keep their order.
+  CudaStatus sort(KeyBits bits, const CudaQueue& queue);
   // Of sorted ones: is_surplus[slot] = 1 if `capacity` slots with its key come before it, else 0.
   CudaStatus mark_surplus(int64_t capacity, uint8_t* is_surplus, const CudaQueue& queue) const;
 };
 
-// Bits that hold 0 ... largest.
-inline int bits_of(uint64_t largest) {
-  int bits = 1;
-  while (bits < 64 && largest >> bits != 0) ++bits;
+// Those of 0 ... largest.
+inline KeyBits bits_of(uint64_t largest) {
+  KeyBits bits{0, 1};
+  while (bits.end < 64 && largest >> bits.end != 0) ++bits.end;
   return bits;
 }
 
 // Numbers as unsigned ones in falling order: larger first, both zeros equal, NaN last. A narrow one keeps its order as
-// a float, which needs 32 bits.
+// a float.
 __device__ inline uint64_t falling_key(const void* values, DType dtype, int64_t at) {
   if (dtype == DType::kFloat64) {
     const double value = static_cast<const double*>(values)[at] + 0.0;
@@ -43,7 +48,15 @@ __device__ inline uint64_t falling_key(const void* values, DType dtype, int64_t 
   const uint32_t bits = __float_as_uint(value);
   return (bits >> 31) != 0 ? bits : ~bits & 0x7fffffffu;
 }
-inline int falling_key_bits(DType dtype) { return dtype == DType::kFloat64 ? 64 : 32; }
+// Those that order them: bits of the mantissa that a narrow number lacks are alike in all of one sign.
+inline KeyBits falling_key_bits(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return {0, 64};
+    case DType::kBFloat16: return {16, 32};
+    case DType::kFloat16: return {13, 32};
+    default: return {0, 32};
+  }
+}
 
 }  // namespace cuda
 }  // namespace fastmoe_route

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _INT64_MAX = 2**63 - 1
@@ -31,6 +32,8 @@ def fail(kind: type[Exception], op: str, argument: str, rule: str, got: object) 
 
 def describe(value: Any) -> str:
     """A short text for an error: dtype and shape of tensors, alone or in a tuple; else the repr."""
+    if isinstance(value, Tensor) and value.is_nested:  # which has no shape to show
+        return f"a nested tensor of {value.size(0)}"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
@@ -42,8 +45,9 @@ def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
     """Requires a dense tensor, with one of the given numbers of dimensions if any are given."""
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
-    if value.layout is not torch.strided:
-        fail(TypeError, op, argument, "be a dense tensor", f"layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = describe(value) if value.is_nested else f"layout {value.layout}"
+        fail(TypeError, op, argument, "be a dense tensor", got)
     if dims and value.dim() not in dims:
         rule = "have " + " or ".join(str(dim) for dim in dims)
         rule += " dimension" if dims == (1,) else " dimensions"
@@ -111,7 +115,7 @@ def check_int(op: str, argument: str, value: Any, low: int, high: int | None = N
     number: int = value if type(value) is int else _index(op, argument, value)
     if number < low or (high is not None and number > high):
         rule = f"be at least {low}" if high is None else f"be in [{low}, {high}]"
-        fail(ValueError, op, argument, rule, number)
+        fail(ValueError, op, argument, f"be {low}" if low == high else rule, number)
     return number
 
 
@@ -133,9 +137,15 @@ def check_ids(op: str, argument: str, ids: Any, low: int, high: int) -> None:
     check_ends(op, argument, ids, low, high)
 
 
+def may_look(value: Tensor) -> bool:
+    """Whether a check may read values: not where there are none, and never waiting for a device."""
+    is_traced = torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+    return value.device.type == "cpu" and not is_traced
+
+
 def check_ends(op: str, argument: str, ids: Tensor, low: int, high: int) -> None:
-    """Requires whole values in [low, high], where looking costs no wait for a device."""
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+    """Requires whole values in [low, high], where `may_look`."""
+    if may_look(ids) and ids.numel() > 0:
         for end in ids.aminmax():
             check_int(op, argument, int(end), low, high)
 
@@ -213,6 +223,11 @@ def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> 
     if value not in choices:
         fail(ValueError, op, argument, "be one of " + ", ".join(choices), repr(value))
     return choices.index(value)
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in, and what weights and statistics are: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

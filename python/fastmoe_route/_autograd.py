@@ -126,7 +126,7 @@ def _recorder(
                 kept = _Kept(ctx)
                 with torch.no_grad():
                     gradients = gradient(kept, *grads)
-                gradients = _constants(name, gradients, (*kept.saved_tensors, *grads))
+                gradients = guarded(name, gradients, (*kept.saved_tensors, *grads))
             else:
                 gradients = gradient(ctx, *grads)
             return *gradients, None  # of forward's list of constants
@@ -161,7 +161,7 @@ class _Kept:
         return getattr(self._ctx, name)
 
 
-def _constants(
+def guarded(
     name: str, gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that raise an error when they are differentiated again.
@@ -177,5 +177,5 @@ def _constants(
     behind = [source for source in sources if source is not None and source.requires_grad]
     guard = torch._C._functions.DelayedError(message, len(constants) + len(behind))
     found = guard(*constants, *behind)
-    guarded = iter((found,) if isinstance(found, Tensor) else found)  # one comes without a tuple
-    return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+    each = iter((found,) if isinstance(found, Tensor) else found)  # one comes without a tuple
+    return tuple(None if gradient is None else next(each) for gradient in gradients)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    arithmetic_dtype,
     at_most_int64,
     check_dtype,
     check_int,
@@ -72,9 +73,8 @@ def _expert_choice_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     del capacity, scope_ids, num_scopes
     tokens, experts = scores.shape
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return (
-        scores.new_empty(tokens, experts, dtype=dtype),
+        scores.new_empty(tokens, experts, dtype=arithmetic_dtype(scores)),
         scores.new_empty(tokens, experts, dtype=torch.int32),
         scores.new_empty(experts, dtype=torch.int32),
     )

@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    arithmetic_dtype,
     check_choice,
     check_device,
     check_dtype,
@@ -225,7 +226,7 @@ def _per_column(
     """A row or a matrix of all columns, in the arithmetic dtype if none is given."""
     if value is None:
         return None
-    dtype = dtype or _arithmetic(logits)
+    dtype = dtype or arithmetic_dtype(logits)
     if isinstance(value, Tensor) and value.dtype == torch.float32 and dtype == torch.float64:
         value = value.double()
     if not _fits_columns(value, logits, dtype):
@@ -269,10 +270,6 @@ def _stop_rule(
     return float(value), None
 
 
-def _arithmetic(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("fastmoe_route::gate")
 @torch.library.register_fake("fastmoe_route::gate_stats_forward")
 def _gate_fake(
@@ -288,7 +285,7 @@ def _gate_fake(
     del score, normalize, scale
     num_null = options[14] if len(options) > 14 else 0
     num_tokens, num_experts = logits.shape[0], logits.shape[1] - num_null
-    arithmetic = _arithmetic(logits)
+    arithmetic = arithmetic_dtype(logits)
     return (
         logits.new_empty((num_tokens, top_k), dtype=arithmetic),
         logits.new_empty((num_experts if stats else 0,), dtype=arithmetic),

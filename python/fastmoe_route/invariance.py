@@ -6,7 +6,7 @@ from typing import Any
 
 from fastmoe_route._arguments import check_choice, check_flag, check_int, fail
 from fastmoe_route.dispatch import DROP_POLICIES
-from fastmoe_route.reroute import FILLS, OVERFLOWS
+from fastmoe_route.reroute import OVERFLOWS, check_fill
 
 # The tags, from the most independent to the least.
 INVARIANCE = {
@@ -67,8 +67,7 @@ def dispatch_invariance(
     check_choice(op, "routing", routing, tuple(INVARIANCE))
     check_choice(op, "drop_policy", drop_policy, DROP_POLICIES)
     check_choice(op, "overflow", overflow, OVERFLOWS)
-    if fill not in FILLS:
-        fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
+    check_fill(op, fill)
     check_flag(op, "scoped", scoped)
     if capacity is None:
         return routing

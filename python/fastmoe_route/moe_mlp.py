@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    arithmetic_dtype,
     autocast_dtype,
     check_choice,
     check_device,
@@ -116,7 +117,7 @@ def moe_mlp(
         plan = plan_dispatch(experts, w_up.shape[0])
     elif not _fits_plan(x, plan, w_up.shape[0], weights.shape[1]):
         check_plan("moe_mlp", x, plan, w_up.shape[0], weights.shape[1])
-    weights = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    weights = weights.to(arithmetic_dtype(x))
     tensors = (x, weights, w_up, w_down, bias_up, bias_down)
     y: Tensor
     if needs_grad(*tensors):

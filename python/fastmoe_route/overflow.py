@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    arithmetic_dtype,
     check_device,
     check_dtype,
     check_float,
@@ -64,7 +65,7 @@ def renormalize_after_drop(weights: Tensor, plan: DispatchPlan, scale: float = 1
     """
     check_float("renormalize_after_drop", "scale", scale)
     kept = torch.where(_has_row("renormalize_after_drop", weights, plan), weights, 0.0)
-    wide = kept if kept.dtype == torch.float64 else kept.float()
+    wide = kept.to(arithmetic_dtype(kept))
     total = wide.sum(1, keepdim=True).clamp(min=_MIN_SUM)
     return (wide / total * (scale * 1.0)).to(weights.dtype)
 
@@ -104,7 +105,7 @@ def pass_through(y: Tensor, x: Tensor, plan: DispatchPlan, weights: Tensor | Non
         return torch.where(has_row.any(1, keepdim=True), y, x)
     has_row = _has_row("pass_through", weights, plan)
     check_device("pass_through", "weights", weights, y)
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    wide = arithmetic_dtype(y)
     lost = torch.where(has_row, 0.0, weights).to(wide).sum(1, keepdim=True)
     mixed = (y.to(wide) + x.to(wide) * lost).to(y.dtype)
     return torch.where(has_row.all(1, keepdim=True), y, mixed)

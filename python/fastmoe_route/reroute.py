@@ -103,8 +103,7 @@ def reroute(
     top_k = check_int("reroute", "top_k", top_k, 0, experts.shape[1])
     capacity = check_int("reroute", "capacity", capacity, 1)
     overflow_code = check_choice("reroute", "overflow", overflow, OVERFLOWS)
-    if fill not in FILLS:
-        fail(ValueError, "reroute", "fill", "be None, 'turned_away' or 'any'", repr(fill))
+    fill_code = check_fill("reroute", fill)
     policy = check_choice("reroute", "drop_policy", drop_policy, DROP_POLICIES)
     num_scopes = check_int("reroute", "num_scopes", num_scopes, 1, INT32_LIMIT)
     _check_ids("scope_ids", scope_ids, experts.shape[0], experts)
@@ -120,7 +119,7 @@ def reroute(
         top_k,
         at_most_int64(capacity),
         overflow_code,
-        FILLS.index(fill),
+        fill_code,
         policy,
         scope_ids,
         num_scopes,
@@ -128,6 +127,13 @@ def reroute(
         rank_of_token,
     )
     return Routing(granted, _take(weights, choice), demand, *routing[3:])
+
+
+def check_fill(op: str, fill: str | None) -> int:
+    """Requires one of `FILLS` and returns its position."""
+    if fill not in FILLS:
+        fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
+    return FILLS.index(fill)
 
 
 def _candidates(routing: Any) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    arithmetic_dtype,
     check_choice,
     check_dtype,
     check_float,
@@ -326,7 +327,7 @@ def _transport(
     num_scopes: int,
 ) -> Tensor:
     scopes = _by_scope(scope_ids, num_scopes)
-    wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    wide = scores.to(arithmetic_dtype(scores))
     wide = _sorted(wide, scopes).contiguous()
     if scores.shape[0] == 0:
         return wide.new_zeros(wide.shape[1:]) if _is_bias(method, scope_ids) else wide.clone()
@@ -349,7 +350,7 @@ def _transport_backward(
 ) -> Tensor:
     """Backwards through the scalings of `sinkhorn`, computed anew."""
     scopes = _by_scope(scope_ids, num_scopes)
-    wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    wide = scores.to(arithmetic_dtype(scores))
     if scores.shape[0] == 0:
         return torch.zeros_like(scores)
     x = _sorted(wide, scopes).contiguous() / temperature
@@ -385,9 +386,8 @@ _library.impl("transport_backward", _transport_backward, "CompositeExplicitAutog
 @torch.library.register_fake("fastmoe_route::transport")
 def _transport_fake(scores: Tensor, method: int, *others: Any) -> Tensor:
     *_, scope_ids, _ = others
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     shape = scores.shape[1:] if _is_bias(method, scope_ids) else scores.shape
-    return scores.new_empty(shape, dtype=dtype)
+    return scores.new_empty(shape, dtype=arithmetic_dtype(scores))
 
 
 @torch.library.register_fake("fastmoe_route::transport_backward")

@@ -20,7 +20,7 @@ _LIGHT: dict[str, Callable[[Row, Limits, int], Case]] = {
     "permute": move_case,
     "unpermute": move_case,
 }
-_HEAVY: dict[str, Callable[[Row, Limits, int, Weights], Case]] = {
+_HEAVY: dict[str, Callable[[Row, int, Weights], Case]] = {
     "grouped_mm": grouped_mm_case,
     "moe_mlp": layer_case,
     "layer": layer_case,
@@ -37,4 +37,4 @@ def build_case(row: Row, limits: Limits, seed: int, weights: Weights | None) -> 
         return _LIGHT[row.op](row, limits, seed)
     assert weights is not None
     weights.require_grad(row.training)
-    return _HEAVY[row.op](row, limits, seed, weights)
+    return _HEAVY[row.op](row, seed, weights)

@@ -12,7 +12,6 @@ import fastmoe_route as fr
 from fastmoe_route.bench import baselines
 from fastmoe_route.bench.case import READ, Case, Function, backward, compare
 from fastmoe_route.bench.check import TOLERANCE, Finding, bound, rms_bound
-from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.shapes import Row
 from fastmoe_route.bench.timing import Call
 from fastmoe_route.bench.workload import (
@@ -43,7 +42,7 @@ def _add_read(case: Case, weights: Weights) -> Case:
     return case
 
 
-def grouped_mm_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Case:
+def grouped_mm_case(row: Row, seed: int, weights: Weights) -> Case:
     """The up projection alone: `[R, H] x [E, H, 2I]`."""
     shape = row.shape
     dtype: torch.dtype = getattr(torch, row.dtype)
@@ -251,7 +250,7 @@ class _Layer:
         return findings
 
 
-def layer_case(row: Row, limits: Limits, seed: int, weights: Weights) -> Case:
+def layer_case(row: Row, seed: int, weights: Weights) -> Case:
     """moe_mlp and layer."""
     layer = _Layer(row, seed, weights)
     num_bytes, flops = layer.cost()

@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# The instruction sets of the kernels; a processor that has one has all before it.
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 _DTYPE_CODES = {"float32": 0, "bfloat16": 1}
 _DEFAULT_CACHE = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}
 

@@ -11,7 +11,14 @@ from fastmoe_route.bench.case import Case, Function, backward, compare
 from fastmoe_route.bench.check import TOLERANCE, Finding, exact
 from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.shapes import Row
-from fastmoe_route.bench.workload import copies_for, make_tokens, random_tensor, require_memory
+from fastmoe_route.bench.timing import Call
+from fastmoe_route.bench.workload import (
+    Tokens,
+    copies_for,
+    make_tokens,
+    random_tensor,
+    require_memory,
+)
 
 
 def plan_case(row: Row, limits: Limits, seed: int) -> Case:
@@ -49,6 +56,27 @@ def plan_case(row: Row, limits: Limits, seed: int) -> Case:
     )
 
 
+def _movers(row: Row, tokens: Tokens) -> tuple[Function, Function]:
+    """Ours and the plain form of a row's op, `(rows, weights) -> rows`; the plan is given."""
+    num_experts = row.shape.num_experts
+    plan = fr.plan_dispatch(tokens.experts, num_experts)
+    slots = baselines.sort_slots(tokens.experts.long(), num_experts)
+    if row.op == "permute":
+        return lambda x, w: fr.permute(x, plan), lambda x, w: baselines.gather_rows(x, slots)
+    return (
+        lambda x, w: fr.unpermute(x, plan, w),
+        lambda x, w: baselines.combine_rows(x, w, slots, row.tokens),
+    )
+
+
+def _copy(row: Row, dtype: torch.dtype, num_bytes: int, copies: int) -> Call:
+    """The yardstick: `copy_` that reads and writes as many bytes together."""
+    half = num_bytes // 2 // dtype.itemsize
+    require_memory(2 * copies * half * dtype.itemsize, str(row))
+    sources, targets = ([torch.ones(half, dtype=dtype) for _ in range(copies)] for _ in range(2))
+    return lambda i: targets[i % copies].copy_(sources[i % copies])
+
+
 def move_case(row: Row, limits: Limits, seed: int) -> Case:
     """permute and unpermute: their plan is given, rows move."""
     shape = row.shape
@@ -62,22 +90,12 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         num_bytes += num_rows * row_bytes  # the rows once more, for the gradient of the weights
     copies, cached = copies_for(num_bytes, limits.cached_set, limits.rotation_bytes)
     tokens = make_tokens(shape, row.tokens, dtype, seed)
-    weights = tokens.weights
-    plan = fr.plan_dispatch(tokens.experts, shape.num_experts)
-    slots = baselines.sort_slots(tokens.experts.long(), shape.num_experts)
+    weights, (ours, plain) = tokens.weights, _movers(row, tokens)
     in_rows, out_rows = (row.tokens, num_rows) if is_permute else (num_rows, row.tokens)
     require_memory((copies + 6) * in_rows * row_bytes, str(row))
     first = random_tensor((in_rows, shape.hidden), dtype, seed + 2, 1.0)
     inputs = [first, *(first.clone() for _ in range(copies - 1))]
     grad = random_tensor((out_rows, shape.hidden), dtype, seed + 3, 1.0)
-
-    def ours(x: Tensor, w: Tensor) -> Tensor:
-        return fr.permute(x, plan) if is_permute else fr.unpermute(x, plan, w)
-
-    def plain(x: Tensor, w: Tensor) -> Tensor:
-        if is_permute:
-            return baselines.gather_rows(x, slots)
-        return baselines.combine_rows(x, w, slots, row.tokens)
 
     def run(function: Function, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         if not row.training:
@@ -101,10 +119,6 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
             findings += compare(name, g, t, w, TOLERANCE[dtype])
         return findings
 
-    half = num_bytes // 2 // dtype.itemsize
-    require_memory(2 * copies * half * dtype.itemsize, str(row))
-    sources, targets = ([torch.ones(half, dtype=dtype) for _ in range(copies)] for _ in range(2))
-
     return Case(
         row,
         {
@@ -119,7 +133,5 @@ def move_case(row: Row, limits: Limits, seed: int) -> Case:
         cached,
         check,
         written=(in_rows + out_rows if row.training else out_rows) * row_bytes,
-        yardsticks={
-            "copy_ of as many bytes": lambda i: targets[i % copies].copy_(sources[i % copies])
-        },
+        yardsticks={"copy_ of as many bytes": _copy(row, dtype, num_bytes, copies)},
     )

@@ -281,34 +281,35 @@ def _require_writable(path: Path) -> None:
         path.unlink()
 
 
-def run(options: Options) -> int:
-    """Runs the bench. Returns the exit code: 0, or 1 if an answer was wrong."""
-    started = time.perf_counter()
+def _refusal(options: Options) -> str | None:
+    """What keeps the run from starting, said before minutes of measuring."""
     if options.plot_path is not None:
         from fastmoe_route.bench.plot import formats
 
         if options.plot_path.suffix.lower() not in formats():
-            rule = f"must end in one of {', '.join(formats())}, got {options.plot_path}"
-            print(f"bench: --plot {rule}", file=sys.stderr)
-            return 2
+            return f"--plot must end in one of {', '.join(formats())}, got {options.plot_path}"
     for path in (options.json_path, options.plot_path):
         if path is not None:
             _require_writable(path)
+    if options.reuse_memory and not machine.reuse_memory():
+        return "--reuse-memory needs the allocator of glibc"
+    if options.peers and not peers.installed():
+        return f"--peers needs at least one of {', '.join(peers.MODULES)}: make bench-peers"
+    if not options.rows():
+        return "nothing to run: no op asked for applies to a shape asked for"
+    return None
+
+
+def run(options: Options) -> int:
+    """Runs the bench. Returns the exit code: 0, 1 if an answer was wrong, 2 if nothing ran."""
+    started = time.perf_counter()
+    refusal = _refusal(options)
+    if refusal is not None:
+        print(f"bench: {refusal}", file=sys.stderr)
+        return 2
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.reuse_memory and not machine.reuse_memory():
-        print("bench: --reuse-memory needs the allocator of glibc", file=sys.stderr)
-        return 2
-    if options.peers and not peers.installed():
-        names = ", ".join(peers.MODULES)
-        print(f"bench: --peers needs at least one of {names}: make bench-peers", file=sys.stderr)
-        return 2
     rows = options.rows()
-    if not rows:
-        print(
-            "bench: nothing to run: no op asked for applies to a shape asked for", file=sys.stderr
-        )
-        return 2
     reporter = Reporter(len(rows))
     reporter.head()
     limits = Limits(quick=options.quick)

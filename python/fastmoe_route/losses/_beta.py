@@ -22,7 +22,7 @@ def beta_cdf(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         b: positive, likewise.
 
     Returns:
-        The shape of `x`. Differentiable in `x` once (0 at and beyond the ends); not in `a`, `b`.
+        The shape of `x`. Differentiable in `x` (with 0 at and beyond the ends); not in `a`, `b`.
 
     >>> beta_cdf(torch.tensor(0.25), torch.tensor(1.0), torch.tensor(2.0))
     tensor(0.4375)
@@ -40,15 +40,16 @@ class _BetaCdf(torch.autograd.Function):
         log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
         log_front = torch.xlogy(p, u) + torch.xlogy(q, 1 - u) - log_beta
         part = log_front.exp() / (p * _fraction(u, p, q))
-        log_density = torch.xlogy(a - 1, wide) + torch.xlogy(b - 1, 1 - wide) - log_beta
-        inside = (x > 0) & (x < 1)
-        ctx.save_for_backward(torch.where(inside, log_density.exp(), 0.0).to(x.dtype))
+        ctx.save_for_backward(x, a, b, log_beta)
         return torch.where(flip, 1 - part, part).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (density,) = ctx.saved_tensors
-        return grad * density, None, None
+        x, a, b, log_beta = ctx.saved_tensors
+        inside = (x > 0) & (x < 1)
+        wide = torch.where(inside, x, 0.5).double()
+        log_density = (a - 1) * wide.log() + (b - 1) * (1 - wide).log() - log_beta
+        return grad * torch.where(inside, log_density.exp(), 0.0).to(x.dtype), None, None
 
 
 def _fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoe_route._arguments import check_ids, check_number, check_shape, check_tensor, fail
+from fastmoe_route._segments import segment_sum
 from fastmoe_route.losses._statistics import check_routing, probabilities
 from fastmoe_route.results import Routing
 
@@ -170,7 +171,7 @@ def contrastive(
     used = (routing.experts >= 0).reshape(-1, 1)
     slots = routing.experts.clamp(min=0).flatten().long()
     tokens = x.repeat_interleave(k, dim=0).masked_fill(~used, 0.0)
-    sums = x.new_zeros(prototypes.shape).index_add(0, slots, tokens)
+    sums = segment_sum(tokens, slots, num_experts)
     has_tokens = routing.demand > 0
     cosines = F.normalize(sums, dim=1) @ F.normalize(prototypes.to(sums.dtype), dim=1).T
     labels = torch.arange(num_experts, device=x.device).masked_fill(~has_tokens, -1)

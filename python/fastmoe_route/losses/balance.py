@@ -15,7 +15,9 @@ from fastmoe_route._arguments import (
     check_shape,
     check_tensor,
     fail,
+    may_look,
 )
+from fastmoe_route._segments import segment_sum
 from fastmoe_route.losses._statistics import check_routing, routings, shares, statistic, surprise
 from fastmoe_route.results import Routing
 
@@ -114,9 +116,8 @@ def importance(routing: Routing, *, of: str = "scores") -> Tensor:
 
 def _weight_sum(routing: Routing) -> Tensor:
     """The sum of each expert's combine weights, `[E]`."""
-    total = routing.weights.new_zeros(routing.demand.shape[0])
     slots = routing.experts.clamp(min=0).flatten().long()
-    return total.index_add(0, slots, routing.weights.flatten())
+    return segment_sum(routing.weights.flatten(), slots, routing.demand.shape[0])
 
 
 def smooth_load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> Tensor:
@@ -235,9 +236,8 @@ def locality(routing: Routing, node_of_expert: Tensor, target: Tensor) -> Tensor
     check_tensor("locality", "target", target, 1)
     check_ids("locality", "node_of_expert", node_of_expert, 0, target.shape[0] - 1)
     check_shape("locality", "node_of_expert", node_of_expert, score_sum.shape)
-    looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and not bool((target > 0).all()):
+    if may_look(target) and not bool((target > 0).all()):
         fail(ValueError, "locality", "target", "be positive", target.tolist())
-    per_node = score_sum.new_zeros(target.shape[0]).index_add(0, node_of_expert.long(), score_sum)
+    per_node = segment_sum(score_sum, node_of_expert.long(), target.shape[0])
     share = per_node / per_node.sum().clamp(min=torch.finfo(per_node.dtype).tiny)
     return -(surprise(share) + share * target.to(share.dtype).log()).sum()

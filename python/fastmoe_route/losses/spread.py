@@ -12,6 +12,7 @@ from fastmoe_route._arguments import (
     check_tensor,
     describe,
     fail,
+    may_look,
 )
 from fastmoe_route.losses._beta import beta_cdf
 from fastmoe_route.losses._statistics import probabilities, statistic, surprise
@@ -141,7 +142,7 @@ def prior_shaping(source: Routing | Tensor, concentration: float | Tensor = 0.75
     else:
         check_number("prior_shaping", "concentration", concentration, above=0)
     a = torch.as_tensor(concentration, dtype=p.dtype, device=p.device).expand(num_experts)
-    if not torch.compiler.is_compiling() and not bool((a > 0).all()):
+    if may_look(a) and not bool((a > 0).all()):
         fail(ValueError, "prior_shaping", "concentration", "be above 0", concentration)
     ranks = torch.arange(1, num_tokens + 1, dtype=p.dtype, device=p.device) / (num_tokens + 1)
     value = beta_cdf(p.sort(0).values, a, a.sum() - a)

@@ -1,6 +1,6 @@
 """The oracle of every op: plain torch, written from the definitions and never from the kernels.
 
-Signatures are those of the public ops. Two keywords are added where they mean something:
+Arguments and results are those of the public ops. Two keywords are added where they mean something:
 
 - `dtype`: the arithmetic dtype. Left out, it is the contract's (float32, or float64 for float64
   input) and results come back in the dtype of the op. Given, results come back in it unrounded, so

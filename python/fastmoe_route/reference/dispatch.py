@@ -57,25 +57,7 @@ def plan_dispatch(
     allow_unrouted: bool = False,
     rules: str = "cpu",
 ) -> DispatchPlan:
-    """Groups slots by expert, and inside an expert by slot number: a stable counting sort.
-
-    Args:
-        experts: int `[T, K]`, -1 for none.
-        num_experts: `E`.
-        capacity: most slots kept per expert (per scope and expert, with scopes); None keeps all.
-        drop_policy: who is kept: `position`, lower choice then lower token; `score`, larger
-            `weights` then lower slot, NaN last.
-        weights: `[T, K]`, for `score`.
-        scope_ids: int `[T]`, the scope of each token.
-        num_scopes: scopes are `0 .. num_scopes - 1`.
-        align: every expert starts at a multiple of it, and so does the end.
-        max_rows: the caller's bound on kept slots; more raise (`cpu`) or lose the highest (`cuda`).
-        allow_unrouted: the id `num_experts` means none, too.
-        rules: `cpu` or `cuda`, for ids out of range and for `max_rows`.
-
-    Returns:
-        `DispatchPlan` with `R = min(T * K, E * capacity * num_scopes, max_rows) + E * (align - 1)`.
-    """
+    """Groups slots by expert, and inside an expert by slot number: a stable counting sort."""
     num_tokens, top_k = experts.shape
     wanted = _wanted_experts(experts, num_experts, allow_unrouted, rules)
     scopes = [0] * num_tokens if scope_ids is None else scope_ids.tolist()
@@ -153,14 +135,7 @@ def unpermute(
 ) -> Tensor:
     """`out[t] = sum over j ascending of weights[t, j] * rows[slot_to_row[t, j]]`, in float32.
 
-    Args:
-        rows: `[R, H]`.
-        plan: the plan that made the rows.
-        weights: `[T, K]`, any float dtype; None for 1. Weights of slots without a row are ignored.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        `[T, H]` in the dtype of `rows`, or in `dtype` if given; 0 for a token with no row.
+    Weights of slots without a row are ignored, whatever they are; a token with no row gives 0.
     """
     wide = rows.to(arithmetic_dtype(rows, dtype))
     num_tokens, top_k = plan.slot_to_row.shape

@@ -23,15 +23,7 @@ def grouped_mm(
 ) -> Tensor:
     """`out[r] = x[r] @ w[e] + bias[e]` for the rows `offsets[e] : offsets[e + 1]` of expert `e`.
 
-    Args:
-        x: `[R, A]`.
-        w: `[E, A, B]`, any strides.
-        offsets: int `[E + 1]`, from 0, never falling, at most `R`.
-        bias: `[E, B]` or None.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        `[R, B]` in the dtype of `x`, or in `dtype` if given; rows past `offsets[E]` are zero.
+    Rows past `offsets[E]` are zero.
     """
     wide = arithmetic_dtype(x, dtype)
     ends = offsets.tolist()
@@ -90,22 +82,6 @@ def moe_mlp(
     `expert_e(x) = act(x @ w_up[e] + bias_up[e]) @ w_down[e] + bias_down[e]`. With
     `weights_on="input"` it is the sum of `expert_e(weights[t, j] * x[t])` (Llama 4). Nothing is
     rounded between the steps: the one rounding is that of the result.
-
-    Args:
-        x: `[T, H]`.
-        routing: a `Routing`, or `(experts [T, K], weights [T, K])`.
-        w_up: `[E, H, 2I]` for gated activations, else `[E, H, I]`.
-        w_down: `[E, I, H]`.
-        activation: see `activate`.
-        interleaved: gate and up are the even and odd columns.
-        bias_up: `[E, 2I]` or `[E, I]`, or None.
-        bias_down: `[E, H]` or None.
-        weights_on: `output` or `input`.
-        plan: where the slots go; made from `experts` without capacity if None.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        `[T, H]` in the dtype of `x`, or in `dtype` if given.
     """
     wide = arithmetic_dtype(x, dtype)
     experts, weights = routing[0], routing[1].to(wide)

@@ -266,34 +266,7 @@ def gate(
     keep_scores: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Routing:
-    """Chooses experts by `key = score(logits + noise) + bias`, weighs them by `score(logits)`.
-
-    Args:
-        logits: `[T, E + num_null]`.
-        top_k: slots per token, `K`.
-        score: `softmax | sigmoid | sqrtsoftplus | relu | identity`, see `gate_scores`.
-        softmax_over: `all` columns or each `group`.
-        bias: `[C]` or `[T, C]`, added to the score for choosing only.
-        mask: bool `[C]` or `[T, C]`, True = allowed.
-        noise: `[T, C]`, added to the logits for choosing only.
-        num_groups: equal groups of experts, in order.
-        topk_groups: how many best groups are open; None for all.
-        group_score: `max` or `top2_sum`.
-        max_per_group: most experts taken from one group.
-        top_p: float or `[T]`: stop after the choice that lifts the sum of clean scores above it.
-        threshold: float or `[T]`: stop at the first key not above it.
-        min_k: real experts that the two stops leave untouched.
-        k_per_token: int `[T]`, limit on choices instead of `top_k`, clamped to `[0, top_k]`.
-        num_null: trailing columns that use up a choice and give no slot.
-        normalize: divide the weights by their sum over the token's slots.
-        scale: factor on the weights, applied last.
-        stats: also return `score_sum` and `logsumexp`.
-        keep_scores: also return `scores`.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        `Routing`; differentiable in `logits` through all its float fields.
-    """
+    """Chooses experts by `key = score(logits + noise) + bias`, weighs them by `score(logits)`."""
     num_experts = logits.shape[1] - num_null
     how: dict[str, Any] = {
         "score": score,
@@ -423,17 +396,6 @@ def expert_choice(
     """Each expert takes its `capacity` best tokens, in every scope on its own (arXiv:2202.09368).
 
     Ties go to the lower token; NaN ranks below every number, and is taken if room is left.
-
-    Args:
-        scores: `[T, E]`.
-        capacity: tokens per expert and scope, at least 1.
-        scope_ids: int `[T]`, the scope of each token, or None for one scope.
-        num_scopes: scopes are `0 .. num_scopes - 1`.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        `Routing` with `K = E`: slot `j` of a token holds expert `j` or -1; the weights are the
-        scores taken, differentiable.
     """
     num_tokens, num_experts = scores.shape
     takes = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=scores.device)

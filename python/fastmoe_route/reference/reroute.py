@@ -25,24 +25,7 @@ def reroute(
     rank_of_expert: Tensor | None = None,
     rank_of_token: Tensor | None = None,
 ) -> Routing:
-    """Experts handed out round by round; in a round the askers stand in one queue.
-
-    Args:
-        routing: `(experts [T, M], weights [T, M], ...)`, candidates best first, -1 for none.
-        num_experts: `E`.
-        top_k: the first columns, which ask together.
-        capacity: slots per (scope, expert).
-        overflow: `next` or `local`: later columns one by one, for tokens short of experts.
-        fill: room left goes to the best weights of tokens short of experts, or of `any`.
-        drop_policy: the queue's order: `position` or `score`.
-        scope_ids: int `[T]`.
-        num_scopes: scopes are `0 .. num_scopes - 1`.
-        rank_of_expert: `[E]`, for `local`.
-        rank_of_token: `[T]`, for `local`.
-
-    Returns:
-        `Routing` of width `top_k`, or `M` with a fill.
-    """
+    """Experts handed out round by round; in a round the askers stand in one queue."""
     experts, weights = routing[0], routing[1]
     num_tokens, num_candidates = experts.shape
     ids: list[list[int]] = experts.tolist()

@@ -39,15 +39,6 @@ def softmax(
     """`exp(x - m) / sum(exp(x - m))` along `dim`, with `m` the largest `x`.
 
     A slice with a NaN or a +inf, and one that is all -inf, gives NaN throughout, as in torch.
-
-    Args:
-        x: any shape; float32, bfloat16, float16 (computed in float32) or float64.
-        dim: the dimension that sums to 1.
-        method: the kernel's choice of algorithm, which has no bearing on the value.
-        dtype: arithmetic and result dtype instead of the op's own.
-
-    Returns:
-        The shape of `x`, in the dtype of `x`, or in `dtype` if given.
     """
     del method
     wide = x.to(arithmetic_dtype(x, dtype))
@@ -61,14 +52,6 @@ def softmax_topk(x: Tensor, k: int, *, dtype: torch.dtype | None = None) -> tupl
     """The `k` largest softmax probabilities of each row and their columns, best first.
 
     Ranked by `x` itself: ties go to the lower column, NaN ranks below every number (-inf included).
-
-    Args:
-        x: `[..., V]`.
-        k: how many, at most `V`.
-        dtype: arithmetic and value dtype instead of the op's own.
-
-    Returns:
-        Values `[..., k]` in the dtype of `x`, or in `dtype`, differentiable; int64 columns.
     """
     columns = falling_order(x)[..., :k]
     wide = softmax(x, dtype=arithmetic_dtype(x, dtype))

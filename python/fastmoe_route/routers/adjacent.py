@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -94,7 +93,6 @@ class Drmc(Router):
         identity: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.identity = self.check_flag("identity", identity)
         self.inner = Linear(2 * hidden_size, hidden_size, bias=True)
@@ -103,8 +101,7 @@ class Drmc(Router):
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x)
         before = torch.zeros_like(x) if context.state is None else context.state
-        check_shape(self.name, "state", before, x.shape)
-        h = gelu(self.inner(torch.cat([x, before], 1)))
+        h = gelu(self.inner(torch.cat([x, self.check_state(before, *x.shape)], 1)))
         routing = gate(
             self.score(h), self.top_k, score="relu", threshold=0.0, min_k=0, stats=self.stats
         )

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_int, fail
-from fastmoe_route.assign_balanced import assign_balanced
+from fastmoe_route._segments import scopes, segment_sizes, segment_softmax, segment_sum, sequences
+from fastmoe_route.assign_balanced import METHODS, assign_balanced
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.gate import gate
@@ -19,7 +19,6 @@ from fastmoe_route.routers.capacity import Capacity
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, sigmoid
-from fastmoe_route.routers.segments import scopes, segment_sizes, segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -56,7 +55,7 @@ class ExpertChoice(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         if token_cap is not None:
-            token_cap = check_int(self.name, "token_cap", token_cap, top_k, num_experts)
+            token_cap = self.check_int("token_cap", token_cap, top_k, num_experts)
         self.token_cap = token_cap
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -102,9 +101,9 @@ class Base(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        top_k = check_int(self.name, "top_k", top_k, 1, 1)
-        check_choice(self.name, "assignment", assignment, ("auction", "exact"))
-        self.assignment, self.keep_input = assignment, self.check_flag("keep_input", keep_input)
+        self.check_int("top_k", top_k, 1, 1)
+        self.assignment = self.check_choice("assignment", assignment, METHODS)
+        self.keep_input = self.check_flag("keep_input", keep_input)
         nn.init.orthogonal_(self.score.weight, gain=0.1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -114,7 +113,7 @@ class Base(LinearRouter):
         else:
             if x.shape[0] % self.num_experts != 0:
                 rule = f"have a multiple of {self.num_experts} tokens in training"
-                fail(ValueError, self.name, "x", rule, x.shape[0])
+                self.fail("x", rule, x.shape[0])
             experts = assign_balanced(scores, method=self.assignment)[:, None]
         alpha = sigmoid(scores.gather(1, experts.long().clamp(min=0)))
         routing = self.built(experts, alpha, scores)
@@ -150,7 +149,7 @@ class SBase(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.iters = check_int(self.name, "iters", iters, 1)
+        self.iters = self.check_int("iters", iters, 1)
         self.temperature = self.check_number("temperature", temperature, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -158,11 +157,7 @@ class SBase(LinearRouter):
         if not self.training:
             return self.routed(gate(logits, self.top_k), context)
         plan = balanced(
-            logits.detach(),
-            "sinkhorn",
-            context,
-            iters=self.iters,
-            temperature=self.temperature,
+            logits.detach(), "sinkhorn", context, iters=self.iters, temperature=self.temperature
         )
         experts = gate(plan, self.top_k, score="identity").experts
         weights = softmax(logits).gather(1, experts.long().clamp(min=0))
@@ -212,9 +207,9 @@ class StableMoE(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=2.0, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        top_k = check_int(self.name, "top_k", top_k, 1, 1)
-        vocab_size = check_int(self.name, "vocab_size", vocab_size, 1)
-        distil_size = check_int(self.name, "distil_size", distil_size, 1)
+        self.check_int("top_k", top_k, 1, 1)
+        vocab_size = self.check_int("vocab_size", vocab_size, 1)
+        distil_size = self.check_int("distil_size", distil_size, 1)
         self.distil_coef = self.check_number("distil_coef", distil_coef)
         self.keep_input = self.check_flag("keep_input", keep_input)
         self.words = nn.Embedding(vocab_size, distil_size)
@@ -308,7 +303,7 @@ class PMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.patches = check_int(self.name, "patches", patches, 1)
+        self.patches = self.check_int("patches", patches, 1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -357,10 +352,10 @@ class Rectify(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=1.0, eval_capacity_factor=1.0)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        num_ranks = check_int(self.name, "num_ranks", num_ranks, 1, num_experts)
-        self.scope_capacity = check_int(self.name, "scope_capacity", scope_capacity, 1)
-        self.num_ranks, self.fill = num_ranks, self.check_flag("fill", fill)
-        ranks = torch.arange(num_experts, dtype=torch.int32) * num_ranks // num_experts
+        self.num_ranks = self.check_int("num_ranks", num_ranks, 1, num_experts)
+        self.scope_capacity = self.check_int("scope_capacity", scope_capacity, 1)
+        self.fill = self.check_flag("fill", fill)
+        ranks = torch.arange(num_experts, dtype=torch.int32) * self.num_ranks // num_experts
         self.register_buffer("rank_of_expert", ranks)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -430,7 +425,7 @@ class UoE(LinearRouter):
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
         ids, number = scopes(context, x)
         share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
-        total = g.new_zeros(number, self.num_experts).index_add(0, ids, g) + self.eps
+        total = segment_sum(g, ids, number) + self.eps
         scaled = g * (share[:, None] / total)[ids]
         taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)
         experts = torch.where(taken.weights > 0, taken.experts, -1)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_divides, check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -65,8 +64,8 @@ class BiasedRouter(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_choice(self.name, "rule", rule, ("sign", "proportional", "multiplicative"))
-        self.rate, self.rule = self.check_number("rate", rate, 0), rule
+        self.rate = self.check_number("rate", rate, 0)
+        self.rule = self.check_choice("rule", rule, ("sign", "proportional", "multiplicative"))
         start = 1.0 if rule == "multiplicative" else 0.0
         self.register_buffer("bias", torch.full((num_experts,), start))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64))
@@ -163,11 +162,9 @@ class DeepSeekV3(BiasedRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
-        what = "number of experts"
-        num_groups = check_divides(self.name, "num_groups", num_groups, num_experts, what)
+        self.num_groups = self.check_divisor("num_groups", num_groups)
         if topk_groups is not None:
-            topk_groups = check_int(self.name, "topk_groups", topk_groups, 1, num_groups)
-        self.num_groups = num_groups
+            topk_groups = self.check_int("topk_groups", topk_groups, 1, self.num_groups)
         self.topk_groups = topk_groups
         self.scale = self.check_number("scale", scale)
 
@@ -224,7 +221,7 @@ class Bip(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.iters = check_int(self.name, "iters", iters, 1)
+        self.iters = self.check_int("iters", iters, 1)
         self.carry = self.check_flag("carry", carry)
         self.register_buffer("bias", torch.zeros(num_experts))
 
@@ -279,7 +276,7 @@ class Ssr(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.plan_share = self.check_number("plan_share", plan_share, 0, 1)
         self.temperature = self.check_number("temperature", temperature, above=0)
-        self.iters = check_int(self.name, "iters", iters, 1)
+        self.iters = self.check_int("iters", iters, 1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
@@ -287,11 +284,7 @@ class Ssr(LinearRouter):
             routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
             return self.routed(routing, context)
         plan = balanced(
-            softmax(logits),
-            "sinkhorn",
-            context,
-            iters=self.iters,
-            temperature=self.temperature,
+            softmax(logits), "sinkhorn", context, iters=self.iters, temperature=self.temperature
         )
         chosen = gate(plan, self.top_k, score="identity", normalize=True)
         routing = self.built(chosen.experts, chosen.weights, logits)
@@ -340,11 +333,9 @@ class SparseOt(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_choice(self.name, "sparse", sparse, ("token", "expert"))
-        iters = check_int(self.name, "iters", iters, 1)
-        self.sparse = sparse
+        self.sparse = self.check_choice("sparse", sparse, ("token", "expert"))
         self.options: dict[str, Any] = {
-            "iters": iters,
+            "iters": self.check_int("iters", iters, 1),
             "gamma": self.check_number("gamma", gamma, above=0),
             "learning_rate": self.check_number("learning_rate", learning_rate, above=0),
         }
@@ -356,13 +347,7 @@ class SparseOt(LinearRouter):
             plan = expert_plan(p.detach(), self.top_k, context, **self.options)
             slots = every_expert(x.shape[0], self.num_experts, x.device)
             return self.routed(self.built(slots.masked_fill(plan == 0, -1), p, logits), context)
-        plan = balanced(
-            p.detach(),
-            "ksparse",
-            context,
-            k=self.top_k,
-            **self.options,
-        )
+        plan = balanced(p.detach(), "ksparse", context, k=self.top_k, **self.options)
         chosen = gate(plan, self.top_k, score="identity", threshold=0.0, min_k=0)
         weights = p.gather(1, chosen.experts.long().clamp(min=0))
         return self.routed(self.built(chosen.experts, weights, logits), context)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,20 @@ from fastmoe_route import losses
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
-    check_choice,
     check_device,
     check_dtype,
-    check_ends,
-    check_flag,
     check_float,
-    check_int,
-    check_number,
     check_shape,
     check_tensor,
     fail,
+    may_look,
 )
 from fastmoe_route.dispatch import DROP_POLICIES
 from fastmoe_route.invariance import dispatch_invariance
 from fastmoe_route.methods import Method
 from fastmoe_route.results import DispatchPlan, Routing
 from fastmoe_route.routers.capacity import ROUNDINGS, Capacity, capacity_plan
+from fastmoe_route.routers.checks import Checks
 from fastmoe_route.routers.experts import Experts
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -107,7 +104,7 @@ def with_defaults(common: Common, **defaults: Unpack[Common]) -> Common:
     return {**defaults, **common}
 
 
-class Router(nn.Module):
+class Router(Checks, nn.Module):
     """Base of all routers: hidden states in, experts and weights out.
 
     A method overrides `route`, and `mix` where its output is more than a weighted sum of experts.
@@ -115,7 +112,7 @@ class Router(nn.Module):
     Args:
         hidden_size: `H`, the size of a hidden state.
         num_experts: `E`.
-        top_k: experts per token, at most `E`.
+        top_k: experts per token, at most `E`; None for `E`.
         common: see `Common`; a method may have other defaults.
 
     Attributes:
@@ -130,7 +127,7 @@ class Router(nn.Module):
     serving: bool
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, **common: Unpack[Common]
+        self, hidden_size: int, num_experts: int, top_k: int | None = None, **common: Unpack[Common]
     ) -> None:
         super().__init__()
         unknown = common.keys() - Common.__annotations__.keys()
@@ -138,19 +135,18 @@ class Router(nn.Module):
             name = min(unknown)
             value = dict(common)[name]
             fail(TypeError, self.name, name, "be an argument of the method", repr(value))
-        hidden_size = check_int(self.name, "hidden_size", hidden_size, 1)
-        num_experts = check_int(self.name, "num_experts", num_experts, 1)
-        top_k = check_int(self.name, "top_k", top_k, 1, num_experts)
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
+        self.hidden_size = self.check_int("hidden_size", hidden_size, 1)
+        self.num_experts = num_experts = self.check_int("num_experts", num_experts, 1)
+        self.top_k = num_experts
+        if top_k is not None:
+            self.top_k = self.check_int("top_k", top_k, 1, num_experts)
         self.aux_coef = common.get("aux_coef", 0.0)
         self.z_coef = common.get("z_coef", 0.0)
         for argument in ("aux_coef", "z_coef"):
             self.check_number(argument, getattr(self, argument))
             if argument in self.unused and getattr(self, argument) != 0:
                 rule = "be 0: the method has no scores for that loss"
-                fail(ValueError, self.name, argument, rule, getattr(self, argument))
+                self.fail(argument, rule, getattr(self, argument))
         self.capacity_factor = common.get("capacity_factor")
         self.eval_capacity_factor = common.get("eval_capacity_factor")
         self.drop_policy = common.get("drop_policy", "position")
@@ -220,10 +216,10 @@ class Router(nn.Module):
             TypeError, ValueError: an argument that is missing or does not fit, by method and name;
                 a call that serve mode refuses.
         """
-        num_sequences = check_int(self.name, "num_sequences", num_sequences, 1)
-        num_scopes = check_int(self.name, "num_scopes", num_scopes, 1)
+        num_sequences = self.check_int("num_sequences", num_sequences, 1)
+        num_scopes = self.check_int("num_scopes", num_scopes, 1)
         if seed is not None:
-            seed = check_int(self.name, "seed", seed, -(2**63), 2**63 - 1)
+            seed = self.check_int("seed", seed, -(2**63), 2**63 - 1)
         context = Context(
             token_ids,
             sequence_ids,
@@ -305,7 +301,7 @@ class Router(nn.Module):
             ValueError: a parameter or buffer is not finite.
         """
         self.eval()
-        _check_finite(self.name, self.state_dict().items())
+        self.check_finite(self.state_dict().items())
         self.serving = True
         return self
 
@@ -324,38 +320,6 @@ class Router(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
-    def check_number(
-        self, argument: str, value: Any, *limits: float, **open_limits: float
-    ) -> float:
-        """An argument that must be a finite number within limits, see `_arguments.check_number`."""
-        return check_number(self.name, argument, value, *limits, **open_limits)
-
-    def check_numbers(self, argument: str, values: Any) -> Tensor:
-        """An argument that must be a list of finite numbers, as a float32 tensor."""
-        if isinstance(values, Tensor):
-            values = values.tolist()
-        if not isinstance(values, (list, tuple)):
-            fail(TypeError, self.name, argument, "be a list of numbers", repr(values))
-        return torch.tensor([self.check_number(argument, value) for value in values])
-
-    def check_flag(self, argument: str, value: Any) -> bool:
-        """An argument that must be a bool."""
-        check_flag(self.name, argument, value)
-        return value  # type: ignore[no-any-return]
-
-    def fail(self, argument: str, rule: str, got: object) -> NoReturn:
-        """Raises a ValueError that names this method."""
-        fail(ValueError, self.name, argument, rule, got)
-
-    def check_finite(self, argument: str, value: Tensor) -> None:
-        """Refuses a tensor that is not finite, where looking costs no wait for a device."""
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_finite(self.name, [(argument, value)])
-
-    def check_ids(self, argument: str, ids: Tensor, size: int) -> None:
-        """Refuses ids outside `[0, size)`, where looking costs no wait for a device."""
-        check_ends(self.name, argument, ids, 0, size - 1)
-
     def extra_repr(self) -> str:
         """The sizes, for `print`."""
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
@@ -366,10 +330,10 @@ class Router(nn.Module):
             if factor is not None:
                 check_float(self.name, argument, factor, "be positive or None", "a number or None")
                 if not 0 < factor < float("inf"):
-                    fail(ValueError, self.name, argument, "be positive or None", factor)
-        check_choice(self.name, "drop_policy", self.drop_policy, DROP_POLICIES)
-        check_choice(self.name, "rounding", self.rounding, ROUNDINGS)
-        self.min_capacity = check_int(self.name, "min_capacity", self.min_capacity, 1)
+                    self.fail(argument, "be positive or None", factor)
+        self.check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
+        self.check_choice("rounding", self.rounding, ROUNDINGS)
+        self.min_capacity = self.check_int("min_capacity", self.min_capacity, 1)
 
     def _check(self, x: Tensor, context: Context) -> None:
         name = self.name
@@ -379,7 +343,7 @@ class Router(nn.Module):
             check_shape(name, "x", x, (-1, self.hidden_size))
         for need in self.method.needs:
             if getattr(context, need) is None:
-                fail(ValueError, name, need, "be given", None)
+                self.fail(need, "be given", None)
         for argument in ("token_ids", "sequence_ids", "scope_ids", "attention_mass", "positions"):
             value = getattr(context, argument)
             if value is not None:
@@ -388,8 +352,8 @@ class Router(nn.Module):
             value = getattr(context, argument)
             if value is not None:
                 check_tensor(name, argument, value)
-                if value.is_floating_point():
-                    self.check_finite(argument, value)
+                if may_look(value):
+                    self.check_finite([(argument, value)])
         if context.experts is not None and not hasattr(context.experts, "each"):
             rule = "be an Experts, such as layer.experts.tensors()"
             fail(TypeError, name, "experts", rule, type(context.experts).__name__)
@@ -404,10 +368,10 @@ class Router(nn.Module):
         invariance = self.invariance
         if invariance in ("B", "C") and context.scope_ids is None:
             rule = f"be given in serve mode, because the invariance is {invariance}"
-            fail(ValueError, self.name, "scope_ids", rule, None)
+            self.fail("scope_ids", rule, None)
         if invariance == "S" and context.sequence_ids is None:
             rule = "be given in serve mode, because the invariance is S"
-            fail(ValueError, self.name, "sequence_ids", rule, None)
+            self.fail("sequence_ids", rule, None)
 
 
 def _check_per_token(name: str, argument: str, value: Any, x: Tensor) -> None:
@@ -422,12 +386,6 @@ def _check_per_token(name: str, argument: str, value: Any, x: Tensor) -> None:
         check_dtype(name, argument, value, ID_DTYPES)
 
 
-def _check_finite(name: str, named: Iterable[tuple[str, Tensor]]) -> None:
-    for key, value in named:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            fail(ValueError, name, key, "be finite", "inf or NaN")
-
-
 def _check_loaded(router: nn.Module, _: Any) -> None:
     assert isinstance(router, Router)
-    _check_finite(router.name, router.state_dict().items())
+    router.check_finite(router.state_dict().items())

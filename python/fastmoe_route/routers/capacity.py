@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import fail
+from fastmoe_route._segments import segment_sizes
 from fastmoe_route.dispatch import MAX_EXPERTS, expert_capacity, plan_dispatch
 from fastmoe_route.results import DispatchPlan, Routing
-from fastmoe_route.routers.segments import segment_sizes
 
 ROUNDINGS = ("ceil", "four", "per_choice")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import fail
+from fastmoe_route._segments import segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -57,8 +57,9 @@ class Centroids(Router):
         for column in routing.experts.long().unbind(1):
             is_used = (column >= 0).to(self.sums.dtype)
             members = column.clamp(min=0)
-            self.sums.index_add_(0, members, tokens.to(self.sums.dtype) * is_used[:, None])
-            self.counts.index_add_(0, members, is_used)
+            used = tokens.to(self.sums.dtype) * is_used[:, None]
+            self.sums.add_(segment_sum(used, members, self.num_experts))
+            self.counts.add_(segment_sum(is_used, members, self.num_experts))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -177,8 +178,7 @@ class AdaptDHM(Centroids):
     ) -> None:
         rate = 1 - self.check_number("momentum", momentum, 0, 1)
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
-        if top_k != 1:
-            fail(ValueError, self.name, "top_k", "be 1: a token is in one cluster", top_k)
+        self.check_int("top_k", top_k, 1, 1)
         self.temperature = self.check_number("temperature", temperature, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:

@@ -8,7 +8,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -208,7 +207,7 @@ class MixtureOfRouters(LinearRouter):
         num_routers: int = 4,
         **common: Unpack[Common],
     ) -> None:
-        num_routers = check_int(self.name, "num_routers", num_routers, 1)
+        num_routers = self.check_int("num_routers", num_routers, 1)
         super().__init__(hidden_size, num_experts, top_k, num_experts * num_routers, **common)
         self.main = Linear(hidden_size, num_routers)
         self.num_routers = num_routers

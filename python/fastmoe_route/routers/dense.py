@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_divides, check_int
+from fastmoe_route._segments import segment_softmax, segment_sum, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -16,7 +16,6 @@ from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.routings import assemble, every_expert
 from fastmoe_route.routers.scores import linear, sigmoid, wide
-from fastmoe_route.routers.segments import segment_softmax, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -56,7 +55,7 @@ class BlockFFN(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.locality_coef = self.check_number("locality_coef", locality_coef)
         self.chunk_coef = self.check_number("chunk_coef", chunk_coef)
-        self.chunk = check_int(self.name, "chunk", chunk, 1)
+        self.chunk = self.check_int("chunk", chunk, 1)
         self.eps = self.check_number("eps", eps, above=0)
         self.gain = nn.Parameter(torch.ones(num_experts))
 
@@ -101,11 +100,9 @@ class Finedeep(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        what = "number of experts"
-        sublayers = check_divides(self.name, "sublayers", sublayers, num_experts, what)
-        self.sublayers = sublayers
+        self.sublayers = self.check_divisor("sublayers", sublayers)
         self.readers = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
-        self.gains = nn.Parameter(torch.ones(sublayers - 1, hidden_size))
+        self.gains = nn.Parameter(torch.ones(self.sublayers - 1, hidden_size))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.experts is not None
@@ -158,8 +155,8 @@ class SoftMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.slots = slots = check_int(self.name, "slots", slots, 1)
-        self.prototypes = nn.Parameter(torch.randn(num_experts * slots, hidden_size))
+        self.slots = self.check_int("slots", slots, 1)
+        self.prototypes = nn.Parameter(torch.randn(num_experts * self.slots, hidden_size))
         self.scale = nn.Parameter(torch.ones(()))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -185,7 +182,7 @@ class SoftMoE(Router):
         ids, number = extra["sequence"], extra["sequences"].shape[0]
         num_slots = self.num_experts * self.slots
         inputs = [
-            wide(x).new_zeros(number, self.hidden_size).index_add(0, ids, column[:, None] * wide(x))
+            segment_sum(column[:, None] * wide(x), ids, number)
             for column in extra["dispatch"].unbind(1)
         ]
         mixed = torch.stack(inputs, 1).view(number * num_slots, self.hidden_size)

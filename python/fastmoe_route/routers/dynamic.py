@@ -10,12 +10,12 @@ from typing_extensions import Unpack
 
 from fastmoe_route import losses
 from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
 from fastmoe_route.routers.linear import LinearRouter
-from fastmoe_route.routers.segments import segment_mean, sequences
 
 SCHEDULES = ("uniform", "descending", "ascending", "pyramid", "inverse_pyramid", "wave")
 
@@ -50,9 +50,7 @@ class DynamicTopP(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         common = with_defaults(common, aux_coef=0.01)
-        super().__init__(
-            hidden_size, num_experts, num_experts if top_k is None else top_k, **common
-        )
+        super().__init__(hidden_size, num_experts, top_k, **common)
         self.top_p = self.check_number("top_p", top_p, 0)
         self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
 
@@ -97,7 +95,7 @@ class AdaMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         num_null = num_experts if num_null is None else num_null
-        self.num_null = check_int("adamoe", "num_null", num_null, 0)
+        self.num_null = self.check_int("num_null", num_null, 0)
         columns = num_experts + self.num_null
         super().__init__(hidden_size, num_experts, top_k, columns, **common)
         self.null_coef = self.check_number("null_coef", null_coef)
@@ -192,9 +190,7 @@ class DynaMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         common = with_defaults(common, aux_coef=0.01)
-        super().__init__(
-            hidden_size, num_experts, num_experts if top_k is None else top_k, **common
-        )
+        super().__init__(hidden_size, num_experts, top_k, **common)
         tau = self.check_number("tau", tau, 0, 1)
         # The guard keeps ceil from counting a rounding error of (1 - tau) * E as one more expert.
         self.num_active = max(1, math.ceil((1 - tau) * num_experts - 1e-9))
@@ -281,16 +277,12 @@ class DynMoLE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         common = with_defaults(common, aux_coef=1e-3)
-        super().__init__(
-            hidden_size, num_experts, num_experts if top_k is None else top_k, **common
-        )
-        self.q, self.top_p = (
-            self.check_number("q", q, above=0),
-            self.check_number("top_p", top_p, 0),
-        )
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        self.q = self.check_number("q", q, above=0)
+        self.top_p = self.check_number("top_p", top_p, 0)
         self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
-        self.min_k = min(check_int(self.name, "min_k", min_k, 0), self.top_k)
-        uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+        self.min_k = min(self.check_int("min_k", min_k, 0), self.top_k)
+        uniform = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64, device="cpu")
         h_max = self.check_number("h_max", h_max, 0)
         self.h_max = h_max * float(losses.tsallis_entropy(uniform, q))
 

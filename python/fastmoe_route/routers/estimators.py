@@ -125,16 +125,15 @@ class _SparseMixer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, chosen: Tensor, factor: Tensor) -> Tensor:
-        p = logits.softmax(1)
-        p_chosen = p.gather(1, chosen[:, None])
-        ctx.save_for_backward(p, p_chosen, chosen)
-        return p_chosen[:, 0] * factor
+        ctx.save_for_backward(logits, chosen)
+        return logits.softmax(1).gather(1, chosen[:, None])[:, 0] * factor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        p, p_chosen, chosen = ctx.saved_tensors
-        one_hot = torch.zeros_like(p).scatter(1, chosen[:, None], 1.0)
-        return grad[:, None] * p_chosen * (one_hot - p), None, None
+        logits, chosen = ctx.saved_tensors
+        p, at = logits.softmax(1), chosen[:, None]
+        one_hot = torch.zeros_like(p).scatter(1, at, 1.0)
+        return grad[:, None] * p.gather(1, at) * (one_hot - p), None, None
 
 
 def sparsemixer(

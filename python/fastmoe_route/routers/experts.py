@@ -29,10 +29,7 @@ class Experts(NamedTuple):
     bias_down: Tensor | None = None
 
     def __call__(
-        self,
-        x: Tensor,
-        routing: Routing | tuple[Tensor, Tensor],
-        plan: DispatchPlan | None = None,
+        self, x: Tensor, routing: Routing | tuple[Tensor, Tensor], plan: DispatchPlan | None = None
     ) -> Tensor:
         """The weighted sum of every token's experts, `[T, H] -> [T, H]`."""
         return moe_mlp(

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_divides, check_int, check_number, check_shape, fail
+from fastmoe_route._arguments import check_divides, check_int, check_number, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -40,7 +40,7 @@ class M6T(LinearRouter):
     ) -> None:
         common = with_defaults(common, capacity_factor=1.25)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_divides(self.name, "top_k", top_k, num_experts, "number of experts")
+        self.check_divisor("top_k", top_k)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         routing = gate(
@@ -80,11 +80,9 @@ class Sam(LinearRouter):
     ) -> None:
         common = with_defaults(common, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
-        what = "number of experts"
-        num_groups = check_divides(self.name, "num_groups", num_groups, num_experts, what)
-        top_k = check_int(self.name, "top_k", top_k, 1, num_experts // num_groups)
-        self.num_groups = num_groups
-        self.group_score = Linear(hidden_size, num_groups)
+        self.num_groups = self.check_divisor("num_groups", num_groups)
+        self.check_int("top_k", top_k, 1, num_experts // self.num_groups)
+        self.group_score = Linear(hidden_size, self.num_groups)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         group = gate(self.group_score(x), 1)
@@ -133,9 +131,8 @@ class Smile(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        top_k = check_int(self.name, "top_k", top_k, 1, 1)
-        what = "number of experts"
-        num_nodes = check_divides(self.name, "num_nodes", num_nodes, num_experts, what)
+        self.check_int("top_k", top_k, 1, 1)
+        num_nodes = self.check_divisor("num_nodes", num_nodes)
         self.node_coef = self.check_number("node_coef", node_coef)
         self.device_coef = self.check_number("device_coef", device_coef)
         self.node_score = Linear(hidden_size, num_nodes)
@@ -194,14 +191,12 @@ class LocMoE(Router):
         common = with_defaults(common, capacity_factor=1.25, aux_coef=0.01)
         super().__init__(hidden_size, num_experts, top_k, **common)
         check_divides(self.name, "num_experts", num_experts, hidden_size, "hidden size")
-        what = "number of experts"
-        num_nodes = check_divides(self.name, "num_nodes", num_nodes, num_experts, what)
+        num_nodes = self.check_divisor("num_nodes", num_nodes)
         self.locality_coef = self.check_number("locality_coef", locality_coef)
         even = [1 / num_nodes] * num_nodes
-        shares = self.check_numbers("target", even if target is None else target)
-        if shares.shape != (num_nodes,) or not bool((shares > 0).all()):
-            rule = f"hold {num_nodes} positive shares"
-            fail(ValueError, self.name, "target", rule, target)
+        shares = self.check_numbers(
+            "target", even if target is None else target, num_nodes, above=0
+        )
         nodes = torch.arange(num_experts) // (num_experts // num_nodes)
         self.register_buffer("node_of_expert", nodes)
         self.register_buffer("target", shares)

@@ -17,7 +17,7 @@ class LinearRouter(Router):
     Args:
         hidden_size: `H`.
         num_experts: `E`.
-        top_k: experts per token.
+        top_k: experts per token; None for `E`.
         num_columns: columns of the logits; None for `E`.
         common: see `Common`.
     """
@@ -26,7 +26,7 @@ class LinearRouter(Router):
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         num_columns: int | None = None,
         **common: Unpack[Common],
     ) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -60,11 +60,10 @@ class XMoE(Router):
         factor = 1.25 if top_k == 1 else 1.0
         common = with_defaults(common, capacity_factor=factor, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
-        score_size = check_int(self.name, "score_size", score_size, 1)
+        score_size = self.check_int("score_size", score_size, 1)
         temperature = self.check_number("temperature", temperature, above=0)
-        check_choice(self.name, "second", second, ("best", "random", "gumbel"))
         self.normalize_tokens = self.check_flag("normalize_tokens", normalize_tokens)
-        self.second = second
+        self.second = self.check_choice("second", second, ("best", "random", "gumbel"))
         self.project = Linear(hidden_size, score_size)
         directions = F.normalize(torch.randn(num_experts, score_size), dim=1) * 1.5
         self.embeddings = nn.Parameter(directions)
@@ -125,7 +124,7 @@ class HyperRouter(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        hyper_size = check_int(self.name, "hyper_size", hyper_size, 1)
+        hyper_size = self.check_int("hyper_size", hyper_size, 1)
         self.embedding = nn.Parameter(torch.randn(hyper_size))
         size = num_experts * (hidden_size + 1)
         self.hyper = nn.Sequential(
@@ -172,8 +171,7 @@ class RMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        state_size = check_int(self.name, "state_size", state_size, 1)
-        self.state_size = state_size
+        self.state_size = state_size = self.check_int("state_size", state_size, 1)
         self.enter = Linear(hidden_size, state_size)
         if cell is not None and not isinstance(cell, nn.Module):
             fail(TypeError, self.name, "cell", "be the cell of another layer or None", repr(cell))
@@ -182,14 +180,8 @@ class RMoE(Router):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         u = self.enter(x)
-        state = context.state
-        if state is None:
-            state = torch.zeros_like(u)
-        else:
-            check_tensor(self.name, "state", state, 2)
-            check_shape(self.name, "state", state, u.shape)
-            self.check_finite("state", state)
-        state = self.cell(u, state.to(u.dtype))
+        before = torch.zeros_like(u) if context.state is None else context.state
+        state = self.cell(u, self.check_state(before, *u.shape).to(u.dtype))
         routing = gate(self.leave(state), self.top_k, normalize=True, stats=self.stats)
         return self.routed(routing, context, state=state)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_dtype, check_int, check_shape
+from fastmoe_route._arguments import check_dtype
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.routings import assemble, every_expert
 from fastmoe_route.routers.scores import Linear, sigmoid, wide, without_autocast
-from fastmoe_route.routers.segments import segment_mean, sequences
 from fastmoe_route.softmax import softmax
 
 
@@ -32,17 +32,6 @@ class Merging(Router):
     """
 
     unused: ClassVar[tuple[str, ...]] = ("z_coef",)
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int | None = None,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(
-            hidden_size, num_experts, num_experts if top_k is None else top_k, **common
-        )
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
         """The coefficient of every expert for each sequence, `[S, E]`."""
@@ -115,12 +104,7 @@ class Smear(Merging):
 
 
 @register(
-    "cond_conv",
-    row="L6",
-    source="arXiv:2406.00210",
-    verified="mem",
-    invariance="S",
-    decode="leak",
+    "cond_conv", row="L6", source="arXiv:2406.00210", verified="mem", invariance="S", decode="leak"
 )
 class CondConv(Merging):
     """A-SDM's conditional weights: per sequence `W = sum over e of sigmoid(f(mean of x))_e W_e`.
@@ -135,11 +119,7 @@ class CondConv(Merging):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int | None = None,
-        **common: Unpack[Common],
+        self, hidden_size: int, num_experts: int, top_k: int | None = None, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.score = Linear(hidden_size, num_experts, bias=True)
@@ -175,16 +155,15 @@ class SupernetMixture(Merging):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        encoding_size = check_int(self.name, "encoding_size", encoding_size, 1)
-        self.encoding_size = encoding_size
-        self.score = Linear(encoding_size, num_experts, bias=True)
+        self.encoding_size = self.check_int("encoding_size", encoding_size, 1)
+        self.score = Linear(self.encoding_size, num_experts, bias=True)
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
         """The softmax of the encodings' logits."""
         encoding = context.state
         if encoding is None:
             encoding = x.new_zeros(num, self.encoding_size)
-        check_shape(self.name, "state", encoding, (num, self.encoding_size))
+        self.check_state(encoding, num, self.encoding_size)
         share: Tensor = self.score(encoding.to(x.dtype)).softmax(1)
         return share
 
@@ -219,8 +198,8 @@ class Mhr(Merging):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        num_tasks = check_int(self.name, "num_tasks", num_tasks, 1)
-        num_heads = check_int(self.name, "num_heads", num_heads, 1)
+        num_tasks = self.check_int("num_tasks", num_tasks, 1)
+        num_heads = self.check_int("num_heads", num_heads, 1)
         self.table = nn.Parameter(torch.empty(num_tasks, num_heads, num_experts))
         nn.init.uniform_(self.table, -1e-3, 1e-3)
 
@@ -229,7 +208,7 @@ class Mhr(Merging):
         tasks = context.state
         if tasks is None:
             tasks = torch.zeros(num, dtype=torch.int64, device=self.table.device)
-        check_shape(self.name, "state", tasks, (num,))
+        self.check_state(tasks, num)
         check_dtype(self.name, "state", tasks, (torch.int64, torch.int32))
         self.check_ids("state", tasks, self.table.shape[0])
         skills = self.table[tasks].sigmoid()

@@ -18,7 +18,11 @@ class OwnRouter(Router):
     """A router of the user's, of any form that maps hidden states to a routing."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, function: Callable[[Tensor], Any]
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int | None,
+        function: Callable[[Tensor], Any],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         self.function = function
@@ -70,8 +74,7 @@ def router_of_layer(
         rule = "be a name, a fastmoe_route.routers.Router, or a function of hidden states"
         fail(TypeError, "MoE", "router", rule, type(router).__name__)
     if not isinstance(router, Router):
-        most = num_experts if top_k is None else top_k
-        router = OwnRouter(hidden_size, num_experts, most, router)
+        router = OwnRouter(hidden_size, num_experts, top_k, router)
     if options:
         rule = f"be None beside a router that is made already; give it {min(options)} there"
         fail(ValueError, "MoE", "router_options", rule, options)

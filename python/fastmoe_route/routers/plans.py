@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoe_route._segments import (
+    scopes,
+    segment_rank,
+    segment_sizes,
+    segment_softmax,
+    segment_sum,
+)
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Context
 from fastmoe_route.routers.capacity import Capacity
 from fastmoe_route.routers.routings import assemble, every_expert
-from fastmoe_route.routers.segments import scopes, segment_rank, segment_sizes, segment_softmax
 from fastmoe_route.transport import Prices, transport
 
 
@@ -88,21 +94,14 @@ def sparse_columns(x: Tensor, ids: Tensor, num_segments: int, room: Tensor) -> T
     for _ in range(30):
         value = torch.where(is_inside, x, 0.0)
         both = torch.cat([value, is_inside.to(x.dtype)], 1)
-        both = both.new_zeros(num_segments, both.shape[1]).index_add(0, ids, both)[ids]
-        total, count = both.chunk(2, dim=1)
+        total, count = segment_sum(both, ids, num_segments)[ids].chunk(2, dim=1)
         rest = x - (total - 1) / count.clamp(min=1)
         is_inside = is_inside & (rest > 0)
     return torch.where(is_inside, rest, 0.0)
 
 
 def expert_plan(
-    scores: Tensor,
-    top_k: int,
-    context: Context,
-    *,
-    iters: int,
-    gamma: float,
-    learning_rate: float,
+    scores: Tensor, top_k: int, context: Context, *, iters: int, gamma: float, learning_rate: float
 ) -> Tensor:
     """The plan of `sparse_ot` with few tokens per expert, per scope if there are any.
 

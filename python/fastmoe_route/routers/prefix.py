@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import (
-    check_choice,
-    check_divides,
-    check_int,
-    check_shape,
-    check_tensor,
-)
+from fastmoe_route._arguments import check_choice, check_divides, check_shape, check_tensor
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
@@ -55,7 +49,7 @@ class Flextron(LinearRouter):
         top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, top_k, **common)
         if static is not None:
-            static = check_int(self.name, "static", static, 1, top_k)
+            static = self.check_int("static", static, 1, top_k)
         self.static = static
 
     def route(self, x: Tensor, context: Context) -> Routed:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_int, check_shape, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -116,11 +115,10 @@ class ProMoE(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        num_experts = check_int(self.name, "num_experts", num_experts, 2)
-        top_k = check_int(self.name, "top_k", top_k, 1, num_experts - 1)
-        check_choice(self.name, "score", score, ("softmax", "sigmoid", "identity"))
-        self.score_name = score
-        self.unconditional = check_int(self.name, "unconditional", unconditional, 0)
+        num_experts = self.check_int("num_experts", num_experts, 2)
+        self.check_int("top_k", top_k, 1, num_experts - 1)
+        self.score_name = self.check_choice("score", score, ("softmax", "sigmoid", "identity"))
+        self.unconditional = self.check_int("unconditional", unconditional, 0)
         self.contrast_coef = self.check_number("contrast_coef", contrast_coef)
         self.temperature = self.check_number("temperature", temperature, above=0)
         prototypes = torch.randn(num_experts - 1, hidden_size) * hidden_size**-0.5
@@ -218,11 +216,11 @@ class Glider(Phatgoose):
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.local(x)
         if context.state is not None:
-            check_shape(self.name, "state", context.state, (context.num_sequences, z.shape[1]))
+            self.check_state(context.state, context.num_sequences, z.shape[1])
             ids = context.sequence_ids
             if ids is None and context.num_sequences != 1:
                 rule = "be given with more than one sequence"
-                fail(ValueError, self.name, "sequence_ids", rule, None)
+                self.fail("sequence_ids", rule, None)
             rows = context.state if ids is None else context.state[ids.long()]
             z = z + self.alpha * rows.to(z.dtype)
         routing = gate(z, self.top_k, normalize=True, stats=self.stats)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmoe_route._arguments import arithmetic_dtype
 from fastmoe_route.routers.base import Context
 
 # The increment and the finaliser of splitmix64 (doi:10.1145/2714064.2660195), as signed integers.
@@ -45,7 +46,7 @@ def uniform(context: Context, like: Tensor, num_columns: int, stream: int = 0) -
         `[T, C]`.
     """
     num_tokens = like.shape[0]
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(like)
     if context.seed is None:
         bits = torch.randint(2**23, (num_tokens, num_columns), device=like.device)
     else:

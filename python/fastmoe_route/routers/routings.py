@@ -29,11 +29,7 @@ def per_token(routing: Routing, ids: Tensor) -> Routing:
 def only_where(logits: Tensor, top_k: int, is_open: Tensor, *, stats: bool = False) -> Routing:
     """Softmax top-k, renormalised, for tokens with `is_open` `[T]`; no expert for the others."""
     return gate(
-        logits,
-        top_k,
-        k_per_token=is_open.to(torch.int32) * top_k,
-        normalize=True,
-        stats=stats,
+        logits, top_k, k_per_token=is_open.to(torch.int32) * top_k, normalize=True, stats=stats
     )
 
 

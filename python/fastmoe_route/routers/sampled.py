@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_int
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
@@ -94,7 +93,6 @@ class BinaryGate(LinearRouter):
         stochastic: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.stochastic = self.check_flag("stochastic", stochastic)
 
@@ -145,7 +143,7 @@ class ReMix(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        rank = check_int(self.name, "rank", rank, 1)
+        rank = self.check_int("rank", rank, 1)
         self.weight = 2.0 / (top_k * rank) ** (0.5 if self.check_flag("rs", rs) else 1.0)
 
     def route(self, x: Tensor, context: Context) -> Routed:

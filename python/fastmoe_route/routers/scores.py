@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmoe_route._arguments import arithmetic_dtype
 from fastmoe_route.grouped_mm import grouped_mm
 
 
 def wide(x: Tensor) -> Tensor:
     """`x` in the arithmetic of routers: float64 stays, all else becomes float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(arithmetic_dtype(x))
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, check_shape
+from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.routings import per_token
 from fastmoe_route.routers.scores import linear, wide
-from fastmoe_route.routers.segments import segment_mean, sequences
 
 
 @register("graph_of_tokens", row="R53", source="arXiv:2505.00792", verified="mem", invariance="S")
@@ -48,8 +47,9 @@ class GraphOfTokens(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_choice(self.name, "similarity", similarity, ("gaussian", "dot", "identity"))
-        self.similarity, self.causal = similarity, self.check_flag("causal", causal)
+        kinds = ("gaussian", "dot", "identity")
+        self.similarity = self.check_choice("similarity", similarity, kinds)
+        self.causal = self.check_flag("causal", causal)
         self.sigma = self.check_number("sigma", sigma, above=0)
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -117,7 +117,7 @@ class MiLoRA(LinearRouter):
         z = context.state
         if z is None:
             z = self.score(self.pool(wide(x), ids, num))
-        check_shape(self.name, "state", z, (num, self.num_experts))
+        self.check_state(z, num, self.num_experts)
         routing = per_token(gate(z, self.top_k, normalize=True), ids)
         return self.routed(self.measured(routing, z[ids]), context, extra={"decision": z})
 

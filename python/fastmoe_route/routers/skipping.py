@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_int, check_shape
+from fastmoe_route._segments import segment_mean, segment_rank, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -21,7 +21,6 @@ from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import uniform
 from fastmoe_route.routers.routings import only_where
 from fastmoe_route.routers.scores import Linear, gelu, sigmoid, wide
-from fastmoe_route.routers.segments import segment_mean, segment_rank, sequences
 
 
 class SkippingRouter(LinearRouter):
@@ -41,7 +40,7 @@ class SkippingRouter(LinearRouter):
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int = 1,
+        top_k: int | None = 1,
         num_columns: int | None = None,
         *,
         identity: bool = True,
@@ -98,13 +97,11 @@ class DuoLLM(SkippingRouter):
     ) -> None:
         columns = num_experts + 1
         super().__init__(hidden_size, num_experts, top_k, columns, identity=identity, **common)
-        if top_k != 1:
-            self.fail("top_k", "be 1: a token takes one path", top_k)
+        self.check_int("top_k", top_k, 1, 1)
         self.random = self.check_flag("random", random)
         self.forced: Tensor | None = None
-        paths = self.check_numbers("costs", [1.0] * num_experts if costs is None else costs)
-        if paths.shape != (num_experts,):
-            self.fail("costs", f"have {num_experts} entries", len(paths))
+        ones = [1.0] * num_experts
+        paths = self.check_numbers("costs", ones if costs is None else costs, num_experts)
         self.register_buffer("costs", torch.cat([paths, paths.new_zeros(1)]))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -167,7 +164,7 @@ class MindSkip(SkippingRouter):
         s = context.state
         if s is None:
             s = sigmoid(self.decide(segment_mean(wide(x), ids, num))[:, 0])
-        check_shape(self.name, "state", s, (num,))
+        self.check_state(s, num)
         runs = (s >= self.tau).to(s.dtype)
         open_ = straight_through(runs, s) if self.training else runs
         found = {"skip": self.skip_coef * s.mean()} if self.training and num else {}
@@ -210,8 +207,8 @@ class DrLLM(SkippingRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
-        self.num_windows = check_int(self.name, "num_windows", num_windows, 1)
-        width = check_int(self.name, "width", width, 1)
+        self.num_windows = self.check_int("num_windows", num_windows, 1)
+        width = self.check_int("width", width, 1)
         self.inner = Linear(hidden_size, width, bias=True)
         self.outer = Linear(width, 3, bias=True)
 
@@ -222,7 +219,7 @@ class DrLLM(SkippingRouter):
         if decision is None:
             logits = extra["logits"] = self._decide(wide(x), ids, num)
             decision = logits.argmax(1)
-        check_shape(self.name, "state", decision, (num,))
+        self.check_state(decision, num)
         self.check_ids("state", decision, 3)
         extra["decision"] = decision
         mine = decision[ids]
@@ -291,7 +288,7 @@ class Ftp(SkippingRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
         self.sparsity = self.check_number("sparsity", sparsity, 0, 1)
-        width = check_int(self.name, "width", width, 1)
+        width = self.check_int("width", width, 1)
         self.inner = Linear(4, width, bias=True)
         self.outer = Linear(width, 1, bias=True)
 
@@ -342,7 +339,6 @@ class DynamicTokenRouting(SkippingRouter):
         identity: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        top_k = num_experts if top_k is None else top_k
         super().__init__(hidden_size, num_experts, top_k, identity=identity, **common)
         self.budget = self.check_number("budget", budget, 0, 1)
         self.budget_coef = self.check_number("budget_coef", budget_coef)

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import (
-    check_choice,
-    check_int,
-    check_number,
-    check_shape,
-    check_tensor,
-    fail,
-)
+from fastmoe_route._arguments import check_int, check_number, check_shape, check_tensor, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -119,8 +112,8 @@ class MultilingualSteer(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_choice(self.name, "mode", mode, ("soft", "hard"))
-        self.mode, self.strength = mode, self.check_number("strength", strength)
+        self.mode = self.check_choice("mode", mode, ("soft", "hard"))
+        self.strength = self.check_number("strength", strength)
         self.register_buffer("steered", torch.zeros(num_experts, dtype=torch.bool))
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -184,7 +177,7 @@ class R2T2(LinearRouter):
         num = context.num_sequences
         if context.sequence_ids is not None and given.shape[0] == num != x.shape[0]:
             given = given[context.sequence_ids.long()]
-        check_shape(self.name, "state", given, (x.shape[0], self.num_experts))
+        self.check_state(given, x.shape[0], self.num_experts)
         routing = gate(given, self.top_k, score="identity", normalize=True, stats=self.stats)
         return self.routed(routing, context)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_choice, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -14,15 +13,10 @@ from fastmoe_route.routers.estimators import ordered_log_prob
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import gumbel
 from fastmoe_route.routers.routings import assemble
+from fastmoe_route.routers.scores import wide
 
 
-@register(
-    "hash",
-    row="R5",
-    source="arXiv:2202.01169",
-    verified="mem",
-    needs=("token_ids",),
-)
+@register("hash", row="R5", source="arXiv:2202.01169", verified="mem", needs=("token_ids",))
 class Hash(Router):
     """Hash layer: the expert is a fixed function of the vocabulary id, `id mod E`, weight 1.
 
@@ -47,8 +41,7 @@ class Hash(Router):
         assert context.token_ids is not None
         steps = torch.arange(self.top_k, device=x.device)
         experts = (context.token_ids.long()[:, None] + steps) % self.num_experts
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weights = torch.full(experts.shape, 1 / self.top_k, dtype=dtype, device=x.device)
+        weights = wide(x).new_full(experts.shape, 1 / self.top_k)
         return self.routed(assemble(experts, weights, self.num_experts), context)
 
 
@@ -110,13 +103,12 @@ class Thor(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        check_choice(self.name, "level", level, ("token", "sequence"))
-        self.level = level
+        self.level = self.check_choice("level", level, ("token", "sequence"))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         if self.level == "sequence":
             if context.sequence_ids is None:
-                fail(ValueError, self.name, "sequence_ids", "be given with level 'sequence'", None)
+                self.fail("sequence_ids", "be given with level 'sequence'", None)
             numbers = torch.arange(context.num_sequences, device=x.device)
             draws = gumbel(context._replace(positions=numbers), numbers.to(x), self.num_experts)
             draws = draws[context.sequence_ids.long()]

@@ -7,7 +7,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import overflow
-from fastmoe_route._arguments import check_int, check_shape
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
@@ -202,13 +201,7 @@ class SMoEDropout(LinearRouter):
         return self.routed(gate(logits, self.top_k, normalize=True, stats=self.stats), context)
 
 
-@register(
-    "mask_moe",
-    row="R31",
-    source="arXiv:2407.09816",
-    verified="2nd",
-    needs=("token_ids",),
-)
+@register("mask_moe", row="R31", source="arXiv:2407.09816", verified="2nd", needs=("token_ids",))
 class MaskMoE(LinearRouter):
     """MaskMoE: every vocabulary id sees a fixed random set of experts, a rare id only one.
 
@@ -244,10 +237,10 @@ class MaskMoE(LinearRouter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
-        vocab_size = check_int(self.name, "vocab_size", vocab_size, 1)
-        num_frequent = check_int(self.name, "num_frequent", num_frequent, 0, vocab_size)
-        visible = check_int(self.name, "visible", visible, 1)
-        table_seed = check_int(self.name, "table_seed", table_seed, -(2**63), 2**63 - 1)
+        vocab_size = self.check_int("vocab_size", vocab_size, 1)
+        num_frequent = self.check_int("num_frequent", num_frequent, 0, vocab_size)
+        visible = self.check_int("visible", visible, 1)
+        table_seed = self.check_int("table_seed", table_seed, -(2**63), 2**63 - 1)
         generator = torch.Generator().manual_seed(table_seed)
         place = torch.rand(vocab_size, num_experts, generator=generator).argsort(1).argsort(1)
         seen = torch.where(torch.arange(vocab_size) < num_frequent, visible, 1)
@@ -283,6 +276,6 @@ class ReadMe(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x) if context.state is None else context.state
-        check_shape(self.name, "state", z, (x.shape[0], self.num_experts))
+        self.check_state(z, x.shape[0], self.num_experts)
         routing = gate(z, self.top_k, normalize=True, stats=self.stats)
         return self.routed(routing, context, state=z)

@@ -22,6 +22,7 @@ from fastmoe_route._arguments import (
     describe,
     fail,
 )
+from fastmoe_route._autograd import guarded
 from fastmoe_route.methods import register
 from fastmoe_route.softmax_variants.online import normalizer
 
@@ -139,7 +140,7 @@ def sharded_cross_entropy(
         group: the ranks that share the classes; None for this rank alone.
 
     Returns:
-        The mean over rows, the same on every rank; differentiable in this rank's logits
+        The mean over rows, the same on every rank; differentiable once, in this rank's logits
         (arXiv:2203.15565).
     """
     check_rows("sharded_cross_entropy", "logits", logits, 2)
@@ -169,10 +170,11 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(picked, group=group)
         p = (logits - m[:, None]).exp() / d[:, None]
-        ctx.save_for_backward((p - own) / max(logits.shape[0], 1))
+        ctx.save_for_backward(logits, (p - own) / max(logits.shape[0], 1))
         return (m + d.log() - picked).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (per_row,) = ctx.saved_tensors
-        return grad * per_row, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        logits, per_row = ctx.saved_tensors
+        gradients = guarded("sharded_cross_entropy", (grad * per_row,), (logits, grad))
+        return gradients[0], None, None

@@ -20,7 +20,7 @@ struct Region {
   std::string what;
   Shadow shadow;  // of writable regions
 
-  bool holds(uint64_t low, uint64_t high) const { return low >= base && high <= base + bytes; }
+  bool holds(uint64_t low, uint64_t high) const { return low >= base && low <= high && high <= base + bytes; }
 };
 
 class GlobalMemory {

@@ -188,7 +188,6 @@ HARMLESS = (
         FIRST_TURN,
         (
             "for (int64_t first = 0; first < work.num_tiles; first += kWarp) {",
-            "for (int64_t first = begin; first < begin + work.tile_slots; first += kWarp) {",
             "while (tile < work.num_tiles && work.tile_used[tile] <= room)",
         ),
     ),
@@ -201,8 +200,14 @@ HARMLESS = (
     Harmless(
         "guard",
         "plan_place.cuh",
-        "steps without slots are ranked; no call here has a plan of no slots, the ops' tests have",
-        ("if (u < steps_) take_ranks<kPair>(", "if (first < end) {"),
+        "steps without slots are ranked",
+        ("if (u < steps_) take_ranks<kPair>(",),
+    ),
+    Harmless(
+        "guard",
+        "plan_place.cuh",
+        "a share that begins past the last tile loads the last count, and adds zeros",
+        ("for (int first = thread(); first <= last; first += kPlaceSums * step)",),
     ),
     Harmless(
         "guard",
@@ -247,10 +252,55 @@ HARMLESS = (
         ("const int64_t token = by_score ? i / num_columns",),
     ),
     Harmless(
+        "guard", "softmax.cu", ONE_LANE, ("if (lane_index() == 0) warp_sums[turn][warp_index()] =",)
+    ),
+    Harmless(
+        "guard",
+        "softmax.cu",
+        "a row of float32 or 16 bits that no block keeps has a pack for every thread",
+        ("for (int64_t pack = threadIdx.x; pack < num_packs; pack += blockDim.x) {",),
+    ),
+    Harmless(
+        "guard",
+        "kept_rows.cuh",
+        "a pack past the end of the row has no column to load or store, every other has a first",
+        (
+            "held_[i] = i >= count_of(0) ? nothing()",
+            "if (i < count_of(0)) write_pack(pack_of(0, i), held_[i], probability);",
+        ),
+    ),
+    Harmless(
         "guard",
         "softmax.cu",
         "the compiler's four turns at once of a loop that has one: a row ends in less than a pack",
         ("for (int64_t c = num_packs * kColumns + threadIdx.x; c < num_cols;",),
+    ),
+    Harmless(
+        "guard",
+        "softmax_topk.cu",
+        ONE_LANE,
+        (
+            "if (lane_index() == 0) s.count =",
+            "if (lane_index() == 0) { s.floors[warp_index()] = warp_floor; maxima",
+            "if (lane_index() == 0) { max = block_max;",
+            "if (lane_index() == 0) s.floors[warp_index()] = warp_floor;",
+        ),
+    ),
+    Harmless(
+        "guard",
+        "softmax_topk.cu",
+        "k elements reach the floor: what does not is counted behind them, and never taken",
+        ("if (key >= floor) visit(key, begin + column);",),
+    ),
+    Harmless(
+        "guard",
+        "softmax_topk.cu",
+        "the first turn of the first pass is always due; one of the second when all are found"
+        " places none, as `at < wanted` says",
+        (
+            "for (int pass = 0; pass < 2; ++pass) {",
+            "for (int base = 0; base < chunk.size && count < wanted; base += kWarp) {",
+        ),
     ),
 )
 

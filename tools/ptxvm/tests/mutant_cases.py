@@ -22,6 +22,8 @@ from mutant_expert_cases import (
     rows_of_stray_slots,
 )
 
+FAR = 2**32 - 1
+
 
 def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scopes of tokens, and which of them are out of range."""
@@ -38,9 +40,12 @@ def plan(
     ids: torch.dtype = torch.int64,
     has_strays: bool = True,
     has_none: bool = False,
+    is_even: bool = True,
+    blocks: int = FAR,
     weights: torch.dtype = torch.float32,
     **options: object,
 ) -> None:
+    """The ids of all slots have one stride, or those of a token another than tokens."""
     generator = torch.Generator().manual_seed(num_tokens)
     experts = torch.randint(-1 if has_strays else 0, num_experts, (num_tokens, 2),
                             generator=generator).to(ids)  # fmt: skip
@@ -59,7 +64,10 @@ def plan(
         made_with["scope_ids"], is_stray = scopes_of(num_tokens, options["num_scopes"])
         options["scope_ids"] = made_with["scope_ids"].masked_fill(is_stray, 0)
         clean[is_stray] = -1
-    made = fr.plan_dispatch(experts, num_experts, **made_with)
+    if not is_even:
+        experts = experts.t().contiguous().t()
+    with few_blocks(blocks, "walk_kernel"):
+        made = fr.plan_dispatch(experts, num_experts, **made_with)
     max_rows = options.pop("max_rows", None)
     expected = reference.plan_dispatch(clean, num_experts, **options)
     if max_rows is not None:
@@ -73,13 +81,15 @@ def plan(
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
-def softmax(width: int, method: str, blocks: int, dtype: torch.dtype = torch.float32) -> None:
+def softmax(
+    width: int, method: str, blocks: int, dtype: torch.dtype = torch.float32, first_row: int = 0
+) -> None:
     x = random(9, width).to(dtype)
     x[4] *= 400  # exponentials of most are zero
     x[5, -1] = x[5].max() + 800
     x[6, -2:] = -torch.inf
     x[7, -1] = x[7].max() - 720
-    x.requires_grad_()
+    x = x[first_row:].requires_grad_()
     wanted = torch.softmax(x.double(), -1)
     (expected,) = torch.autograd.grad(wanted.square().sum(), x)
     with few_blocks(blocks):
@@ -97,6 +107,8 @@ def softmax_topk(
     num_rows: int = 3,
     blocks: int = 2,
     numbers: int | None = None,
+    is_sparse: bool = False,
+    has_few_values: bool = False,
 ) -> None:
     x = random(num_rows, width).to(dtype)
     x[0] *= 100 if num_rows > 1 else 1
@@ -104,6 +116,10 @@ def softmax_topk(
         x = (2 * x).round()
     if numbers is not None:
         x[:, : width - numbers] = -torch.inf
+    if has_few_values:
+        x = (x > 0).to(dtype) + (x > 2.3)
+    if is_sparse:
+        x[:, ::3], x[:, 1::3] = -torch.inf, torch.nan
     x.requires_grad_()
     with few_blocks(blocks):
         values, columns = fr.softmax_topk(x, k)
@@ -133,9 +149,18 @@ def softmax_topk_stray_columns() -> None:
         close(backward(grad, x, statistics, spoiled), expected)
 
 
-def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: object) -> None:
+def gate(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    blocks: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    uses_weights: bool = True,
+    **options: object,
+) -> None:
     num_columns = num_experts + options.get("num_null", 0)
-    logits = random(num_tokens, num_columns)
+    logits = random(num_tokens, num_columns).to(dtype)
     if options.pop("has_empty", False):
         logits[2] = -torch.inf
     if options.pop("all_equal", False):
@@ -155,7 +180,9 @@ def gate(num_tokens: int, num_experts: int, top_k: int, blocks: int, **options: 
     logits.requires_grad_()
 
     def loss(routing: fr.Routing) -> torch.Tensor:
-        total = (routing.weights.nan_to_num() * torch.arange(1, top_k + 1)).sum()
+        total = torch.zeros(())
+        if uses_weights:
+            total = total + (routing.weights.nan_to_num() * torch.arange(1, top_k + 1)).sum()
         for more in (routing.score_sum, routing.logsumexp, routing.scores):
             if more is not None:
                 total = total + (more.nan_to_num(neginf=0.0).square()).sum()
@@ -237,7 +264,6 @@ def expert_choice(num_scopes: int, dtype: torch.dtype = torch.float32) -> None:
     routing.weights.sum().backward()
 
 
-FAR = 2**32 - 1
 GROUPED = {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum"}
 CASES: dict[str, Case] = {
     "plan": partial(plan, 700, 8),
@@ -270,10 +296,14 @@ CASES: dict[str, Case] = {
         for rows in range(500, 507)
         for name, options in (("capacity", {"capacity": 90}), ("scopes", {"num_scopes": 3}))
     },
+    "plan, max_rows, uneven ids": partial(plan, 700, 8, max_rows=519, is_even=False),
+    "plan, no slots": partial(plan, 0, 8, has_strays=False),
+    "plan, padding of few blocks": partial(plan, 400, 2500, align=4, capacity=1, blocks=5),
     "plan, many experts, max_rows": partial(plan, 400, 2500, max_rows=500),
     "permute 8": partial(permute, 8, 2),
     "permute 33": partial(permute, 33, FAR),
     "permute 8, float64": partial(permute, 8, 2, torch.float64),
+    "permute 9, float64, 9 choices": partial(permute, 9, 2, torch.float64, top_k=9),
     "permute 8, no weights": partial(permute, 8, 2, of="rows", has_weights=False),
     "permute 8, gradient of the rows": partial(permute, 8, 2, of="rows"),
     "permute 8, gradient of the weights": partial(permute, 8, 2, of="weights"),
@@ -284,6 +314,11 @@ CASES: dict[str, Case] = {
     "softmax 1500, online": partial(softmax, 1500, "online", 2),
     "softmax 1501, float16": partial(softmax, 1501, "online", 2, torch.float16),
     "softmax 20000": partial(softmax, 20000, "online", 2),
+    "softmax 11001": partial(softmax, 11_001, "online", 1, first_row=7),
+    "softmax 28000": partial(softmax, 28_000, "online", 1, first_row=7),
+    "softmax 66001": partial(softmax, 66_001, "online", 1, first_row=7),
+    "softmax 66000, online": partial(softmax, 66_000, "online", 1, first_row=7),
+    "softmax 66000, three_pass": partial(softmax, 66_000, "three_pass", 1, first_row=7),
     "softmax 200, float64": partial(softmax, 200, "online", 1, torch.float64),
     "softmax 300, float64": partial(softmax, 300, "online", 2, torch.float64),
     "softmax 300, float64, three_pass": partial(softmax, 300, "three_pass", 2, torch.float64),
@@ -295,10 +330,18 @@ CASES: dict[str, Case] = {
     "softmax_topk 9000": partial(softmax_topk, 9000, 5, False),
     "softmax_topk 9000, ties": partial(softmax_topk, 9000, 64, True),
     "softmax_topk 300, masked": partial(softmax_topk, 300, 40, False, numbers=30),
+    "softmax_topk 45, all of few numbers": partial(softmax_topk, 45, 45, False, is_sparse=True),
+    "softmax_topk 4000, few values": partial(
+        softmax_topk, 4000, 64, False, num_rows=1, has_few_values=True
+    ),
+    "softmax_topk 32768, few values": partial(
+        softmax_topk, 32_768, 64, False, num_rows=1, has_few_values=True
+    ),
     "softmax_topk 100": partial(softmax_topk, 100, 64, False),
     "softmax_topk 301": partial(softmax_topk, 301, 4, False),
     "softmax_topk 3001, one row": partial(softmax_topk, 3001, 4, False, torch.float32, 1),
     "softmax_topk 8200": partial(softmax_topk, 8200, 40, False, blocks=FAR),
+    "softmax_topk 8201, float32": partial(softmax_topk, 8201, 40, False, torch.float32),
     "softmax_topk, merged twice": partial(softmax_topk, 262_154, 64, False, num_rows=1, blocks=FAR),
     "softmax_topk, stray columns": softmax_topk_stray_columns,
     "gate 8": partial(gate, 40, 8, 2, 2, stats=True, normalize=True),
@@ -355,6 +398,12 @@ CASES: dict[str, Case] = {
         gate, 9, 520, 4, 1, softmax_over="group", stats=True, **GROUPED
     ),
     "gate 20, sigmoid, statistics": partial(gate, 20, 20, 4, 1, score="sigmoid", stats=True),
+    "gate 64, float16": partial(gate, 20, 64, 6, 1, torch.float16, stats=True),
+    "gate 256, float16": partial(gate, 20, 256, 6, 1, torch.float16, stats=True),
+    "gate 64, gradient of the statistics": partial(
+        gate, 20, 64, 6, 1, stats=True, uses_weights=False
+    ),
+    "gate 300, threshold, normalized": partial(gate, 20, 300, 6, 1, threshold=0.02, normalize=True),
     "gate 300": partial(gate, 20, 300, 8, 1, stats=True, normalize=True),
     "gate 1500": partial(gate, 12, 1500, 20, 1, score="sigmoid", stats=True, **GROUPED),
     "gate 8000": partial(gate, 5, 8000, 4, 1, score="sigmoid", stats=True, **GROUPED),

@@ -16,9 +16,10 @@ def permute(
     *,
     of: str = "rows weights",
     has_weights: bool = True,
+    top_k: int = 3,
 ) -> None:
     """The gradients are those of `of`."""
-    ids = torch.randint(-1, 5, (60, 3), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(-1, 5, (60, top_k), generator=torch.Generator().manual_seed(1))
     made = fr.plan_dispatch(ids, 5, align=4)
     x = random(60, width).to(dtype)
     with few_blocks(blocks):
@@ -26,7 +27,7 @@ def permute(
         assert torch.equal(rows, reference.permute(x, made))
         leaves = {"rows": rows.clone()}
         if has_weights:
-            leaves["weights"] = random(60, 3).to(dtype)
+            leaves["weights"] = random(60, top_k).to(dtype)
         wanted_of = [leaves[name].requires_grad_() for name in of.split()
                      if name in leaves]  # fmt: skip
         expected = reference.unpermute(leaves["rows"], made, leaves.get("weights"))

@@ -210,6 +210,12 @@ KERNEL id_without_guard(const int* in, const int* table, int* out, int*, int) {
   out[t] = table[in[t] - 1];  // BUG out of bounds
 }
 
+KERNEL before_null(const int*, const int*, int* out, int*, int n) {
+  const int t = threadIdx.x;
+  const long long* const none = reinterpret_cast<const long long*>(static_cast<unsigned long long>(n) - 256);  // null
+  out[t] = static_cast<int>(none[-1]);  // BUG out of bounds
+}
+
 KERNEL before_shared_array(const int* in, const int*, int* out, int*, int) {
   __shared__ int values[128];
   const int t = threadIdx.x;

@@ -27,6 +27,26 @@ def _segments(ids: Tensor | None, number: int, x: Tensor) -> tuple[Tensor, int]:
     return ids.long(), number
 
 
+def segment_sum(x: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    """The rows of each segment added up, the same bits on every run: `[T, ...]` to `[S, ...]`.
+
+    On a GPU `index_add` adds up by atomics, in any order, and `index_put` after a stable sort; on
+    the CPU it is `index_add` that keeps the order.
+
+    Args:
+        x: `[T, ...]`.
+        ids: int64 `[T]` in `[0, num_segments)`.
+        num_segments: `S`.
+
+    Returns:
+        `[S, ...]` in the dtype of `x`, 0 for an empty segment. Differentiable.
+    """
+    total = x.new_zeros(num_segments, *x.shape[1:])
+    if x.device.type == "cpu":
+        return total.index_add(0, ids, x)
+    return total.index_put((ids,), x, accumulate=True)
+
+
 def segment_sizes(ids: Tensor, num_segments: int) -> Tensor:
     """int64 `[S]`, the tokens of every segment."""
     ids = ids.long()
@@ -35,8 +55,7 @@ def segment_sizes(ids: Tensor, num_segments: int) -> Tensor:
 
 def segment_mean(x: Tensor, ids: Tensor, num_segments: int) -> Tensor:
     """The mean of the rows of each segment, 0 for an empty one: `[T, ...]` to `[S, ...]`."""
-    total = x.new_zeros(num_segments, *x.shape[1:]).index_add(0, ids, x)
-    count = x.new_zeros(num_segments).index_add(0, ids, x.new_ones(ids.shape[0]))
+    total, count = segment_sum(x, ids, num_segments), segment_sizes(ids, num_segments).to(x.dtype)
     return total / count.clamp(min=1).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -76,6 +95,4 @@ def segment_softmax(logits: Tensor, ids: Tensor, num_segments: int) -> Tensor:
     top = detached.new_full((num_segments, logits.shape[1]), -torch.inf)
     top = top.scatter_reduce(0, ids[:, None].expand_as(detached), detached, "amax")
     powers = (logits - top[ids]).exp()
-    total = powers.new_zeros(top.shape).index_add(0, ids, powers)
-    shares: Tensor = powers / total[ids]
-    return shares
+    return powers / segment_sum(powers, ids, num_segments)[ids]
