@@ -1,8 +1,8 @@
 // gate on the CPU: a few rows at a time, in the first-level cache, one read of the logits.
 //
 // Phases of a row: load -> scores (only if something needs them) -> ordered integer keys (unless finite logits alone
-// decide: then these are searched as they are) -> groups -> selection -> stop rules -> weights -> statistics. The phases
-// of kBatch rows run side by side (gate_select.h, gate_groups.h).
+// decide: these are searched as they are) -> groups -> selection -> stop rules -> weights -> statistics. The phases of
+// kBatch rows run side by side (gate_select.h, gate_groups.h).
 // A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
 // logits are exponentiated.
 // Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
@@ -35,11 +35,12 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  // demand: [E], zeros; counts the rows that run() is given. At least one token.
-  Gate(const GateArgs& args, int32_t* demand, char* memory)
+  // demand: [E], zeros; counts the rows that run() is given. At least one token. carried: room for a row's scores where
+  // they are summed.
+  Gate(const GateArgs& args, int32_t* demand, char* memory, Float* carried)
       : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(padded_columns<V>(shape_)), group_size_(shape_.num_experts / shape_.num_groups),
-        slots_(slots_of(shape_)), demand_(demand) {
+        slots_(slots_of(shape_)), carried_(carried), demand_(demand) {
     int64_t row_bytes = 0;
     for (int r = 0; r < kBatch && r < shape_.num_tokens; ++r) {
       GateRow<V>& row = rows_[r];
@@ -50,22 +51,20 @@ class Gate {
     memory += kBatch * row_bytes;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
-    carried_ = reinterpret_cast<Float*>(memory += round_up(num_taken(shape_) * sizeof(int32_t), 64));
     for (int64_t i = 0; needs_.carry_scores && i < padded_; ++i) carried_[i] = 0;
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
   static int64_t bytes(const GateShape& shape) {
     return kBatch * GateRow<V>{}.carve(nullptr, shape, 0, kBatch) + round_up(num_taken(shape) * sizeof(Key), 64) +
-           round_up(num_taken(shape) * sizeof(int32_t), 64) + round_up(padded_columns<V>(shape) * sizeof(Float), 64);
+           round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
 
   // Rows [begin, end); adds their scores to score_sum, [padded_], unless that is null.
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r)
-        load_row(a_.dtype, a_.logits, t + r, num_columns_, rows_[r].buffer, rows_[r], rows_[r].largest);
+      for (int64_t r = 0; needs_.logits_only && r < count; ++r) load(rows_[r], t + r);
       for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
@@ -91,8 +90,14 @@ class Gate {
   // And for those of a batch: a short list writes all its places.
   static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
-  // Scores of row t, and keys unless its logits decide, with what may not be chosen disallowed.
+  void load(GateRow<V>& row, int64_t t) const {
+    load_row(a_.dtype, a_.logits, t, num_columns_, row.buffer, row, row.largest);
+  }
+
+  // Scores of row t, and keys unless its logits decide, with what may not be chosen disallowed. Where both are stored,
+  // a row is loaded only now: four rows with all that belongs to them are too much for the first-level cache.
   void prepare(GateRow<V>& row, int64_t t, Float* score_sum) {
+    if (!needs_.logits_only) prefetch(t + 2 * kBatch), load(row, t);
     row.is_direct = needs_.logits_only && row.is_plain;
     row.is_carried = needs_.carry_scores && row.is_plain;
     row.key_scores = row.scores;
@@ -122,6 +127,14 @@ class Gate {
     for (int64_t i = 0; i < padded_; i += V::kLanes)
       fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
     carried_factor_ = 0;
+  }
+
+  // The processor's own prefetching ends at each page: a few rows.
+  void prefetch(int64_t t) const {
+    if (t >= shape_.num_tokens || a_.logits.stride_col != 1) return;
+    const int64_t size = a_.dtype == DType::kFloat64 ? 8 : a_.dtype == DType::kFloat32 ? 4 : 2;
+    const char* row = static_cast<const char*>(a_.logits.data) + t * a_.logits.stride_row * size;
+    for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
   }
 
   // Experts and demand of row t, whose selection begins at `first`: the columns taken before a stop rule, null ones
@@ -504,7 +517,7 @@ void gate_rows(const GateArgs& args) {
   const int64_t gate_bytes = Gate<V>::bytes(args.shape);
   const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64);
   const int64_t padded = padded_columns<V>(args.shape);
-  const int64_t sums_bytes = args.score_sum != nullptr ? num_tiles * padded * sizeof(Float) : 0;
+  const int64_t sums_bytes = args.score_sum != nullptr ? (num_tiles + workers) * padded * sizeof(Float) : 0;
   char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
   Float* tile_sums = reinterpret_cast<Float*>(memory + workers * worker_bytes);
   const bool has_sums = args.score_sum != nullptr;
@@ -516,7 +529,8 @@ void gate_rows(const GateArgs& args) {
   parallel_workers(workers, [&](int worker) {
     int32_t* demand = demand_of(worker);
     for (int64_t e = 0; worker > 0 && e < num_experts; ++e) demand[e] = 0;
-    Gate<V> gate(args, demand, memory + worker * worker_bytes);
+    Float* carried = has_sums ? tile_sums + (num_tiles + worker) * padded : nullptr;
+    Gate<V> gate(args, demand, memory + worker * worker_bytes, carried);
     for (int64_t i = num_tiles * worker / workers; i < num_tiles * (worker + 1) / workers; ++i) {
       Float* sums = has_sums ? tile_sums + i * padded : nullptr;
       for (int64_t e = 0; has_sums && e < padded; ++e) sums[e] = 0;
