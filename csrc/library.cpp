@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
 
   // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit
-  m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity, int drop_policy, Tensor? weights, Tensor? scope_ids, SymInt num_scopes, SymInt align, SymInt max_rows, bool allow_unrouted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity=0, int drop_policy=0, Tensor? weights=None, Tensor? scope_ids=None, SymInt num_scopes=1, SymInt align=1, SymInt max_rows=-1, bool allow_unrouted=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // which of its candidate experts each token gets under a capacity: (choice, granted, demand)
   m.def("reroute(Tensor experts, Tensor? weights, int num_experts, int top_k, SymInt capacity, int overflow, int fill, int drop_policy, Tensor? scope_ids, SymInt num_scopes, Tensor? rank_of_expert, Tensor? rank_of_token) -> (Tensor, Tensor, Tensor)");
@@ -66,7 +66,7 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   // softmax over the last dimension; method: auto, three_pass, online, two_pass
   m.def("softmax(Tensor x, int method=0) -> Tensor");
   m.def("softmax_forward(Tensor x, int method=0) -> Tensor");
-  m.def("softmax_out(Tensor x, int method, Tensor(a!) out) -> ()");
+  m.def("softmax_out(Tensor x, Tensor(a!) out, int method=0) -> ()");
   m.def("softmax_backward(Tensor grad_y, Tensor y) -> Tensor");
 
   // the k best softmax probabilities of wide rows: (values, statistics, indices), bare (values, indices)

@@ -264,11 +264,20 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     balance.set_title("load: (largest - mean) / mean")
     draw_curves(balance, {name: done[name]["violation"] for name in order}, colors)
     balance.set_yscale("symlog", linthresh=0.1)
+    name_violations(balance.yaxis)
     draw_summaries(figure, grid, done, order, colors)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def name_violations(axis: Any) -> None:
+    """Plain numbers on the axis, a few to each power of ten."""
+    from matplotlib.ticker import FixedLocator
+
+    axis.set_major_locator(FixedLocator([0, 0.1, 0.3, 1, 3, 10]))
+    axis.set_major_formatter("{x:g}")
 
 
 def draw_curves(axes: Any, curves: dict[str, list[float]], colors: dict[str, str]) -> None:
@@ -305,6 +314,7 @@ def draw_summaries(
         axes.tick_params(axis="x", labelsize=8)
         if column == 1:
             axes.set_xscale("symlog", linthresh=0.1)
+            name_violations(axes.xaxis)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,8 @@ from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.distributed import ExpertParallel, plan_placement
 from torch import Tensor, nn
 
+HEADS = 4
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
@@ -49,6 +51,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(given, name) < 1:
             option = name.replace("_", "-")
             parser.error(f"--{option} must be at least 1, got {getattr(given, name)}")
+    if given.hidden % HEADS:
+        parser.error(f"--hidden must be a multiple of {HEADS}, got {given.hidden}")
+    if given.top_k > given.experts:
+        parser.error(f"--top-k must be at most {given.experts}, got {given.top_k}")
+    if not given.planning > 0:
+        parser.error(f"--planning must be positive, got {given.planning}")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if given.experts % size:
+        parser.error(f"--experts must be a multiple of the {size} processes, got {given.experts}")
     return given
 
 
@@ -73,7 +84,7 @@ class Model(nn.Module):
         """What the expert layer reads, `[B, S, H]`, and the residual path beside it."""
         x = self.embed(ids) + self.place
         q, k, v = self.qkv(self.norms[0](x)).chunk(3, dim=-1)
-        heads = [t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (q, k, v)]
+        heads = [t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v)]
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
         return x + mixed.transpose(1, 2).flatten(2)
 
@@ -188,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.experts = ExpertParallel(model.experts)
     say(f"{size} processes, {given.experts} experts, {given.experts // size} on each")
     losses = train(model, learn, given)
-    for step in range(0, given.steps, max(given.steps // 6, 1)):
+    shown = {*range(0, given.steps, max(given.steps // 6, 1)), given.steps - 1}
+    for step in sorted(shown):
         say(f"step {step:4}  loss {losses[step]:.3f}")
-    say(f"step {given.steps - 1:4}  loss {losses[-1]:.3f}")
 
     ids = [batch(held_out, given, seed=10**6 + 100 * rank + i) for i in range(16)]
     before_y, routing, before = run_held_out(model, ids)

@@ -71,6 +71,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
     if given.hidden % 64:
         parser.error(f"--hidden must be a multiple of 64, got {given.hidden}")
+    top_k = SIZES[given.model]["num_experts_per_tok"]
+    if given.experts is not None and given.experts < top_k:
+        parser.error(f"--experts must be at least {top_k} for {given.model}, got {given.experts}")
+    if given.width is not None and given.width < 1:
+        parser.error(f"--width must be at least 1, got {given.width}")
+    if given.path is not None and not (given.path / "config.json").is_file():
+        parser.error(f"--path must be a folder with a config.json, got {given.path}")
     return given
 
 

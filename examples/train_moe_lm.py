@@ -333,6 +333,7 @@ def plot(runs: list[Run], config: Config, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     fast, plain = runs
     figure = plt.figure(figsize=(11, 6.2), layout="constrained")
@@ -361,6 +362,7 @@ def plot(runs: list[Run], config: Config, path: Path) -> None:
     high = max(2.0, float(fast.load.max()))
     image = load.imshow(fast.load.numpy(), aspect="auto", cmap="RdBu_r", vmin=2 - high, vmax=high)
     load.set(xlabel="expert", ylabel="layer", title=f"Expert load on unseen text ({FAST})")
+    load.xaxis.set_major_locator(MaxNLocator(integer=True))
     load.set_yticks(range(config.layers), [str(i + 1) for i in range(config.layers)])
     figure.colorbar(image, ax=load, label="1 = equal share", pad=0.01).ax.set_ylim(0, high)
     for axes in (losses, speed):

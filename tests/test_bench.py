@@ -9,6 +9,7 @@ from fastmoe_route.bench import baselines, check, runner, shapes, timing, worklo
 from fastmoe_route.bench.case import compare
 from fastmoe_route.bench.machine import Limits, cache_bytes, describe
 from fastmoe_route.bench.report import Reporter, duration, row_line
+from scripts import script
 from tolerance import assert_bound
 
 TINY = shapes.parse_shape("64,32,8,2")
@@ -378,3 +379,20 @@ class TestReport:
         out, err = capsys.readouterr()
         assert "WRONG: values: error 1, allowed 0.1" in out
         assert "1 WRONG RESULT(S): gate 64,32,8,2 T=12 float32 fwd" in err
+
+
+def test_the_checks_that_are_timed_stand_in_the_kernel() -> None:
+    with script("tools", "validation_cost") as tool:
+        text = (tool.ROOT / tool.COUNTING).read_text()
+        bare = tool.without_checks(text)
+        assert len(bare) == len(text) - sum(map(len, tool.CHECKS))
+        with pytest.raises(SystemExit, match=r"count_bins\.cpp: must hold this once, got 0 times"):
+            tool.without_checks(bare)
+
+
+@pytest.mark.large
+def test_checking_every_id_stays_a_small_part() -> None:
+    """The bar is 2% of a call, and less is recorded (bench/README.md); other machines differ."""
+    with script("tools", "validation_cost") as tool:
+        for row in tool.measure(3.0)["rows"]:
+            assert row["share_of_call"]["median"] < 0.04, row

@@ -1,4 +1,7 @@
-"""Experts over ranks: two (with --large: four) processes on Gloo run every check of the worker."""
+"""Experts over ranks: two processes on Gloo (with --large: one and four too) run every check.
+
+Where there are GPUs, as many processes as there are run them on NCCL.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,16 @@ import torch
 from fastmoe_route.distributed import plan_placement
 
 WORKER = Path(distributed_worker.__file__)
-CHECKS = [*distributed_worker.checks, "a_dead_rank_is_an_error"]
 SECONDS = 90
 GRACE = 8  # for the other ranks, once one has failed
 
 
-def run_ranks(size: int, folder: Path) -> list[dict[str, str]]:
+def run_ranks(size: int, folder: Path, backend: str) -> list[dict[str, str]]:
     """What each rank wrote: by check, empty or a traceback. Ends soon after the first failure."""
     logs = [(folder / f"rank{rank}.log").open("w") for rank in range(size)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(size), str(folder)],
+            [sys.executable, str(WORKER), str(rank), str(size), str(folder), backend],
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
         )
@@ -48,10 +50,9 @@ def run_ranks(size: int, folder: Path) -> list[dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.large)])
-def test_every_check_on_every_rank(size, tmp_path):
+def run_every_check(size: int, folder: Path, backend: str) -> None:
     """One test, because processes are dear: a failure names its checks, ranks and tracebacks."""
-    outcome = run_ranks(size, tmp_path)
+    outcome = run_ranks(size, folder, backend)
     failures = {
         (name, rank): why
         for rank, results in enumerate(outcome)
@@ -59,12 +60,25 @@ def test_every_check_on_every_rank(size, tmp_path):
         if why
     }
     for rank, results in enumerate(outcome):
-        missing = [name for name in CHECKS if name not in results]
+        missing = [name for name in distributed_worker.checks_of(size) if name not in results]
         if missing:
             failures[missing[0], rank] = "did not get there"
     text = "\n".join(f"---- {name}, rank {rank}:\n{why}" for (name, rank), why in failures.items())
     assert not failures, text
     assert len(outcome) == size
+
+
+LARGE = pytest.mark.large
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(1, marks=LARGE), pytest.param(4, marks=LARGE)])
+def test_every_check_on_every_rank(size, tmp_path):
+    run_every_check(size, tmp_path, "gloo")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_every_check_on_nccl(tmp_path):
+    run_every_check(min(torch.cuda.device_count(), 4), tmp_path, "nccl")
 
 
 def test_without_a_process_group_the_way_out_is_named():

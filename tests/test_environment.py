@@ -40,6 +40,11 @@ def test_unknown_variable_warns_and_names_the_nearest():
     assert text in done.stderr
 
 
+def test_unknown_variable_that_is_near_none_lists_all():
+    done = import_with(FASTMOE_ROUTE_FOO="1")
+    assert "nothing reads FASTMOE_ROUTE_FOO; known: FASTMOE_ROUTE_CUDA_GEMM, " in done.stderr
+
+
 def test_log_level_shows_the_loaded_library():
     done = import_with(FASTMOE_ROUTE_LOG_LEVEL="info")
     assert "fastmoe_route INFO: loaded " in done.stderr

@@ -221,7 +221,7 @@ def test_layouts(backend: str, guarded) -> None:
         pytest.param(
             {"scope_ids": torch.tensor([0, 1, 0], dtype=torch.int32)},
             RuntimeError,
-            r"expert_choice: scope_ids must be in \[0, 0\], got 1 at token 1",
+            r"expert_choice: scope_ids must be in \[0, 1\), got 1 at token 1",
             marks=pytest.mark.cpu_only,
         ),
     ],

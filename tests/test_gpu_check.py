@@ -57,20 +57,22 @@ def test_every_part_runs_even_if_others_fail(
         return result
 
     def pytest_run(arguments: list[str], prefix: list[str] | None = None, **given: str) -> bool:
-        return bool(note(" ".join(prefix[:3]) if prefix else f"suite {given}", arguments != []))
+        plain = "nccl" if "nccl" in arguments else f"suite {given}"
+        return bool(note(" ".join(prefix[:3]) if prefix else plain, arguments != []))
 
     monkeypatch.setattr(gpu_check, "find_no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sanitizer)
     monkeypatch.setattr(gpu_check, "pytest_run", pytest_run)
     monkeypatch.setattr(gpu_check, "check_dispatcher", lambda device: note("dispatcher"))
+    monkeypatch.setattr(gpu_check, "check_races", lambda tool: note(f"{tool} --tool racecheck"))
     monkeypatch.setattr(gpu_check, "check_graphs", lambda shape: note("graphs"))
     monkeypatch.setattr(gpu_check, "check_products", lambda folder: note("products"))
     monkeypatch.setattr(gpu_check, "run_bench", lambda *_: note("bench", {}))
     assert run(monkeypatch) == 1
     tools = [f"{sanitizer} --tool {kind}" for kind in ("memcheck", "racecheck") if sanitizer]
     suites = ["suite {}", "suite {'FASTMOE_ROUTE_CUDA_GEMM': 'sm80'}"]
-    assert ran == ["dispatcher", *suites, *tools, "graphs", "products", "bench"]
+    assert ran == ["dispatcher", *suites, *tools, "graphs", "nccl", "products", "bench"]
     printed = capsys.readouterr().out
     assert "FAILED  dispatcher" in printed
     assert printed.count("passed  ") == len(ran) - 1

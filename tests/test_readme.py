@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -56,6 +56,17 @@ def test_named_targets_and_files_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(?:results/)?([\w-]+\.json)`", text):
         assert (ROOT / "bench" / "results" / name).exists(), name
+
+
+def test_numbers_of_the_readme_are_those_of_the_reports() -> None:
+    """If they are not: python tools/readme_numbers.py."""
+    spec = importlib.util.spec_from_file_location("numbers", ROOT / "tools/readme_numbers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = (ROOT / "README.md").read_text()
+    assert tool.filled(text) == text
 
 
 def test_commands_in_the_readme_are_understood() -> None:

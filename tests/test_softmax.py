@@ -121,7 +121,7 @@ def test_opcheck(backend: str) -> None:
         x = logits(4, 9, dtype=dtype).to(backend)
         torch.library.opcheck(ops.softmax, (x.clone().requires_grad_(), 0))
         torch.library.opcheck(ops.softmax_forward, (x, 2))
-        torch.library.opcheck(ops.softmax_out, (x, 1, torch.empty_like(x)))
+        torch.library.opcheck(ops.softmax_out, (x, torch.empty_like(x), 1))
         torch.library.opcheck(ops.softmax_backward, (x, x.clone()))
 
 

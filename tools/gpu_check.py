@@ -11,6 +11,7 @@ In this order, each part even if one before it failed:
               under memcheck; a small call of every op, and its gradient, under racecheck
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
+  nccl        fr.distributed on NCCL, a process for each GPU: one, if there is one
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
   bench       every op beside plain PyTorch and Triton peers (tools/gpu_bench.py)
 
@@ -230,6 +231,12 @@ def check_products(folder: Path) -> bool:
     return good
 
 
+def check_races(sanitizer: str) -> bool:
+    """Every shared access is followed, which is slow: one call of each kernel, not the tests."""
+    command = [*sanitized(sanitizer, "racecheck"), sys.executable, "-c", CALLS]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 def parts_of(
     options: argparse.Namespace, device: str, report: dict[str, Any]
 ) -> dict[str, Callable[[], bool]]:
@@ -260,14 +267,9 @@ def parts_of(
         parts["sanitizer, memcheck"] = lambda: pytest_run(
             SANITIZED, sanitized(sanitizer, "memcheck"), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
         )
-        # Every shared access is followed: one call of each kernel, not the tests.
-        parts["sanitizer, racecheck"] = lambda: (
-            subprocess.run(
-                [*sanitized(sanitizer, "racecheck"), sys.executable, "-c", CALLS], cwd=ROOT
-            ).returncode
-            == 0
-        )
+        parts["sanitizer, racecheck"] = lambda: check_races(sanitizer)
     parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
+    parts["nccl"] = lambda: pytest_run(["tests/test_distributed.py", "-k", "nccl"])
     parts["products"] = lambda: check_products(ROOT / "build")
     return parts | {"bench": bench}
 

@@ -1,9 +1,10 @@
-"""Fills the place for numbers in README.md from recorded reports of the bench.
+"""Fills the places for numbers in README.md from recorded reports.
 
-    python tools/readme_numbers.py bench/results/NAME.json ...
+    python tools/readme_numbers.py
 
-One table per report: a line for every whole layer that was timed, and the median over the rows of
-each op. Nothing else in README.md is touched; a report with a wrong row is refused.
+The headline: what the first page says about speed, least to most of each op, on the CPU and on a
+GPU. The table: a line for every whole layer that was timed on the CPU, and the median over the rows
+of each op. Nothing else in README.md is touched; a report with a wrong row is refused.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from typing import Any
 
 from fastmoe_route.bench.report import duration
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- numbers:begin -->\n", "<!-- numbers:end -->"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+CPU = "bench/results/epyc-2t-quick.json"
+GPU = "bench/results/h200-bfloat16.json"
+PEERS = ("vLLM", "SGLang", "zentorch", "ONNX Runtime")
+FIRST_PAGE = ("gate", "plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp")
 
 
 def layer_line(row: dict[str, Any]) -> str:
@@ -45,15 +50,71 @@ def op_line(op: str, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def section(path: Path) -> str:
-    report = json.loads(path.read_text())
+def read(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((ROOT / name).read_text())
+    return report
+
+
+def cpu_ratios(op: str) -> list[float]:
+    """Of every recorded row, beside the fastest of plain PyTorch."""
+    reports = [read(str(path)) for path in sorted((ROOT / CPU).parent.glob("epyc-2t-*.json"))]
+    found = []
+    for row in (row for report in reports for row in report["rows"] if row["op"] == op):
+        plain = [
+            ratio["median"]
+            for other, ratio in row.get("ratios", {}).items()
+            if not other.startswith(("fastmoe_route", *PEERS))
+        ]
+        found += [min(plain)] if plain else []
+    return found
+
+
+def gpu_ratios(op: str) -> list[float]:
+    """Called from Python, beside plain PyTorch."""
+    rows = [row for shape in read(GPU)["shapes"].values() for row in shape["rows"]]
+    return [
+        times["eager"] / row["eager"]
+        for row in rows
+        if row["op"] == op
+        for other, times in row["others"].items()
+        if other.startswith("torch")
+    ]
+
+
+def headline() -> str:
+    """The table of the first page."""
+    cpu, gpu = read(CPU), read(GPU)
+    machine = f"{cpu['machine']['cpu']}, {cpu['machine']['threads']} threads"
+    lines = [
+        "Times as fast as plain PyTorch, its fastest way: median (least to most) over every shape",
+        f"recorded, forward and with backward; `bench/results/epyc-2t-*.json`, `{GPU}`.",
+        "",
+        "| | " + " | ".join(f"`{op}`" for op in FIRST_PAGE) + " |",
+        "|---|" + "---|" * len(FIRST_PAGE),
+    ]
+    for where, ratios in (
+        (f"CPU: {machine}", cpu_ratios),
+        (f"GPU: {gpu['device']}, bfloat16", gpu_ratios),
+    ):
+        cells = []
+        for found in map(ratios, FIRST_PAGE):
+            low, middle, high = (
+                f"{value:.2g}" for value in (min(found), statistics.median(found), max(found))
+            )
+            cells.append(f"{middle} ({low} to {high})")
+        lines.append(f"| {where} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def table() -> str:
+    report = read(CPU)
     rows = [row for row in report["rows"] if not row["skipped"]]
     untimed = [row for row in rows if not row.get("seconds")]
     if untimed:
-        sys.exit(f"{path}: {len(untimed)} rows were not timed, because a result was wrong")
+        sys.exit(f"{CPU}: {len(untimed)} rows were not timed, because a result was wrong")
     machine, versions = report["machine"], report["versions"]
     lines = [
-        f"From `{path.as_posix()}`: {machine['cpu']}, {machine['threads']} threads, level "
+        f"From `{CPU}`: {machine['cpu']}, {machine['threads']} threads, level "
         f"{machine['level']}, torch {versions['torch']}, {report['created'][:10]}.",
         "Ratio: time of the fastest plain PyTorch over ours, median (p10 - p90); above 1 we are",
         "faster. Of limit: the least time this machine needs over our time.",
@@ -72,13 +133,18 @@ def section(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(text: str) -> str:
+    """README.md with the numbers of the reports."""
+    for name, content in (("headline", headline()), ("numbers", table())):
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + "\n" + content + "\n" + end + after
+    return text
+
+
 def main() -> None:
-    sections = [section(Path(name)) for name in sys.argv[1:]]
-    if not sections:
-        sys.exit(__doc__)
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + "\n" + "\n".join(sections) + "\n" + END + after)
+    README.write_text(filled(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
 // The histogram of expert ids and the only check that they are in range, in one pass by the vectors of each
-// instruction set. The ids of a block are compared with the last bin before the first of them is counted; that runs
-// beside the counting, which waits for its stores. The counting is unrolled: it takes 1.4 cycles an id then, and 1.8 or
-// 3.5 otherwise, as the loop happens to lie in memory (Zen 4).
+// instruction set. The ids of a block are looked at before the first of them is counted: a handful of instructions
+// for 16 or 32 ids, beside a counting that waits for its stores. Blocks of 128 bytes, counted four ids at a time, are
+// the fastest that was measured (Zen 4: 1.3 cycles an id, 0.1 of them for the check).
 #include "cpu/count_bins.h"
 
+#include <type_traits>
+
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/vec.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
 namespace {
 
-template <class Bin>
-bool count_as(const Bin* ids, int64_t count, Bin last_bin, int32_t* counts) {
-  constexpr int kBlock = 8 * sizeof(Bin);  // measured: half or twice of it shows
+template <class Id>
+bool count_as(const Id* ids, int64_t count, Id last, int32_t* counts) {
+  using Bin = std::make_unsigned_t<Id>;
+  constexpr int kBlock = 128 / sizeof(Id);
   int64_t i = 0;
   for (; i + kBlock <= count; i += kBlock) {
-    Bin largest = 0;
-    for (int u = 0; u < kBlock; ++u) {
-      const Bin bin = ids[i + u] + 1;
-      largest = bin > largest ? bin : largest;
-    }
-    if (__builtin_expect(largest > last_bin, 0)) return false;
+    if (__builtin_expect(!are_ids_within(ids + i, last), 0)) return false;
 #pragma GCC unroll 4
-    for (int u = 0; u < kBlock; ++u) ++counts[static_cast<Bin>(ids[i + u] + 1)];
+    for (int u = 0; u < kBlock; ++u) ++counts[static_cast<Bin>(ids[i + u]) + 1];
   }
   for (; i < count; ++i) {
-    const Bin bin = ids[i] + 1;
-    if (bin > last_bin) return false;
-    ++counts[bin];
+    if (ids[i] < -1 || ids[i] > last) return false;
+    ++counts[ids[i] + 1];
   }
   return true;
 }
@@ -34,12 +32,10 @@ bool count_as(const Bin* ids, int64_t count, Bin last_bin, int32_t* counts) {
 }  // namespace
 
 void count_bins(const CountBinsArgs& args) {
-  if (args.ids_are_int64) {
-    *args.are_valid = count_as(static_cast<const uint64_t*>(args.ids), args.count, args.last_bin, args.counts);
-  } else {
-    *args.are_valid =
-        count_as(static_cast<const uint32_t*>(args.ids), args.count, static_cast<uint32_t>(args.last_bin), args.counts);
-  }
+  const int64_t last = args.last_id;
+  *args.are_valid = args.ids_are_int64 ? count_as(static_cast<const int64_t*>(args.ids), args.count, last, args.counts)
+                                       : count_as(static_cast<const int32_t*>(args.ids), args.count,
+                                                  static_cast<int32_t>(last), args.counts);
 }
 
 FASTMOE_ROUTE_ISA_END

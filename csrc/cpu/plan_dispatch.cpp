@@ -92,15 +92,16 @@ struct Work {
   int64_t end(int64_t tile) const { return std::min(num_slots, (tile + 1) * tile_slots); }
 };
 
-// Adds slots begin .. end - 1 to the counts, or returns false: an id has no bin up to last_bin.
+// Adds slots begin .. end - 1 to the counts, or returns false: an id is outside [-1, last_id].
 template <class Id>
-bool count_slots(const Slots<Id>& slots, int64_t begin, int64_t end, uint64_t last_bin, int32_t* counts) {
+bool count_slots(const Slots<Id>& slots, int64_t begin, int64_t end, int64_t last_id, int32_t* counts) {
   using Bin = typename Slots<Id>::Bin;
   if (slots.is_dense()) {
     bool are_valid = true;
-    cpu::count_bins({slots.ids + begin, sizeof(Id) == sizeof(int64_t), end - begin, last_bin, counts, &are_valid});
+    cpu::count_bins({slots.ids + begin, sizeof(Id) == sizeof(int64_t), end - begin, last_id, counts, &are_valid});
     return are_valid;
   }
+  const Bin last_bin = static_cast<Bin>(last_id + 1);
   bool is_bad = false;
   slots.each(begin, end, [&](int64_t, Bin bin) {
     is_bad |= bin > last_bin;
@@ -113,19 +114,19 @@ template <class Id>
 PlanStatus count(const PlanArgs& args, const Work& work) {
   const Slots<Id> slots(args);
   using Bin = typename Slots<Id>::Bin;
-  const Bin last_bin = static_cast<Bin>(args.num_experts + (args.allow_unrouted ? 1 : 0));
+  const int64_t last_id = args.allow_unrouted ? args.num_experts : args.num_experts - 1;
   parallel_for(work.num_tiles, 1, [&](int64_t first_tile, int64_t last_tile) {
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       int32_t* counts = work.counts + tile * work.bins;
       std::memset(counts, 0, work.bins * sizeof(int32_t));
-      work.bad_tiles[tile] = !count_slots(slots, work.begin(tile), work.end(tile), last_bin, counts);
+      work.bad_tiles[tile] = !count_slots(slots, work.begin(tile), work.end(tile), last_id, counts);
     }
   });
   for (int64_t tile = 0; tile < work.num_tiles; ++tile) {
     if (!work.bad_tiles[tile]) continue;
     PlanStatus status;
     slots.each(work.begin(tile), work.end(tile), [&](int64_t slot, Bin bin) {
-      if (bin <= last_bin || status.kind != PlanStatus::kOk) return;
+      if (bin <= static_cast<Bin>(last_id + 1) || status.kind != PlanStatus::kOk) return;
       status = {PlanStatus::kBadExpert, static_cast<int64_t>(static_cast<Id>(bin - 1)), slot};
     });
     return status;
@@ -315,24 +316,12 @@ PlanStatus plan(const PlanArgs& args) {
   return {};
 }
 
-PlanStatus check_scopes(const PlanArgs& args) {
-  bool is_bad = false;
-  for (int64_t token = 0; token < args.num_tokens; ++token) {
-    is_bad |= args.scope_ids[token] < 0 || args.scope_ids[token] >= args.num_scopes;
-  }
-  for (int64_t token = 0; is_bad && token < args.num_tokens; ++token) {
-    const int64_t scope = args.scope_ids[token];
-    if (scope < 0 || scope >= args.num_scopes) return {PlanStatus::kBadScope, scope, token};
-  }
-  return {};
-}
-
 }  // namespace
 
 namespace cpu {
 
 void plan_dispatch(const PlanArgs& args) {
-  if (args.scope_ids != nullptr) *args.status = check_scopes(args);
+  if (args.scope_ids != nullptr) *args.status = judge_scopes(args.scope_ids, args.num_tokens, args.num_scopes);
   if (args.status->kind != PlanStatus::kOk) return;
   *args.status = args.experts_are_int64 ? plan<int64_t>(args) : plan<int32_t>(args);
 }

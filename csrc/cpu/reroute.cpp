@@ -221,20 +221,12 @@ class Rerouter {
   State* state_;           // [T, M]
 };
 
-PlanStatus check_scopes(const RerouteArgs& args) {
-  for (int64_t token = 0; args.scope_ids != nullptr && token < args.num_tokens; ++token) {
-    const int64_t scope = args.scope_ids[token];
-    if (scope < 0 || scope >= args.num_scopes) return {PlanStatus::kBadScope, scope, token};
-  }
-  return {};
-}
-
 }  // namespace
 
 namespace cpu {
 
 void reroute(const RerouteArgs& args) {
-  *args.status = check_scopes(args);
+  if (args.scope_ids != nullptr) *args.status = judge_scopes(args.scope_ids, args.num_tokens, args.num_scopes);
   if (args.status->kind != PlanStatus::kOk) return;
   *args.status = args.experts_are_int64 ? Rerouter<int64_t>(args).run() : Rerouter<int32_t>(args).run();
 }

@@ -3,15 +3,15 @@
 #include <tuple>
 
 #include "common/launch.h"
+#include "ops/plan_dispatch.h"
 
 namespace fastmoe_route {
 namespace {
 
 void check_scopes(const Tensor& scope_ids, int64_t num_tokens, int64_t num_scopes) {
-  const int32_t* ids = static_cast<const int32_t*>(scope_ids.const_data_ptr());
-  for (int64_t t = 0; t < num_tokens; ++t)
-    check(ids[t] >= 0 && ids[t] < num_scopes, "expert_choice: scope_ids must be in [0, ", num_scopes - 1, "], got ",
-          ids[t], " at token ", t);
+  const auto status = judge_scopes(static_cast<const int32_t*>(scope_ids.const_data_ptr()), num_tokens, num_scopes);
+  check(status.kind == PlanStatus::kOk, "expert_choice: scope_ids must be in [0, ", num_scopes, "), got ", status.value,
+        " at token ", status.where);
 }
 
 // (weights [T, E], experts [T, E], demand [E])

@@ -25,6 +25,17 @@ struct PlanStatus {
   int64_t where = 0;  // the slot, or the token
 };
 
+// kOk, or kBadScope with the first token whose scope is outside [0, num_scopes).
+inline PlanStatus judge_scopes(const int32_t* scope_ids, int64_t num_tokens, int64_t num_scopes) {
+  const auto is_bad = [=](int64_t token) { return scope_ids[token] < 0 || scope_ids[token] >= num_scopes; };
+  bool is_any_bad = false;  // without a way out the loop goes by vectors
+  for (int64_t token = 0; token < num_tokens; ++token) is_any_bad |= is_bad(token);
+  for (int64_t token = 0; is_any_bad; ++token) {
+    if (is_bad(token)) return {PlanStatus::kBadScope, scope_ids[token], token};
+  }
+  return {};
+}
+
 struct PlanArgs {
   int64_t num_tokens;   // T
   int64_t top_k;        // K

@@ -40,7 +40,7 @@ void check_apart(const Tensor& x, const Tensor& out) {
 }
 
 // out [R, C], contiguous
-void softmax_out(const Tensor& x, int64_t method, Tensor out) {
+void softmax_out(const Tensor& x, Tensor out, int64_t method) {
   const DType dtype = check_input(x, method);
   check_dim("softmax", "out", out, 2);
   check_size("softmax", "out", out, 0, x.size(0));

@@ -29,8 +29,9 @@ def read_environment() -> None:
     """
     for name in os.environ:
         if name.startswith(PREFIX) and name not in VARIABLES:
-            near = difflib.get_close_matches(name, VARIABLES, n=1)
-            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(VARIABLES)
+            ends = [known.removeprefix(PREFIX) for known in VARIABLES]
+            near = difflib.get_close_matches(name.removeprefix(PREFIX).upper(), ends, n=1)
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else "known: " + ", ".join(VARIABLES)
             warnings.warn(f"fastmoe_route: nothing reads {name}; {hint}", stacklevel=3)
     level = os.environ.get("FASTMOE_ROUTE_LOG_LEVEL", "")
     if level:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import (
@@ -26,7 +27,6 @@ from fastmoe_route._autograd import direct, register_autograd
 _METHODS = ("auto", "three_pass", "online", "two_pass")
 _MAX_K = 64
 _ops = torch.ops.fastmoe_route
-_softmax = _ops.softmax.default
 _softmax_forward = _ops.softmax_forward.default
 _softmax_out = _ops.softmax_out.default
 _softmax_forward_direct = direct(_softmax_forward)
@@ -65,22 +65,29 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
         >>> softmax(torch.tensor([0.0, 0.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000])
     """
-    if not isinstance(x, Tensor) or x.layout is not torch.strided:
-        check_tensor("softmax", "x", x)
-    if x.dtype not in FLOAT_DTYPES:
-        check_dtype("softmax", "x", x, FLOAT_DTYPES)
+    if method == "auto" and type(dim) is int and dim == -1 and not is_dynamo_compiling():
+        # The operator checks in half the time of what follows, which says more; what needs_grad
+        # asks first stands here without its call.
+        try:
+            if x.dim() == 2 and not x.requires_grad and forward_ad._current_level < 0:
+                if out is None:
+                    return _softmax_forward_direct(x)  # type: ignore[no-any-return]
+                is_beside = (x.is_cpu and out.is_cpu) or x.device == out.device
+                if is_beside and not out.requires_grad:
+                    _softmax_out_direct(x, out)
+                    return out
+        except (RuntimeError, TypeError, AttributeError):
+            pass  # said below, or by the operator once more
+    check_tensor("softmax", "x", x)
+    check_dtype("softmax", "x", x, FLOAT_DTYPES)
     num_dims = x.dim() or 1
-    if dim != -1 or type(dim) is not int:
-        dim = check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
-    method_idx = 0 if method == "auto" else check_choice("softmax", "method", method, _METHODS)
+    dim = check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
+    method_idx = check_choice("softmax", "method", method, _METHODS)
     if out is not None:
         return _softmax_into(x, dim, method_idx, out)
-    op: Callable[..., Any] = _softmax
-    if not needs_grad(x):
-        op = _softmax_forward if is_dynamo_compiling() else _softmax_forward_direct
+    op: Callable[..., Any] = _differentiable_softmax if needs_grad(x) else _softmax_forward
     if num_dims == 2 and dim in (1, -1):
-        # An argument that is passed on costs a call a fifth of a microsecond.
-        result: Tensor = op(x, method_idx) if method_idx else op(x)
+        result: Tensor = op(x, method_idx)
         return result
     if x.dim() < 2:
         row: Tensor = op(x.reshape(1, -1), method_idx)
@@ -93,16 +100,6 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
 
 
 def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
-    num_dims = x.dim()
-    error = None
-    if num_dims == 2 and dim in (-1, 1) and not is_dynamo_compiling():
-        # The operator checks in half the time of what follows, which says more.
-        try:
-            if out.device == x.device and not needs_grad(x, out):
-                _softmax_out_direct(x, method_idx, out)
-                return out
-        except (RuntimeError, TypeError, AttributeError) as caught:
-            error = caught
     check_tensor("softmax", "out", out)
     check_dtype("softmax", "out", out, (x.dtype,))
     check_shape("softmax", "out", out, x.shape)
@@ -111,13 +108,11 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
         fail(ValueError, "softmax", "out", "be contiguous", f"strides {out.stride()}")
     if needs_grad(x, out):
         fail(RuntimeError, "softmax", "out", "not be given when a gradient is needed", describe(x))
-    if error is not None:
-        raise error
-    if dim not in (-1, num_dims - 1) and num_dims > 0:
+    if dim not in (-1, x.dim() - 1) and x.dim() > 0:
         return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
     if x.numel() > 0:
-        columns = x.shape[-1] if num_dims else 1
-        _softmax_out(x.reshape(-1, columns), method_idx, out.view(-1, columns))
+        columns = x.shape[-1] if x.dim() > 0 else 1
+        _softmax_out(x.reshape(-1, columns), out.view(-1, columns), method_idx)
     return out
 
 
@@ -129,8 +124,8 @@ def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
 
 
 @torch.library.register_fake("fastmoe_route::softmax_out")
-def _softmax_out_fake(x: Tensor, method: int, out: Tensor) -> None:
-    del x, method, out
+def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
+    del x, out, method
 
 
 @torch.library.register_fake("fastmoe_route::softmax_backward")
@@ -151,7 +146,9 @@ def _softmax_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, N
     return _softmax_backward_op(grad_y, y), None
 
 
-register_autograd("softmax", _softmax_backward, setup_context=_softmax_setup_context)
+_differentiable_softmax = register_autograd(
+    "softmax", _softmax_backward, setup_context=_softmax_setup_context, bare="softmax_forward"
+)
 
 
 def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,12 @@ def test_expert_parallel_under_torchrun(tmp_path):
     [
         ("speed_up_hf_model", ["--hidden", "100"], "--hidden must be a multiple of 64, got 100"),
         ("speed_up_hf_model", ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ("speed_up_hf_model", ["--experts", "3"], "--experts must be at least 8 for olmoe, got 3"),
+        ("speed_up_hf_model", ["--width", "0"], "--width must be at least 1, got 0"),
+        ("speed_up_hf_model", ["--path", "nowhere"], "a folder with a config.json, got nowhere"),
+        ("expert_parallel", ["--hidden", "30"], "--hidden must be a multiple of 4, got 30"),
+        ("expert_parallel", ["--top-k", "33"], "--top-k must be at most 32, got 33"),
+        ("expert_parallel", ["--planning", "0"], "--planning must be positive, got 0.0"),
         ("finetune_lora_experts", ["--rank", "0"], "--rank must be at least 1, got 0"),
     ],
 )
@@ -91,3 +97,10 @@ def test_bad_arguments(name, arguments, message, capsys):
     with pytest.raises(SystemExit):
         load(name).main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_experts_that_ranks_do_not_divide(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        load("expert_parallel").main([])
+    assert "--experts must be a multiple of the 3 processes, got 32" in capsys.readouterr().err

@@ -138,6 +138,93 @@ def test_a_number_of_the_activation_may_change():
     assert activation_of(module) == ("", False)
 
 
+@pytest.fixture
+def compiled_alone():
+    """No graphs of other tests are kept, which would count as recompilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def own_eager(module, x, index, weights):
+    """What eager gives now, also where the module is switched to another backend."""
+    implementation = module.config._experts_implementation
+    module.config._experts_implementation = "eager"
+    y = module(x, index, weights)
+    module.config._experts_implementation = implementation
+    return y
+
+
+def gated_by(read):
+    """A module, of a class whose eager form asks its gate, that scales gates by `read(module)`."""
+    module = make_experts("GptOssExperts")
+
+    class OwnGate(type(module)):
+        def _apply_gate(self, rows):
+            gate, up = rows.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate * read(self)) * up
+
+    module.__class__ = OwnGate
+    return module
+
+
+def test_a_number_of_the_config_may_change():
+    module = gated_by(lambda own: own.config.beta)
+    module.config.beta = 1.0
+    assert explain(module)[""] == "fused swiglu"
+    module.config.beta = 3.0
+    assert explain(module)[""] == "own activation"
+    x, index, weights = routing(20)
+    ours = experts_forward(module, x, index, weights)
+    assert relative(ours, own_eager(module, x, index, weights)) <= LIMIT
+    module.config.beta = 1.0
+    assert explain(module)[""] == "fused swiglu"
+
+
+def test_a_gate_may_differ_in_training():
+    module = gated_by(lambda own: 0.5 if own.training else 1.0)
+    x, index, weights = routing(20)
+    for mode, kind in ((False, "fused swiglu"), (True, "own activation"), (False, "fused swiglu")):
+        module.train(mode)
+        assert explain(module)[""] == kind
+        ours = experts_forward(module, x, index, weights)
+        assert relative(ours, own_eager(module, x, index, weights)) <= LIMIT
+
+
+def test_a_compiled_module_notices_changes(compiled_alone):
+    """Of a limit on the module, a number of its activation, and one of its config."""
+    limited = make_experts("GptOssExperts")
+    swish = make_experts("MixtralExperts")
+    swish.act_fn = Swish(1.0)
+    configured = gated_by(lambda own: own.config.beta)
+    configured.config.beta = 1.0
+    x, index, weights = routing(20)
+    for module, owner, name in (
+        (limited, limited, "limit"),
+        (swish, swish.act_fn, "beta"),
+        (configured, configured.config, "beta"),
+    ):
+        module.config._experts_implementation = "fastmoe_route"
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        before = compiled(x, index, weights)
+        assert explain(module)[""].startswith("fused")
+        assert relative(before, own_eager(module, x, index, weights)) <= LIMIT
+        setattr(owner, name, 0.1)
+        after = compiled(x, index, weights)
+        assert relative(after, before) > 0.1
+        assert relative(after, own_eager(module, x, index, weights)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_compiles_whole(name, compiled_alone):
+    module = make_experts(name)
+    x, index, weights = routing(11)
+    expected = own_eager(module, x, index, weights)
+    module.config._experts_implementation = "fastmoe_route"
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert relative(compiled(x, index, weights), expected) <= LIMIT
+
+
 def eager_on_used_slots(module):
     """Eager, slot by slot without the sentinels, which three of the classes refuse."""
 

@@ -208,6 +208,16 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_first_call_may_be_checkpointed(use_reentrant):
+    """Experts find out their activation then, which is no part of what is computed again."""
+    _, model = switched("mixtral")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert len(gradients(model, tokens())[1]) > 5
+
+
 def test_autocast_trains():
     """Beside eager under autocast; a flipped expert may change single gradients, not the loss."""
     eager, ours = switched("mixtral")

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "cpu/isa/namespace.h"
@@ -194,6 +195,20 @@ struct Keys {
   Vec as_floats() const { return {_mm512_castsi512_ps(v)}; }
 };
 
+// Whether every id in the 128 bytes from p on is in [-1, last]: as unsigned numbers, id + 1 in [0, last + 1].
+inline bool are_ids_within(const int32_t* p, int32_t last) {
+  const __m512i one = _mm512_set1_epi32(1);
+  const __m512i low = _mm512_add_epi32(_mm512_loadu_si512(p), one);
+  const __m512i high = _mm512_add_epi32(_mm512_loadu_si512(p + 16), one);
+  return _mm512_cmpgt_epu32_mask(_mm512_max_epu32(low, high), _mm512_set1_epi32(last + 1)) == 0;
+}
+inline bool are_ids_within(const int64_t* p, int64_t last) {
+  const __m512i one = _mm512_set1_epi64(1);
+  const __m512i low = _mm512_add_epi64(_mm512_loadu_si512(p), one);
+  const __m512i high = _mm512_add_epi64(_mm512_loadu_si512(p + 8), one);
+  return _mm512_cmpgt_epu64_mask(_mm512_max_epu64(low, high), _mm512_set1_epi64(last + 1)) == 0;
+}
+
 #elif defined(__AVX2__)
 
 struct Mask {
@@ -362,6 +377,21 @@ struct Keys {
   Vec as_floats() const { return {_mm256_castsi256_ps(v)}; }
 };
 
+template <class Id>
+inline bool are_ids_within(const Id* p, Id last) {
+  constexpr bool kIsWide = sizeof(Id) == sizeof(int64_t);
+  const __m256i high = kIsWide ? _mm256_set1_epi64x(last) : _mm256_set1_epi32(static_cast<int32_t>(last));
+  const __m256i low = _mm256_set1_epi32(-1);
+  __m256i bad = _mm256_setzero_si256();
+  for (int i = 0; i < 4; ++i) {
+    const __m256i ids = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    const __m256i above = kIsWide ? _mm256_cmpgt_epi64(ids, high) : _mm256_cmpgt_epi32(ids, high);
+    const __m256i below = kIsWide ? _mm256_cmpgt_epi64(low, ids) : _mm256_cmpgt_epi32(low, ids);
+    bad = _mm256_or_si256(bad, _mm256_or_si256(above, below));
+  }
+  return _mm256_testz_si256(bad, bad) != 0;
+}
+
 #else  // portable: the compiler's own vectors, lowered to whatever the target has
 
 typedef float Float8 __attribute__((vector_size(32)));
@@ -525,6 +555,17 @@ struct Keys {
     return result;
   }
 };
+
+// By the signs of id + 1 and last - id: the oldest processors compare neither 64 bits nor unsigned numbers.
+template <class Id>
+inline bool are_ids_within(const Id* p, Id last) {
+  using Bits = std::make_unsigned_t<Id>;
+  Bits bits = 0;
+  for (size_t i = 0; i < 128 / sizeof(Id); ++i) {
+    bits |= (static_cast<Bits>(p[i]) + 1) | (static_cast<Bits>(last) - static_cast<Bits>(p[i]));
+  }
+  return static_cast<Id>(bits) >= 0;
+}
 
 #endif
 

@@ -97,10 +97,10 @@ def _draw_speed(axes: Any, rows: list[dict[str, Any]], bars: dict[str, Any]) -> 
     axes.set_xlim(low / 1.15, high * 1.9)
     between = (1.0, 1.25, 1.5, 1.75) if high < 4 * low else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=between))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 3):,g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     for position, ratio in enumerate(ratios):
-        _note(axes, f"{ratio['median']:.2f}x", max(ratio["p90"], 1.0), position)
+        _note(axes, f"{ratio['median']:,.2f}x", max(ratio["p90"], 1.0), position)
     axes.set_yticks(positions, [_label(row) for row in rows], fontsize=8)
     axes.set_title("Speed beside the fastest other contender (median, p10 to p90)", fontsize=10)
 

@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from harmless_mutants import HARMLESS, covers
 from mutant_cases import CASES
 from mutant_runs import KINDS, Mutant, places, reach
+
+IDLE, UNREACHED = "nothing is red", "no call comes"
 
 
 def digest(*parts: bytes) -> str:
@@ -99,10 +102,12 @@ class OutOfTime(Exception):
     pass
 
 
-def judge(record: Record, kind: str, calls_at: dict[str, list[str]], until: float) -> list[str]:
-    """Runs the mutants that are not known to be red, and returns those that no call is red at."""
+def judge(
+    record: Record, kind: str, calls_at: dict[str, list[str]], until: float
+) -> dict[str, str]:
+    """Runs what is not known to be red; returns what the mutants do that are not."""
     red = record.red[kind]
-    idle: list[str] = []
+    others = {place: UNREACHED for place, names in calls_at.items() if not names}
     todo = [place for place, names in calls_at.items() if names and place not in red]
     print(f"{kind}: {len(calls_at)} places, {len(todo)} to judge, {len(red)} known to be red")
     running: dict[int, Mutant] = {}
@@ -114,17 +119,17 @@ def judge(record: Record, kind: str, calls_at: dict[str, list[str]], until: floa
         try:
             witness = mutant.witness(status)
         except ChildProcessError as error:
-            print(f"{kind}: {error}: {mutant.place}")
-            witness = None
+            others[mutant.place] = str(error)
+            return
         if witness is None:
-            idle.append(mutant.place)
+            others[mutant.place] = IDLE
         else:
             red[mutant.place] = witness
 
     for done, place in enumerate(todo):
         if time.monotonic() > shown + 10:
             shown = time.monotonic()
-            print(f"{kind}: {done} of {len(todo)}, {len(idle)} idle", flush=True)
+            print(f"{kind}: {done} of {len(todo)}, {len(others)} not red", flush=True)
             record.write()
         if len(running) == (os.cpu_count() or 1):
             finish_one()
@@ -137,25 +142,21 @@ def judge(record: Record, kind: str, calls_at: dict[str, list[str]], until: floa
     record.write()
     if time.monotonic() > until:
         raise OutOfTime
-    return idle
+    return others
 
 
-def faults(
-    record: Record, kind: str, calls_at: dict[str, list[str]], idle: list[str], is_whole: bool
-) -> list[str]:
+def faults(kind: str, places: Collection[str], others: dict[str, str], is_whole: bool) -> list[str]:
     """What is neither red nor listed, and what is listed in vain. Prints the counts."""
-    unreached = [place for place, names in calls_at.items() if not names]
     used: set[str] = set()
     open_ = []
-    for place in [*idle, *unreached]:
+    for place, did in others.items():
         covered = [near for entry in HARMLESS for near in covers(entry, kind, place)]
         used.update(covered)
-        if not covered:
-            open_.append(f"{'no call comes' if place in unreached else 'idle'}: {place}")
-    num_listed = len(idle) + len(unreached) - len(open_)
+        if not covered or did not in (IDLE, UNREACHED):
+            open_.append(f"{did}: {place}")
     print(
-        f"{kind}: of {len(calls_at)} places {len(calls_at) - len(idle) - len(unreached)} are red,"
-        f" {num_listed} are listed, {len(open_)} are neither"
+        f"{kind}: of {len(places)} places {len(places) - len(others)} are red,"
+        f" {len(others) - len(open_)} are listed, {len(open_)} are neither"
     )
     listed = [near for entry in HARMLESS if entry.kind == kind for near in entry.near]
     return open_ + [f"listed in vain: {near}" for near in listed if is_whole and near not in used]
@@ -175,11 +176,11 @@ def main() -> int:
     for kind in options.kinds:
         calls_at = {p: names for p, names in table[kind].items() if options.only in p}
         try:
-            idle = judge(record, kind, calls_at, until)
+            others = judge(record, kind, calls_at, until)
         except OutOfTime:
             print("Out of time: the same command goes on from here.")
             return 3
-        wrong += faults(record, kind, calls_at, idle, not options.only)
+        wrong += faults(kind, calls_at, others, not options.only)
     for fault in wrong:
         print(fault)
     return int(bool(wrong))

@@ -12,22 +12,22 @@ under a new name is still fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoe_route._arguments import FLOAT_DTYPES, check_module
 from fastmoe_route._environment import logger
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
-from fastmoe_route.moe_mlp import moe_mlp
+from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS, moe_mlp
+from fastmoe_route.reference.experts import activate
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 _CACHE = "_fastmoe_route_activation"
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "parametrizations.")
+_SIMPLE = frozenset((bool, float, int, str))
 OWN = ""  # stands for the module's own function where an activation is named
 
 # Both sides of every threshold in use (0 of relu, the limits of clamped activations, the range in
@@ -141,30 +141,46 @@ def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
 def activation_of(module: Any) -> tuple[str, bool]:
     """The activation of `moe_mlp` that the module computes, and whether its gate is interleaved.
 
-    The answer is kept on the module and found again when its class, its `act_fn` or a number of
-    either (a clamp limit, say) has changed.
+    The answer is kept on the module and found again when its class or its `act_fn` has changed, or
+    a number, flag or string (a clamp limit, say, or `training`) of either or, for a class with an
+    `_apply_gate` of its own, of its config. A compiled module is traced again when anything that
+    its gate reads has changed.
 
     Returns:
         `("", False)` where only the module's own function will do.
     """
     if torch.compiler.is_compiling():
         found: tuple[str, bool] = _recognise(module)
+        is_guarded = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        if found[0] != OWN and is_guarded:
+            _trace_what_is_read(module)
         return found
     state = module.__dict__
+    gate = type(module)._apply_gate
     act = module._modules.get("act_fn", state.get("act_fn"))
-    values = (*state.values(), *getattr(act, "__dict__", {}).values())
-    key = (
-        type(module)._apply_gate,
-        act,
-        [value for value in values if type(value) is float or type(value) is int],
-    )
-    known = state.get(_CACHE)
-    if known is None or known[0] != key:
-        known = (key, _recognise(module))
-        state[_CACHE] = known
-        name = known[1][0] or "its own activation"
-        logger.info("%s runs with %s", type(module).__name__, name)
-    return known[1]  # type: ignore[no-any-return]
+    values = [*state.values(), *getattr(act, "__dict__", {}).values()]
+    if gate.__name__ != "_default_apply_gate":
+        values += getattr(state.get("config"), "__dict__", {}).values()
+    key = (gate, act, [value for value in values if type(value) in _SIMPLE])
+    kept = state.get(_CACHE, ())
+    for known, found in kept:
+        if known == key:
+            return found
+    found = _recognise(module)
+    state[_CACHE] = ((key, found), *kept[:3])  # a few, as `training` goes back and forth
+    logger.info("%s runs with %s", type(module).__name__, found[0] or "its own activation")
+    return found
+
+
+def _trace_what_is_read(module: Any) -> None:
+    """Runs the activation on no rows: the compiler then guards all it reads, and drops the rest."""
+    w_up = module.gate_up_proj if module.has_gate else module.up_proj
+    shape = (0, w_up.shape[-1 if module.is_transposed else 1])
+    no_rows = torch.empty(shape, dtype=w_up.dtype, device=w_up.device)
+    if module.has_gate:
+        module._apply_gate(no_rows)
+    else:
+        module.act_fn(no_rows)
 
 
 @torch.compiler.assume_constant_result
@@ -173,26 +189,21 @@ def _recognise(module: Any) -> tuple[str, bool]:
         return OWN, False
     from torch.utils._python_dispatch import _disable_current_modes
 
-    # A trace may be going on around this call; what is computed here must be real numbers.
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
-        if not module.has_gate:
-            for name, plain in _PLAIN.items():
-                if _agree(module.act_fn, plain, _numbers()):
+    # A trace may be going on around this call, or a checkpoint, which counts what is saved: here
+    # are real numbers, and nothing that belongs to either.
+    own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), own_hooks:
+        numbers = _numbers()
+        halves = torch.cartesian_prod(numbers, numbers).t()  # every gate beside every up
+        for name in ACTIVATIONS:
+            if name not in GATED_ACTIVATIONS:
+                if not module.has_gate and _agree(module.act_fn, numbers, name):
                     return name, False
-            return OWN, False
-        gate, up = torch.meshgrid(_numbers(), _numbers(), indexing="ij")
-        halves = torch.stack([gate.flatten(), up.flatten()])
-        for interleaved in (False, True):
-            for name, function in _GATED.items():
-                lay = _interleave if interleaved else torch.flatten
-                joined = lay(halves)[None]
-
-                def split(z: Tensor, f: Any = function, pairs: bool = interleaved) -> Tensor:
-                    parts = (z[:, ::2], z[:, 1::2]) if pairs else z.chunk(2, dim=1)
-                    return f(*parts)  # type: ignore[no-any-return]
-
-                if _agree(module._apply_gate, split, joined):
-                    return name, interleaved
+            elif module.has_gate:
+                for interleaved in (False, True):
+                    joined = (halves.t() if interleaved else halves).reshape(1, -1)
+                    if _agree(module._apply_gate, joined, name, interleaved):
+                        return name, interleaved
     return OWN, False
 
 
@@ -202,41 +213,18 @@ def _has_learned_activation(module: Any) -> bool:
     return not all(name.startswith(_PROJECTIONS) for name, _ in named)
 
 
-def _interleave(halves: Tensor) -> Tensor:
-    return halves.t().flatten()
-
-
 def _numbers() -> Tensor:
     grid = torch.tensor(_GRID, dtype=torch.float64)
     return torch.cat([grid, -grid.flip(0) * 1.03])
 
 
-def _clamped(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square(),
-}
-_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "swiglu": lambda gate, up: F.silu(gate) * up,
-    "geglu": lambda gate, up: F.gelu(gate) * up,
-    "reglu": lambda gate, up: F.relu(gate) * up,
-    "swiglu_clamped": _clamped,
-}
-
-
-def _agree(own: Any, known: Callable[[Tensor], Tensor], numbers: Tensor) -> bool:
-    """Whether both functions have the same values and gradients, up to float32 rounding."""
+def _agree(own: Any, numbers: Tensor, *known: Any) -> bool:
+    """Whether `own` and `activate` have the same values and gradients, up to float32 rounding."""
     results = []
-    for function in (known, own):
+    for function, arguments in ((activate, known), (own, ())):
         x = numbers.clone().requires_grad_()
         try:
-            y = function(x)
+            y = function(x, *arguments)
             results.append((y, *torch.autograd.grad(y.sum(), x)))
         except (RuntimeError, TypeError, ValueError):
             return False
