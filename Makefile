@@ -155,7 +155,7 @@ test-wheel-cuda: wheel-cuda  ## install that wheel beside a torch with CUDA and 
 	TORCH=$(TORCH) tools/test_wheel.sh $(PY) dist/cuda/*.whl dist/*.tar.gz
 
 .PHONY: gpu-check
-gpu-check: build $(VENV)/.test  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, bench (fails clearly without one)
+gpu-check: build $(VENV)/.test  ## all that a machine with a GPU can tell: op suite, sanitizer, graphs, NCCL, bench (fails clearly without one)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(MAKE) cuda && FASTMOE_ROUTE_LIBRARY_DIR="$(abspath build/cuda)" $(PY) tools/gpu_check.py $(ARGS); \
 	else $(PY) tools/gpu_check.py $(ARGS); fi
@@ -171,7 +171,7 @@ clean:  ## remove what was built (.venv stays)
 
 .PHONY: help
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 29
 
 # ---- The environment, by stamps: each step runs again only when what it depends on has changed. Bytecode of what pip
 # installs is left to the first import: compiling all of it takes 17 s, and programs import a sixth of its modules.

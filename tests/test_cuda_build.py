@@ -32,6 +32,7 @@ WIDE_REGISTERS = {
     "groups_product_kernel": 255,
     "up_product_kernel": 255,
     "cutlass::device_kernel": 168,  # 384 threads, which move registers between groups of warps
+    "sm90_up_kernel": 168,
 }
 # Warps a multiprocessor has to hold at least; products hide their latency by stages, not by warps.
 WARP_FLOOR = 16
@@ -40,6 +41,7 @@ FEW_WARPS = {
     "groups_product_kernel": 8,
     "up_product_kernel": 8,
     "cutlass::device_kernel": 6,
+    "sm90_up_kernel": 12,
     "softmax_backward_warp_kernel": 12,
     "sum_tiles_kernel": 32,
 }
@@ -64,6 +66,11 @@ def kernel_names() -> tuple[str, ...]:
     found = re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text)
     assert len(found) == text.count("__global__") > 0
     return tuple(found)
+
+
+def architectures_of(kernel: str) -> set[str]:
+    """Those that a kernel of csrc/cuda is compiled for."""
+    return {"sm_90a"} if kernel.startswith("sm90_") else set(ARCHITECTURES)
 
 
 pytestmark = pytest.mark.skipif(
@@ -140,6 +147,7 @@ def test_policy_names_a_kernel_for_every_device_dtype_and_product() -> None:
         "cutlass 2.x simt float32",
         "cutlass 2.x mma.sync tf32",
         "cutlass 2.x mma.sync",
+        "own wgmma",
     }
     pingpong = [row for row in rows if "ping-pong" in row[4]]
     assert [row[:3] for row in pingpong] == [
@@ -178,8 +186,8 @@ def limit_of(kernel: cuda_evidence.Kernel, limits: dict[str, int], default: int)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_there_for_every_architecture(architecture: str) -> None:
     names = [k.name for k in kernels() if k.architecture == architecture]
-    missing = [k for k in kernel_names() if not any(re.match(rf"{k}\b", n) for n in names)]
-    assert missing == []
+    wanted = [k for k in kernel_names() if architecture in architectures_of(k)]
+    assert [k for k in wanted if not any(re.match(rf"{k}\b", n) for n in names)] == []
 
 
 def test_no_kernel_spills_or_has_a_stack() -> None:
@@ -289,6 +297,21 @@ def test_native_products_use_their_own_instructions(architecture: str, product: 
         assert schedules == {"cooperative", "pingpong"}
 
 
+def test_products_by_index_of_sm90_use_what_it_alone_has() -> None:
+    """wgmma of 64 x 256, columns by the copy engine, rows by asynchronous copies of 16 bytes."""
+    found = [k for k in kernels() if k.name.startswith("sm90_up_kernel")]
+    assert {k.architecture for k in found} == {"sm_90a"}
+    assert len(found) == 4  # two dtypes, two layouts of the weights
+    for k in found:
+        element = "BF16" if "bfloat16" in k.name else "F32"
+        products = [op for op in k.opcodes if op.startswith("HGMMA.64x256x16")]
+        assert any(element in op for op in products), (k.name, products)
+        assert any(op.startswith("UTMALDG.4D") for op in k.opcodes), k.name
+        assert any(op.startswith("LDGSTS.E.BYPASS") and "128" in op for op in k.opcodes), k.name
+        assert k.counts["16-byte stores"] > 0, k.name
+        assert k.counts["async copies"] >= 16 + (2 if "true" in k.name else 4), k.name
+
+
 def counts_some(column: str) -> Callable[[cuda_evidence.Kernel], bool]:
     return lambda k: k.counts[column] > 0
 
@@ -318,7 +341,7 @@ def test_evidence_page_says_what_the_library_shows() -> None:
         ]
         assert [row[:1] + row[2:] for row in stated] == built, "make cuda-evidence"
         for name, how, *_ in stated:
-            is_native = name.startswith("`cutlass::device_kernel")
+            is_native = name.startswith(("`cutlass::device_kernel", "`sm90_up_kernel"))
             alone = "H200" if architecture == "sm_90a" else "compiled only"
             assert how == (alone if is_native else "PTX VM"), name
 

@@ -172,6 +172,9 @@ def test_opcheck(backend: str, linear: bool) -> None:
     leaves = [a.requires_grad_() if a.is_floating_point() else a for a in op_arguments()]
     torch.library.opcheck(OPS.moe_mlp.default, (*leaves, 0, False, False))
     torch.library.opcheck(OPS.moe_mlp_forward.default, (*args, 3, True, True))
+    experts = make(6, 5, 4, 3, 2)["routing"][0]
+    routed = (args[0], experts, *args[1:6], 3, True, True)
+    torch.library.opcheck(OPS.moe_mlp_routed_forward.default, routed)
     x, weights, w_up, w_down, _, bias_down, *maps = args
     y, pre = OPS.moe_mlp(*args, 0, False, False)
     for wanted in (63, 21):
@@ -216,6 +219,33 @@ def test_export(backend: str) -> None:
         )
         other = arguments(13)
         assert_exact(program.module()(*other), layer(*other))
+
+
+def test_a_call_without_a_plan_is_the_same_and_says_what_is_wrong(backend: str) -> None:
+    for dtype in DTYPES:
+        for weights_on in ("output", "input"):
+            case = make(9, 48, 33, 5, 2, dtype=dtype, biases=True, weights_on=weights_on)
+            plan = fr.plan_dispatch(case["routing"][0], 5)
+            assert_exact(fr.moe_mlp(**case), fr.moe_mlp(**case, plan=plan))
+    case = make(9, 48, 33, 5, 2, biases=True)
+    experts, weights = case["routing"]
+    low = fr.moe_mlp(**{**case, "routing": (experts, weights.bfloat16())})
+    assert_exact(low, fr.moe_mlp(**{**case, "routing": (experts, weights.bfloat16().float())}))
+    assert_exact(fr.moe_mlp(**{**case, "routing": [experts.long(), weights]}), fr.moe_mlp(**case))
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (RuntimeError, "plan_dispatch: experts", {"routing": (experts + 5, weights)}),
+        (ValueError, "moe_mlp: weights", {"routing": (experts, weights[:, :1])}),
+        (TypeError, "moe_mlp: routing", {"routing": torch.stack([experts, experts])}),
+        (ValueError, "moe_mlp: w_up", {"w_up": case["w_up"][:, 1:]}),
+        (TypeError, "moe_mlp: w_up", {"w_up": case["w_up"].double()}),
+        (ValueError, "moe_mlp: w_up", {"w_up": case["w_up"].to("meta")}),
+        (ValueError, "moe_mlp: bias_up", {"bias_up": case["bias_up"][1:]}),
+        (ValueError, "moe_mlp: activation", {"activation": "tanh"}),
+        (TypeError, "moe_mlp: interleaved", {"interleaved": 1}),
+    ]
+    for kind, message, options in wrong:
+        with pytest.raises(kind, match=message):
+            fr.moe_mlp(**{**case, **options})
 
 
 def test_autocast(backend: str) -> None:

@@ -95,6 +95,7 @@ def test_what_native_kernels_do_not_take_goes_the_portable_way(
         (80, torch.bfloat16, 16, False),
         (90, torch.float32, 16, False),
         (90, torch.bfloat16, 15, False),
+        (90, torch.bfloat16, 16, True),  # as where the weights cannot be mapped
         (100, torch.float16, 16, True),
         (103, torch.float16, 16, False),
         (120, torch.bfloat16, 16, False),

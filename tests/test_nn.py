@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from fastmoe_route import reference, routers
 from fastmoe_route.integrations.transformers import explain, patch_routers, unpatch_routers
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
+from functorch.compile import default_partition, nop
 from router_cases import ARGUMENTS, EXPERTS, HIDDEN, inputs, names
 from tolerance import assert_bound, assert_exact, assert_has_power
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 H, WIDTH, E, K = 16, 12, 6, 2
@@ -349,6 +353,27 @@ def test_layer_compiles_as_one_graph_without_recompiling():
         y.sum().backward()
         assert_bound(y, layer(tokens(2, length)).double().detach(), 1e-6)
     assert counter.frame_count == 1
+
+
+def test_a_training_step_survives_the_passes_of_inductor():
+    """They take away additions of 0 and copies, which may make two results one tensor."""
+
+    def partition(graph, inputs, **options):
+        joint_graph_passes(graph)
+        return default_partition(graph, inputs, **options)
+
+    grads = []
+    backend = aot_autograd(
+        fw_compiler=nop, partition_fn=partition, decompositions=select_decomp_table()
+    )
+    for compiled in (False, True):
+        layer, x = layer_of(), tokens(6).requires_grad_()
+        torch._dynamo.reset()
+        y = (torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer)(x)
+        (y.sum() + fr.nn.aux_loss(layer)).backward()
+        grads.append((x.grad, layer.router.score.weight.grad, layer.stats.losses["balance"]))
+    for plain, traced in zip(*grads, strict=True):
+        assert_bound(traced, plain.double(), 1e-6)
 
 
 def test_layer_exports_in_eval():

@@ -34,6 +34,30 @@ def test_up_projection_with_its_activation(backend: str, dtype: torch.dtype, lin
             assert_exact(fr.moe_mlp(**case), results(fr.moe_mlp, case)["y"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("linear", [True, False])
+def test_biases_of_zero_change_no_bit(backend: str, dtype: torch.dtype, linear: bool) -> None:
+    """On sm_90 other kernels multiply where there is a bias; several tiles of rows and columns."""
+    for activation, interleaved, width in (
+        ("swiglu", False, 136),
+        ("swiglu_clamped", True, 136),
+        ("gelu", False, 264),
+    ):
+        case = make(
+            *(150, 72, width, 2, 2),
+            dtype=dtype,
+            linear=linear,
+            activation=activation,
+            interleaved=interleaved,
+        )
+        case["routing"][0][::7] = -1
+        check_case(case)
+        up, down = case["w_up"].shape[2], case["w_down"].shape[2]
+        zeros = {"bias_up": torch.zeros(2, up, dtype=dtype)}
+        zeros["bias_down"] = torch.zeros(2, down, dtype=dtype)
+        assert_exact(fr.moe_mlp(**case, **zeros), fr.moe_mlp(**case))
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_tf32_where_torch_allows_it(
     backend: str, allow_tf32: Callable[[], None], linear: bool

@@ -37,6 +37,7 @@ DYNAMIC_SHARED = {
         for element in ("cutlass::bfloat16_t, 8", "cutlass::half_t, 8", "float, 4")
     },
     "up_product_kernel<float, 1": 18432,
+    "sm90_up_kernel": 217088,
 }
 
 # Instructions worth counting: a column of the page, and the opcodes that make it.
@@ -421,6 +422,9 @@ def modelled_experts() -> list[Modelled]:
         Modelled("weights on input", "scale_rows_kernel", f"R={r}, H={h}, bfloat16", 2 * r * 2 * h),
         Modelled("moe_mlp, as launched",
                  "group_rows_kernel, up_product_kernel, rows_product_kernel, unpermute_kernel",
+                 layer, own, 6 * r * h * i),
+        Modelled("moe_mlp, as launched on sm_90",
+                 f"group_rows_kernel, sm90_up_kernel, {native}, zero_rest_kernel, unpermute_kernel",
                  layer, own, 6 * r * h * i),
         Modelled("moe_mlp, least", "", layer, weights + 4 * t * h, 6 * r * h * i),
         Modelled("moe_mlp, backward, as launched",

@@ -188,8 +188,15 @@ PRODUCTS = """
 import sys, torch
 sys.path.insert(0, 'tools')
 from gpu_bench import given, ops
-torch.save({n: f(x).cpu() for n, (f, x, _, _) in ops(given('cuda', 512, 2048, 768, 32, 4)).items()
-            if n in ('grouped_mm', 'moe_mlp')}, sys.argv[1])
+import fastmoe_route as fr
+g = given('cuda', 512, 2048, 768, 32, 4)
+results = {n: f(x).cpu() for n, (f, x, _, _) in ops(g).items() if n in ('grouped_mm', 'moe_mlp')}
+zeros = [torch.zeros(32, n, dtype=g.x.dtype, device='cuda') for n in (1536, 2048)]
+results['grouped_mm, bias of zero'] = fr.grouped_mm(
+    g.rows, g.w_up, g.plan.offsets, bias=zeros[0]).cpu()
+results['moe_mlp, biases of zero'] = fr.moe_mlp(
+    g.x, g.routing, g.w_up, g.w_down, bias_up=zeros[0], bias_down=zeros[1], plan=g.plan).cpu()
+torch.save(results, sys.argv[1])
 """
 
 
@@ -225,9 +232,14 @@ def check_products(folder: Path) -> bool:
         native, again = results[1][name], results[2][name]
         off = (native.float() - portable.float()).abs().max() / portable.float().abs().max()
         repeats = torch.equal(native, again)
-        print(f"  {name:<16} largest difference {off:.1e} of the largest value, "
+        print(f"  {name:<24} largest difference {off:.1e} of the largest value, "
               f"{'the same' if repeats else 'OTHER'} bits again")  # fmt: skip
         good &= bool(off <= 2**-7) and repeats
+    for name in ("grouped_mm", "moe_mlp"):  # with a bias another kernel of sm_90 multiplies
+        with_zeros = next(n for n in results[1] if n.startswith(f"{name}, "))
+        same = torch.equal(results[1][name], results[1][with_zeros])
+        print(f"  {with_zeros:<24} {'the same' if same else 'OTHER'} bits as without")
+        good &= same
     return good
 
 

@@ -57,7 +57,10 @@ struct GateAndUp {
       if (rows.is_gated) up = *pack(row, rows.intermediate + col);
       return;
     }
-    const Pack<T, N> first = *pack(row, 2 * col), second = *pack(row, 2 * col + N);
+    split(*pack(row, 2 * col), *pack(row, 2 * col + N));
+  }
+  // From the first and the second N of 2 N columns, gates and ups in turn.
+  __device__ void split(const Pack<T, N> first, const Pack<T, N> second) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       gate.values[n] = 2 * n < N ? first.values[2 * n] : second.values[2 * n - N];
@@ -65,10 +68,14 @@ struct GateAndUp {
     }
   }
   __device__ void store(const ExpertRows& rows, T* row, int64_t col) const {
-    const auto to = [&](int64_t at) { return const_cast<Pack<T, N>*>(pack(row, at)); };
+    store(rows, row, col, [](T* to, const Pack<T, N>& from) { *reinterpret_cast<Pack<T, N>*>(to) = from; });
+  }
+  // put(to, pack) stores a pack.
+  template <class Put>
+  __device__ void store(const ExpertRows& rows, T* row, int64_t col, const Put& put) const {
     if (!rows.is_interleaved) {
-      *to(col) = gate;
-      if (rows.is_gated) *to(rows.intermediate + col) = up;
+      put(row + col, gate);
+      if (rows.is_gated) put(row + rows.intermediate + col, up);
       return;
     }
     Pack<T, N> first, second;
@@ -77,8 +84,8 @@ struct GateAndUp {
       const T value = n % 2 == 0 ? gate.values[n / 2] : up.values[n / 2];
       (n < N ? first.values[n] : second.values[n - N]) = value;
     }
-    *to(2 * col) = first;
-    *to(2 * col + N) = second;
+    put(row + 2 * col, first);
+    put(row + 2 * col + N, second);
   }
 };
 

@@ -4,7 +4,7 @@
 //   2. down         grouped product plus bias_down
 //   3. unpermute    every token sums its rows, weighted, j ascending, and rounds once; the weight is a factor of the
 //                   fma that adds the row: an epilogue of 2 would load and multiply it for nothing
-// Where policy.h has no such kernel for 1, as for 16-bit dtypes without biases on sm_90, it is permute (and with
+// Where policy.h has no such kernel for 1, as for sizes that are not multiples of 16 bytes, it is permute (and with
 // weights_on input a scaling in place), a grouped product into the pre-activations, and an activation kernel: R H more
 // written and read, and the R U of the pre-activations in every call.
 // Nothing is added by an atomic, and a row sees no other row. Rows without a slot are zeros in both results of 1.

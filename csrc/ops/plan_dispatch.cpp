@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/launch.h"
+#include "common/plan_tensors.h"
 
 namespace fastmoe_route {
 namespace {
@@ -111,6 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch(const Tensor& e
 }
 
 }  // namespace
+
+PlanTensors plan_every_slot(const Tensor& experts, int64_t num_experts) {
+  auto [offsets, row_to_slot, slot_to_row, kept, dropped] =
+      plan_dispatch(experts, num_experts, 0, 0, std::nullopt, std::nullopt, 1, 1, -1, false);
+  return {std::move(offsets), std::move(row_to_slot), std::move(slot_to_row)};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) { m.impl("plan_dispatch", TORCH_BOX(&plan_dispatch)); }
 

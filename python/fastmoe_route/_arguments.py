@@ -243,7 +243,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
     In forward mode it says that there is no such derivative, where the bare op would give zero.
     """
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     return forward_ad._current_level >= 0

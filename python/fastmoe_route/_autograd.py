@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from fastmoe_route._arguments import fail
 
@@ -138,12 +139,14 @@ def _recorder(
             return *gradients, None  # of forward's list of constants
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
-    # What Function.apply calls where no transform of torch.func is active, in 2 us less.
     apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
 
     def record(*args: Any) -> Any:
         constants: list[Tensor] = []
-        output = apply(*args, constants)
+        # What Function.apply does where no transform of torch.func is active, in 2 us less.
+        output = apply(
+            *[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args], constants
+        )
         return output if num_differentiable is None else (*output, *constants)
 
     return record

@@ -319,12 +319,11 @@ class MoE(nn.Module):
 
     def record(self, routed: Routed) -> None:
         """Keeps the losses and statistics of a training call."""
-        losses = routed.losses
         self.aux_loss = routed.aux_loss
         self.stats = MoEStats(
             routed.routing.demand,
             None if routed.plan is None else routed.plan.dropped,
-            {name: loss.detach() for name, loss in losses.items()},
+            {name: loss.detach().clone() for name, loss in routed.losses.items()},
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,7 +25,6 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 // that is a quarter of an L2 of 1 MB: pages of 4 KB lie in it by chance, and fuller it loses lines before their use.
 constexpr int64_t kDotPanel = 32;
 constexpr int64_t kDotSegment = 16;    // steps of k between two fetches of what is multiplied later
-constexpr int64_t kDotTouchRows = 16;  // weight rows whose pages are looked up at the same time
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
 // page's address, so pages are touched ahead. Where rows take arithmetic as well, every line is fetched.
@@ -102,9 +101,10 @@ struct DotOutput {
   bool add;
 };
 
-// Touches every page of rows [from, to) of those that start at `first`, one line each. The address of a page that was
-// not used lately takes longer to find than other work can hide, but several are found at the same time: pages are
-// touched together, some rows ahead of their use. Rows without gaps are one run, however many of them share a page.
+// Touches every page of rows [from, to) of those that start at `first`, one line each, for streams of few rows. The
+// address of a page that was not used lately takes longer to find than other work can hide, but several are found at
+// the same time: pages are touched together, some rows ahead of their use. Rows without gaps are one run, however many
+// of them share a page.
 inline __attribute__((always_inline)) void touch_pages(const char* first, int64_t row_bytes, int64_t stride,
                                                        int64_t from, int64_t to) {
   constexpr int64_t kPage = 4096;
@@ -117,37 +117,54 @@ inline __attribute__((always_inline)) void touch_pages(const char* first, int64_
   }
 }
 
-// Fetches rows of weights that are multiplied later into L2, line by line, their pages kDotTouchRows rows ahead.
+// Fetches rows of weights that are multiplied later into L2, line by line, in runs: a row, or all of them where they
+// have no gaps. A line that goes to L2 had better find its page known (prefetch_later), so pages are touched one at a
+// time, kAhead pages or rows before their lines: then finding them costs nothing.
 struct LineFetcher {
+  static constexpr int64_t kPage = 4096, kAhead = 4;
   const char* line;
-  const char* row_end;
+  int64_t run_lines, left;  // of every run, and of the current one
   int64_t row_bytes, stride;
-  int64_t rows;   // left
-  int64_t known;  // rows from the current one on that are weights too: their pages may be touched
+  int64_t runs;         // left
+  const char* touched;  // what lies before it is known
+  const char* end;      // of all that may be touched
 
   // The first `count` of `all` rows; is_touched: the fetcher of the rows before has touched the first pages of these.
   template <class T>
   LineFetcher(const T* first, int64_t count, int64_t all, int64_t w_stride, int64_t k, bool is_touched)
-      : line(reinterpret_cast<const char*>(first)), row_end(line + k * static_cast<int64_t>(sizeof(T))),
-        row_bytes(row_end - line), stride(w_stride * static_cast<int64_t>(sizeof(T))), rows(count), known(all) {
-    if (is_touched) return;
-    touch(0);
-    touch(kDotTouchRows);
+      : line(reinterpret_cast<const char*>(first)), row_bytes(k * static_cast<int64_t>(sizeof(T))),
+        stride(w_stride * static_cast<int64_t>(sizeof(T))), runs(count), touched(line), end(line + all * stride) {
+    run_lines = ((is_whole() ? row_bytes * count : row_bytes) + 63) / 64;
+    left = run_lines;
+    if (is_whole() && count > 0) runs = 1;
+    if (is_touched) touched += kAhead * (is_whole() ? kPage : stride);
   }
-  inline __attribute__((always_inline)) void touch(int64_t ahead) {
-    const int64_t end = ahead + kDotTouchRows;
-    touch_pages(row_end - row_bytes, row_bytes, stride, ahead, end < known ? end : known);
+  bool is_whole() const { return row_bytes == stride; }
+  int64_t num_lines() const { return runs * run_lines; }
+
+  inline __attribute__((always_inline)) void touch() {
+    if (is_whole()) {
+      for (; touched < line + kAhead * kPage && touched < end; touched += kPage) prefetch_soon(touched);
+    } else {
+      for (; touched < line + kAhead * stride && touched < end; touched += stride) {
+        for (int64_t at = 0; at < row_bytes; at += kPage) prefetch_soon(touched + at);
+        prefetch_soon(touched + row_bytes - 1);
+      }
+    }
   }
+  // Few branches: this runs between the products, hundreds of times a panel.
   inline __attribute__((always_inline)) void fetch(int64_t lines) {
-    for (; lines > 0 && rows > 0; --lines) {
-      prefetch_later(line);
-      line += 64;
-      if (line < row_end) continue;
-      line = row_end - row_bytes + stride;
-      row_end += stride;
-      --rows;
-      --known;
-      if (rows % kDotTouchRows == 0) touch(kDotTouchRows);
+    if (runs == 0) return;
+    touch();
+    while (lines > 0) {
+      const int64_t count = lines < left ? lines : left;
+      for (const char* const stop = line + count * 64; line < stop; line += 64) prefetch_later(line);
+      lines -= count;
+      left -= count;
+      if (left > 0) return;
+      if (--runs == 0) return;
+      line += stride - run_lines * 64;
+      left = run_lines;
     }
   }
 };
@@ -367,7 +384,7 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
     const int64_t next_depth = dot_panel_depth(p, next_begin), next_most = dot_panel_columns(p, next_depth);
     const bool is_touched = panel > 0 && panel + most < p.n;  // by the fetcher of the panel before
     LineFetcher later(next, left < next_most ? left : next_most, left, p.w_stride, next_depth, is_touched);
-    const int64_t next_lines = later.rows * ((later.row_bytes + 63) / 64);
+    const int64_t next_lines = later.num_lines();
     for (int64_t q = begin; q < end; q += p.block) {
       const int64_t block = end - q < p.block ? end - q : p.block;
       dot_panel(p, m, q, block, panel, columns, later, (next_lines * block + depth - 1) / depth);

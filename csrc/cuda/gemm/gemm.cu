@@ -8,6 +8,7 @@
 
 #include "cuda/gemm/native.h"
 #include "cuda/gemm/policy.h"
+#include "cuda/gemm/sm90_up.h"
 #include "cuda/gemm/up.h"
 #ifndef FASTMOE_ROUTE_CUDA_ARCHITECTURES
 #define FASTMOE_ROUTE_CUDA_ARCHITECTURES "unknown"
@@ -52,10 +53,17 @@ const char* name_of(GemmKernel kernel) {
     case GemmKernel::kTf32: return "cutlass 2.x mma.sync tf32, 128x128x16, cp.async 3 stages";
     case GemmKernel::kTensorCores: return "cutlass 2.x mma.sync, 128x128x32, cp.async 3 stages";
     case GemmKernel::kTensorCoresNarrow: return "cutlass 2.x mma.sync, 128x64x32, element loads";
-    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64, wgrad by twos";
+    case GemmKernel::kSm90Up: return "own wgmma, TMA, cp.async by index, 128x256x64";
+    case GemmKernel::kSm90Cooperative: return "cutlass 3.x wgmma, TMA, cooperative 128x256x64, clusters of two";
     case GemmKernel::kSm90PingPong: return "cutlass 3.x wgmma, TMA, ping-pong 128x128x64, clusters of two";
     default: return "cutlass 3.x tcgen05, TMA, 128x256x64";
   }
+}
+
+// Of a group; of RowsProduct, GroupsProduct or ExpertRows.
+template <class Product>
+int64_t mean_rows(const Product& p) {
+  return p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
 }
 
 CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* kernel) {
@@ -73,15 +81,21 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   const bool is_wide =
       are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status =
-      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.in, p.b_is_column_major}, queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kRows, p.in, mean_rows(p)}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
     case GemmKernel::kFma: return rows_product_float32(p, queue);
     case GemmKernel::kTf32: return rows_product_tf32(p, queue);
-    case GemmKernel::kSm90Cooperative:
+    case GemmKernel::kSm90Up: {
+      bool is_done = false;
+      const CudaStatus tried =
+          is_bfloat16 ? rows_sm90_bfloat16(p, queue, &is_done) : rows_sm90_float16(p, queue, &is_done);
+      if (tried.code != 0 || is_done) return tried;
+      if (p.bias != nullptr) break;
       return is_bfloat16 ? rows_sm90_cooperative_bfloat16(p, queue) : rows_sm90_cooperative_float16(p, queue);
+    }
     case GemmKernel::kSm90PingPong: return rows_sm90_pingpong_bfloat16(p, queue);
     case GemmKernel::kSm100: return is_bfloat16 ? rows_sm100_bfloat16(p, queue) : rows_sm100_float16(p, queue);
     default: break;
@@ -93,8 +107,8 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
   const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
   GemmKernel kernel;
-  const int64_t mean_rows = p.groups.num_groups > 0 ? p.num_rows / p.groups.num_groups : 0;
-  const CudaStatus status = choose({0, false, false, p.dtype, is_wide, false, false, mean_rows, false}, queue, &kernel);
+  const CudaStatus status = choose(
+      {0, false, false, p.dtype, is_wide, false, GemmProduct::kGroups, mean_rows(p), mean_rows(p)}, queue, &kernel);
   if (status.code != 0) return status;
   const bool is_bfloat16 = p.dtype == DType::kBFloat16;
   switch (kernel) {
@@ -111,14 +125,19 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
 
 CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done) {
   const bool is_wide =
-      are_wide({p.x, p.b, p.preactivation, p.activated},
+      are_wide({p.x, p.b, p.bias, p.preactivation, p.activated},
                {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
   GemmKernel kernel;
-  const CudaStatus status = choose(
-      {0, false, false, p.dtype, is_wide, p.bias != nullptr, true, p.rows.hidden, p.b_is_column_major}, queue, &kernel);
+  const CudaStatus status =
+      choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kUp, p.rows.hidden, mean_rows(p.rows)},
+             queue, &kernel);
   *is_done = is_fused(kernel);
   if (status.code != 0 || !*is_done) return status;
   if (kernel == GemmKernel::kTf32) return up_product_tf32(p, queue);
+  if (kernel == GemmKernel::kSm90Up) {
+    *is_done = false;
+    return p.dtype == DType::kBFloat16 ? up_sm90_bfloat16(p, queue, is_done) : up_sm90_float16(p, queue, is_done);
+  }
   switch (p.dtype) {
     case DType::kFloat32: return up_product_float32(p, queue);
     case DType::kBFloat16: return up_product_bfloat16(p, queue);
@@ -129,34 +148,35 @@ CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done)
 // Lines of "device | dtype | product | shape | kernel", tab-separated, for every row of the policy.
 std::string policy_table() {
   std::ostringstream text;
+  using Product = GemmProduct;
   const auto line = [&](const char* device, const char* shape, GemmQuestion q) {
     const char* dtype = q.dtype == DType::kFloat32 ? "float32" : q.dtype == DType::kBFloat16 ? "bfloat16" : "float16";
-    text << device << '\t' << dtype << '\t' << (q.is_rows ? "forward, dgrad" : "wgrad") << '\t' << shape << '\t'
+    const bool is_rows = q.product == Product::kRows;
+    text << device << '\t' << dtype << '\t' << (is_rows ? "forward, dgrad" : "wgrad") << '\t' << shape << '\t'
          << name_of(choose_kernel(q))
-         << (q.is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
+         << (is_rows && is_fused(choose_kernel(q)) ? "; moe_mlp: gather and activation in one launch" : "") << '\n';
   };
-  for (const bool is_rows : {true, false}) {
-    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, is_rows, 1, false});
+  for (const Product product : {Product::kRows, Product::kGroups}) {
+    line("sm_80 and later", "any", {80, false, false, DType::kFloat32, true, false, product, 1, 1});
     line("sm_80 and later", "multiples of 16 bytes, torch allows tf32",
-         {80, false, true, DType::kFloat32, true, false, is_rows, 1, false});
+         {80, false, true, DType::kFloat32, true, false, product, 1, 1});
   }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    for (const bool is_rows : {true, false}) {
-      line("sm_80 and later", "not all multiples of 16 bytes",
-           {80, true, false, dtype, false, false, is_rows, 1, false});
-      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, true, is_rows, 1, false});
-      for (const int capability : {90, 100}) {
-        const char* device = capability == 90 ? "sm_90" : "sm_100, if native is asked for";
-        const GemmQuestion longest{capability, true, false, dtype, true, false, is_rows, INT64_MAX, false};
-        line(device, "multiples of 16 bytes, no bias", longest);
-        GemmQuestion shorter = longest;
-        shorter.in = kPingPongMost;
-        if (choose_kernel(shorter) == choose_kernel(longest)) continue;
-        line(device,
-             is_rows ? "the same, inner size at most 1024, or 2048 where it is contiguous in the weights"
-                     : "the same, 256 to 1024 rows a group on average",
-             shorter);
-      }
+    for (const Product product : {Product::kRows, Product::kGroups}) {
+      line("sm_80 and later", "not all multiples of 16 bytes", {80, true, false, dtype, false, false, product, 1, 1});
+      line("sm_80 and later", "multiples of 16 bytes", {80, true, false, dtype, true, false, product, 1, 1});
+      line("sm_100, if native is asked for", "multiples of 16 bytes, no bias",
+           {100, true, false, dtype, true, false, product, 1, 1});
+      const GemmQuestion longest{90, true, false, dtype, true, false, product, INT64_MAX, INT64_MAX};
+      line("sm_90", "multiples of 16 bytes", longest);
+      GemmQuestion shorter = longest;
+      shorter.in = kPingPongMost;
+      if (choose_kernel(shorter) == choose_kernel(longest)) continue;
+      line("sm_90",
+           product == Product::kRows
+               ? "the same, no bias, inner size at most 1024 and 256 rows a group or more on average"
+               : "the same, 256 to 1024 rows a group on average",
+           shorter);
     }
   }
   return text.str();

@@ -71,10 +71,8 @@ class Routed(NamedTuple):
     @property
     def aux_loss(self) -> Tensor:
         """The sum of the losses, a scalar to add to the loss of the task."""
-        total = self.routing.weights.new_zeros(())
-        for loss in self.losses.values():
-            total = total + loss
-        return total
+        first, *others = self.losses.values() or (self.routing.weights.new_zeros(()),)
+        return sum(others, first)
 
 
 class Common(TypedDict, total=False):

@@ -2,6 +2,7 @@
 // plain products that read the arrays of native.h as those kernels do. So the arrays, the zeros and the way there are
 // executed; the kernels themselves are not.
 #include "cuda/gemm/native.h"
+#include "cuda/gemm/sm90_up.h"
 
 namespace fastmoe_route {
 namespace cuda {
@@ -50,6 +51,11 @@ CudaStatus groups(const GroupsProduct& product, const CudaQueue& queue) {
 
 }  // namespace
 
+// As where the driver cannot map the weights: the portable kernels, or several launches, take their place.
+CudaStatus up_sm90_bfloat16(const UpProduct&, const CudaQueue&, bool*) { return {}; }
+CudaStatus up_sm90_float16(const UpProduct&, const CudaQueue&, bool*) { return {}; }
+CudaStatus rows_sm90_bfloat16(const RowsProduct&, const CudaQueue&, bool*) { return {}; }
+CudaStatus rows_sm90_float16(const RowsProduct&, const CudaQueue&, bool*) { return {}; }
 CudaStatus rows_sm90_cooperative_bfloat16(const RowsProduct& p, const CudaQueue& q) { return rows<BFloat16>(p, q); }
 CudaStatus rows_sm90_cooperative_float16(const RowsProduct& p, const CudaQueue& q) { return rows<Float16>(p, q); }
 CudaStatus rows_sm90_pingpong_bfloat16(const RowsProduct& p, const CudaQueue& q) { return rows<BFloat16>(p, q); }
