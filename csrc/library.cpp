@@ -26,12 +26,13 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   // clang-format off: a schema is one line
   // scores, top-k choice, combine weights and statistics: (weights, score_sum, logsumexp, scores, experts, demand). What
   // is rare comes last: a default costs a call a tenth of an argument. topk_groups and max_per_group 0: no limit.
-  // `_forward` twins carry no autograd; gate_forward has no statistics and gives (weights, experts, demand), and
-  // gate_plain_forward has no options either
+  // `_forward` twins carry no autograd; gate_forward has no statistics and gives (weights, experts, demand). The plain
+  // ones have no options: with statistics, (weights, score_sum, logsumexp, experts, demand)
   m.def("gate(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, bool stats=False, bool keep_scores=False, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_stats_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, bool stats=False, bool keep_scores=False, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0, Tensor? bias=None, int num_groups=1, int topk_groups=0, int group_score=0, Tensor? mask=None, Tensor? noise=None, bool softmax_over_group=False, int max_per_group=0, float? top_p=None, Tensor? top_p_per_token=None, float? threshold=None, Tensor? threshold_per_token=None, int min_k=1, Tensor? k_per_token=None, int num_null=0) -> (Tensor, Tensor, Tensor)");
   m.def("gate_plain_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0) -> (Tensor, Tensor, Tensor)");
+  m.def("gate_plain_stats_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
 
   // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit

@@ -10,6 +10,7 @@ import pytest
 import torch
 import vm_backend
 from fastmoe_route import reference
+from fastmoe_route.bench.machine import library_info
 from fastmoe_route.gate import SCORES
 from tolerance import (
     assert_bound,
@@ -24,6 +25,7 @@ from tolerance import (
     score_limit,
     score_sum_limit,
 )
+from torch.profiler import profile
 
 INF, NAN = math.inf, math.nan
 
@@ -66,101 +68,6 @@ def test_normalised_and_scaled_literal():
 )
 def test_score_literals(score, z, expected):
     assert_literal(gate([[z]], 1, score=score).weights, [[expected]])
-
-
-def test_ties_go_to_the_lower_expert_across_vector_edges():
-    for num_experts in (4, 16, 17, 64, 257, 1000):
-        routing = gate([[1.0] * num_experts], min(num_experts, 40))
-        assert_literal(routing.experts, [list(range(min(num_experts, 40)))])
-    assert_literal(gate([[-0.0, 0.0, -0.0]], 3).experts, [[0, 1, 2]])
-
-
-def test_grouped_literal_of_deepseek_v3():
-    # groups {0,1} {2,3} {4,5} {6,7}; best sums: 0.9+0.1, 0.6+0.6, 0.5+0.3, 0.7+0.4 -> groups 1, 3
-    scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.5, 0.3, 0.7, 0.4]])
-    options = {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum", "normalize": True}
-    routing = fr.gate(scores.logit(), 3, score="sigmoid", **options)
-    assert_literal(routing.experts, [[6, 2, 3]])
-    assert_literal(routing.weights, [[0.7 / 1.9, 0.6 / 1.9, 0.6 / 1.9]])
-
-
-def test_stop_rules_literals():
-    logits = [[math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]]
-    assert_literal(gate(logits, 4, top_p=0.7).experts, [[0, 1, -1, -1]])
-    assert_literal(gate(logits, 4, threshold=0.1).experts, [[0, 1, 2, -1]])
-    assert_literal(gate(logits, 4, threshold=0.9, min_k=2).experts, [[0, 1, -1, -1]])
-    none = torch.tensor([0], dtype=torch.int32)
-    assert_literal(gate(logits, 2, k_per_token=none).experts, [[-1, -1]])
-
-
-def test_null_columns_use_up_choices_and_give_no_slot():
-    routing = gate([[1.0, 3.0, 2.0]], 2, num_null=1, score="identity")
-    assert_literal(routing.experts, [[1, -1]])
-    assert_literal(routing.weights, [[3.0, 0.0]])
-    assert_literal(routing.demand, [0, 1])
-
-
-# ---- bugs that other gates shipped -------------------------------------------------------------
-
-
-def test_all_negative_scores_choose_the_largest():
-    assert_literal(gate([[-5.0, -1.0, -3.0] * 11], 2, score="identity").experts, [[1, 4]])
-
-
-@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
-def test_underflow_loses_no_expert(score):
-    routing = gate([[-100.0, -101.0, -99.0, -98.0]], 4, score=score, normalize=True)
-    assert_literal(routing.experts, [[3, 2, 0, 1]])
-    assert (routing.weights > 0).all()
-    deep = gate([[-200.0, -103.0]], 2, score="sqrtsoftplus").weights
-    assert (deep > 0).all()
-    assert gate([[-103.0]], 1, score="sigmoid").weights.item() == 2.0**-149
-
-
-def test_weights_are_not_recovered_from_keys():
-    bias = torch.tensor([1e8, 0.0])
-    assert_literal(gate([[0.0, 0.0]], 1, score="sigmoid", bias=bias).weights, [[0.5]])
-
-
-def test_negative_bias_and_closed_groups_are_not_zeros():
-    bias = torch.full((4,), -10.0)
-    options = {"num_groups": 2, "topk_groups": 1}
-    routing = gate([[0.0, 1.0, 2.0, 3.0]], 2, score="sigmoid", bias=bias, **options)
-    assert_literal(routing.experts, [[3, 2]])
-
-
-def test_groups_of_one_and_tied_group_maxima():
-    options = {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum"}
-    assert_literal(gate([[1.0, 4.0, 3.0, 2.0]], 2, score="identity", **options).experts, [[1, 2]])
-    # 2 + 2 beats 3 + 0.5: two equal maxima count twice
-    pair = {"num_groups": 2, "topk_groups": 1, "group_score": "top2_sum"}
-    assert_literal(gate([[3.0, 0.5, 2.0, 2.0]], 2, score="identity", **pair).experts, [[2, 3]])
-
-
-def test_nan_rows_have_valid_distinct_ids_and_nan_weights():
-    routing = gate([[NAN, 1.0, NAN, 0.0], [NAN] * 4], 3, stats=True)
-    assert_literal(routing.experts, [[1, 3, 0], [0, 1, 2]])
-    assert routing.weights.isnan().all()
-    masked = gate([[NAN, 1.0]], 1, mask=torch.tensor([False, True]))
-    assert_literal(masked.experts, [[1]])
-    assert masked.weights.isnan().all()
-
-
-def test_disallowed_rows():
-    routing = gate([[-INF, -INF], [1.0, 1.0]], 2, stats=True)
-    assert_literal(routing.experts, [[-1, -1], [0, 1]])
-    assert_literal(routing.weights, [[0.0, 0.0], [0.5, 0.5]])
-    assert_literal(routing.score_sum, [0.5, 0.5])
-    assert routing.logsumexp[0] == -INF
-    masked = gate([[1.0, 2.0]], 1, mask=torch.zeros(2, dtype=torch.bool), stats=True)
-    assert_literal(masked.score_sum, [0.0, 0.0])
-    assert masked.logsumexp[0] == -INF
-
-
-def test_plus_infinity_is_nan_as_in_torch():
-    routing = gate([[INF, 0.0]], 2, normalize=True)
-    assert_literal(routing.experts, [[0, 1]])
-    assert routing.weights.isnan().all()
 
 
 # ---- reference ---------------------------------------------------------------------------------
@@ -246,26 +153,6 @@ def test_plain_rows_of_every_width(dtype, num_experts):
     assert_bound(got, exact, 1e-5 + torch.finfo(dtype).eps * exact.abs())
 
 
-@pytest.mark.parametrize("num_groups", [2, 3, 8, 16, 17])
-@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
-def test_groups_of_whole_vectors(num_groups, group_score):
-    """Groups that a kernel may rank and search by vectors; eighths, so that every tie is one."""
-    generator = torch.Generator().manual_seed(num_groups)
-    shape = (9, 32 * num_groups)
-    logits = torch.randint(-16, 17, shape, generator=generator) / 8
-    logits[3] = 0.0
-    bias = torch.randint(-8, 9, shape[1:], generator=generator) / 8
-    mask = torch.rand(shape, generator=generator) < 0.5
-    mask[4] = False
-    mask[5, 32:] = False
-    limited = {"num_groups": num_groups, "topk_groups": (num_groups + 1) // 2}
-    for top_k in (1, 8, 16, 24):
-        for options in ({}, {"bias": bias}, {"mask": mask}, {"bias": bias, "mask": mask}):
-            case = {"logits": logits, "top_k": top_k, "score": "identity", **limited, **options}
-            wanted = reference.gate(**case, group_score=group_score)
-            assert_exact(fr.gate(**case, group_score=group_score).experts, wanted.experts.int())
-
-
 def test_bounds_can_fail():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     routing = fr.gate(logits, 4, stats=True)
@@ -277,25 +164,17 @@ def test_bounds_can_fail():
     assert_has_power(lambda s: assert_bound(s, wide.score_sum, bound), routing.score_sum)
 
 
-# selection by parts: the best lie side by side, are equal, are signed zeros, or are fewer than K
-@pytest.mark.parametrize("num_experts", [4, 8, 12, 16, 24, 40, 64, 100, 128, 256, 300])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_choices_of_every_width_are_exact(num_experts, normalize):
-    random = torch.randn(8, num_experts, generator=torch.Generator().manual_seed(3))
-    few = random.where(random > 1, -torch.inf)
-    zeros = torch.where(random > 0.5, 0.0, torch.where(random > -0.5, -0.0, random.clamp(max=-1)))
-    rows = [random, (4 * random).round() / 4, random.sort(1, descending=True).values, random.sign()]
-    rows += [few, zeros, 1000 + random, 3e8 + 1e8 * random, torch.zeros(1, num_experts)]
-    logits = torch.cat(rows)
-    for top_k in (1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 40, 63, 64, 65, num_experts):
-        if top_k > num_experts:
-            continue
-        routing = fr.gate(logits, top_k, normalize=normalize)
-        wide = reference.gate(logits, top_k, normalize=normalize, dtype=torch.float64)
-        assert_exact(routing.experts, wide.experts.int())
-        assert_exact(routing.demand, wide.demand.int())
-        limit = gate_weight_limit(logits, routing.experts, normalize=normalize)
-        assert_bound(routing.weights, wide.weights, limit)
+@pytest.mark.parametrize("num_experts", [8, 40, 64, 256])
+def test_statistics_of_finite_and_other_rows(num_experts):
+    """Finite rows reach the statistics on another way than those with -inf, in turns here."""
+    logits = torch.randn(150, num_experts, generator=torch.Generator().manual_seed(4))
+    logits[::7, 1::2] = -INF
+    logits[3::11] = -INF
+    logits[100:] = logits[100:].masked_fill(logits[100:] < -1, -INF)
+    for top_k in (4, min(num_experts, 20)):
+        for normalize in (False, True):
+            case = {"logits": logits, "top_k": top_k, "normalize": normalize, "stats": True}
+            check_against_reference(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -320,13 +199,13 @@ GRADIENT_CASES = [
 
 
 @pytest.mark.parametrize("options", GRADIENT_CASES, ids=str)
-@pytest.mark.parametrize("stats", [False, True])
-def test_gradcheck(options, stats):
+@pytest.mark.parametrize(("stats", "keep_scores"), [(False, False), (True, False), (True, True)])
+def test_gradcheck(options, stats, keep_scores):
     logits = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     logits = logits.mul(2).requires_grad_()
 
     def floats(z):
-        routing = fr.gate(z, 3, stats=stats, keep_scores=stats, **options)
+        routing = fr.gate(z, 3, stats=stats, keep_scores=keep_scores, **options)
         results = (routing.weights, routing.score_sum, routing.logsumexp, routing.scores)
         return tuple(result for result in results if result is not None)
 
@@ -402,6 +281,29 @@ def test_gradient_of_a_row_with_nan_and_minus_infinity(score, normalize, stats):
         assert got[3, experts[3].long()].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("depth", [0.0, 25.0, 60.0, 120.0])
+def test_gradient_of_normalised_weights_far_below_the_largest_logit(depth, dtype):
+    """Chosen logits `depth` below one that is masked: the gradient of the chosen alone."""
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(9, 40, generator=generator).to(dtype)
+    logits[:, 17] = depth
+    mask = torch.ones(40, dtype=torch.bool)
+    mask[17] = False
+    grad = torch.randn(9, 20, generator=generator, dtype=torch.float64)
+    for top_k in (3, 20):
+        leaf = logits.clone().requires_grad_()
+        routing = fr.gate(leaf, top_k, mask=mask, normalize=True, scale=2.0)
+        got = torch.autograd.grad(routing.weights, leaf, grad[:, :top_k].to(routing.weights.dtype))
+        wide = logits.double().requires_grad_()
+        scores = wide.softmax(1).gather(1, routing.experts.long())
+        weights = 2.0 * scores / scores.sum(1, keepdim=True).clamp_min(1e-20)
+        expected = torch.autograd.grad(weights, wide, grad[:, :top_k])[0]
+        assert (got[0].double() - expected).abs().max() < (
+            0.03 if dtype == torch.bfloat16 else 2e-6
+        )
+
+
 def test_integer_results_and_unused_outputs_need_no_gradient():
     logits = torch.randn(4, 8, requires_grad=True)
     routing = fr.gate(logits, 2, stats=True)
@@ -462,7 +364,8 @@ def test_opcheck():
         torch.library.opcheck(ops.gate, (logits, 2))
         torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, *score, *options))
         torch.library.opcheck(ops.gate_forward, (logits.detach(), 2, 1, True))
-        torch.library.opcheck(ops.gate_plain_forward, (logits.detach(), 2, *score))
+        for op in (ops.gate_plain_forward, ops.gate_plain_stats_forward):
+            torch.library.opcheck(op, (logits.detach(), 2, *score))
     logits = torch.randn(5, 8)
     experts = fr.gate(logits, 2).experts
     args = (torch.randn(5, 2), None, None, None, logits, experts, None, 0, False, 1, 0, True, 1.0)
@@ -496,9 +399,29 @@ def test_export():
     assert_exact(program.module()(logits), Router()(logits))
 
 
+@pytest.mark.cpu_only
+def test_a_trace_with_columns_holds_for_as_many_tokens_as_experts():
+    """Shapes of unequal rank were compared: a trace was good for any number of tokens but `E`."""
+
+    class Gate(torch.nn.Module):
+        def forward(self, logits, bias, mask):
+            return fr.gate(logits, 2, bias=bias, mask=mask, score="sigmoid")[:2]
+
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    columns = (torch.zeros(8), torch.ones(8, dtype=torch.bool))
+    given = (torch.randn(5, 8), *columns)
+    program = torch.export.export(Gate(), given, dynamic_shapes=({0: tokens}, None, None))
+    logits = torch.randn(8, 8)
+    experts, weights = program.module()(logits, *columns)
+    routing = fr.gate(logits, 2, bias=columns[0], score="sigmoid")
+    assert torch.equal(experts, routing.experts)
+    assert torch.equal(weights, routing.weights)
+
+
 # ---- edges -------------------------------------------------------------------------------------
 
 
+# SGLang CPU and kt-kernel die on no tokens
 def test_no_tokens():
     logits = torch.empty(0, 8, requires_grad=True)
     routing = fr.gate(logits, 2, stats=True, keep_scores=True)
@@ -509,14 +432,20 @@ def test_no_tokens():
     assert logits.grad.shape == (0, 8)
 
 
-def test_a_token_does_not_depend_on_its_batch(threads):
-    logits = torch.randn(257, 100, generator=torch.Generator().manual_seed(5))
-    options = {"score": "sigmoid", "num_groups": 10, "topk_groups": 4, "normalize": True}
-    whole = fr.gate(logits, 6, **options)
-    for t in (0, 63, 64, 256):
-        alone = fr.gate(logits[t : t + 1], 6, **options)
-        assert_exact(whole.experts[t : t + 1], alone.experts)
-        assert_exact(whole.weights[t : t + 1], alone.weights)
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("stats", [False, True])
+def test_memory_of_the_whole_gate_is_its_outputs(stats):
+    logits = torch.randn(20_000, 256)
+    options = {"stats": stats, "keep_scores": stats}
+    before = int(library_info()["scratch_bytes"])
+    fr.gate(logits, 8, **options)
+    with profile(profile_memory=True) as run:
+        routing = fr.gate(logits, 8, **options)
+    outputs = sum(x.numel() * x.element_size() for x in routing if x is not None)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in run.key_averages())
+    assert allocated == outputs
+    # Scratch is a few rows a thread, and the sums of at most 1024 tiles of rows for the statistics.
+    assert int(library_info()["scratch_bytes"]) - before < 4 << 20
 
 
 def test_same_bits_for_any_number_of_threads(threads):
@@ -543,10 +472,17 @@ def test_strided_and_guarded_inputs(guarded):
     wide[:, 2:68:2] = logits
     for view in (wide[:, 2:68:2], logits.t().contiguous().t(), guarded(logits)):
         got = fr.gate(view, 4, stats=True)
-        assert_exact(got.experts, expected.experts)
-        assert_exact(got.weights, expected.weights)
+        assert all(torch.equal(a, b) for a, b in zip(got[:5], expected[:5], strict=True))
         leaf = view.detach().requires_grad_()
         fr.gate(leaf, 4).weights.sum().backward()
+
+
+# zentorch: a view that is not contiguous is read as if it were
+def test_views_are_read_by_their_strides():
+    wide = torch.randn(2 * 41, 3 * 50, generator=torch.Generator().manual_seed(9))
+    for view in (wide[::2, :50], wide[:, ::3], wide.t(), wide.flip(1)[:, 7:70]):
+        got, expected = fr.gate(view, 8, stats=True), fr.gate(view.clone(), 8, stats=True)
+        assert all(torch.equal(a, b) for a, b in zip(got[:5], expected[:5], strict=True))
 
 
 # ---- errors ------------------------------------------------------------------------------------
@@ -584,9 +520,18 @@ def test_errors_name_the_argument(kind, message, arguments):
         fr.gate(**{"logits": LOGITS, "top_k": 2, **arguments})
 
 
-def test_too_many_experts():
+# 16 GiB were asked for on behalf of a number of experts that nobody had checked
+@pytest.mark.parametrize("num_experts", [8193, 1 << 40])
+def test_too_many_experts(num_experts):
     with pytest.raises(ValueError, match="gate: logits must have 1 to 8192 experts"):
-        fr.gate(torch.zeros(1, 8193), 1)
+        fr.gate(torch.zeros(1, 1).expand(1, num_experts), 1)
+
+
+# five projects: T * K past 2^31 wraps; ours is an error before anything is allocated
+def test_too_many_slots_are_an_error():
+    logits = torch.zeros(1, 8).expand(1 << 28, 8)
+    with pytest.raises(RuntimeError, match=r"gate: logits must have fewer than 2\^31 / top_k rows"):
+        fr.gate(logits, 8)
 
 
 def test_the_bare_op_checks_as_well():

@@ -24,7 +24,7 @@ NOT_KERNELS = ("compile", "export", "opcheck", "fullgraph", "registration", "exa
 FLOAT64_STEMS = ("gate", "grouped_mm", "moe_mlp")
 # Test files that are not named after an op.
 MORE_FILES = (
-    *("device_rules", "up_projection", "native_products", "gate_contract", "gate_regressions"),
+    *("device_rules", "up_projection", "native_products", "gate_contract", "gate_selection"),
     *("dispatch_regressions", "expert_regressions", "expert_extremes", "overflow"),
 )
 # What the kernels of the processor have besides.

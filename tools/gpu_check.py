@@ -43,7 +43,7 @@ SUITE = [
     f"tests/test_{name}.py"
     for name in ("gate", "plan_dispatch", "permute", "grouped_mm", "moe_mlp", "up_projection",
                  "softmax", "softmax_topk", "expert_choice", "reroute", "device_rules",
-                 "gate_contract", "gate_regressions", "dispatch_regressions", "expert_regressions",
+                 "gate_contract", "gate_selection", "dispatch_regressions", "expert_regressions",
                  "expert_extremes", "overflow")
 ]  # fmt: skip
 # Those of the products.

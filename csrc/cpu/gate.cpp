@@ -1,7 +1,8 @@
 // gate on the CPU: a few rows at a time, in the first-level cache, one read of the logits.
 //
-// Phases of a row: load -> scores (only if something needs them) -> ordered integer keys -> groups -> selection ->
-// stop rules -> weights -> statistics. The phases of kBatch rows run side by side (gate_select.h, gate_groups.h).
+// Phases of a row: load -> scores (only if something needs them) -> ordered integer keys (unless finite logits alone
+// decide: these are searched as they are) -> groups -> selection -> stop rules -> weights -> statistics. The phases of
+// kBatch rows run side by side (gate_select.h, gate_groups.h).
 // A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
 // logits are exponentiated.
 // Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
@@ -34,11 +35,12 @@ class Gate {
   using KeyVec = typename Arithmetic<V>::KeyVec;
   static constexpr Key kDisallowed = Arithmetic<V>::kDisallowed;
 
-  // demand: [E], zeros; counts the rows that run() is given. At least one token.
-  Gate(const GateArgs& args, int32_t* demand, char* memory)
+  // demand: [E], zeros; counts the rows that run() is given. At least one token. carried: room for a row's scores where
+  // they are summed.
+  Gate(const GateArgs& args, int32_t* demand, char* memory, Float* carried)
       : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
-        padded_(round_up(num_columns_, V::kLanes)), group_size_(shape_.num_experts / shape_.num_groups),
-        slots_(slots_of(shape_)), demand_(demand) {
+        padded_(padded_columns<V>(shape_)), group_size_(shape_.num_experts / shape_.num_groups),
+        slots_(slots_of(shape_)), carried_(carried), demand_(demand) {
     int64_t row_bytes = 0;
     for (int r = 0; r < kBatch && r < shape_.num_tokens; ++r) {
       GateRow<V>& row = rows_[r];
@@ -49,6 +51,7 @@ class Gate {
     memory += kBatch * row_bytes;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
+    for (int64_t i = 0; needs_.carry_scores && i < padded_; ++i) carried_[i] = 0;
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
@@ -57,14 +60,15 @@ class Gate {
            round_up(num_taken(shape) * sizeof(int32_t), 64);
   }
 
-  // Rows [begin, end); adds their scores to score_sum unless that is null.
+  // Rows [begin, end); adds their scores to score_sum, [padded_], unless that is null.
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r);
+      for (int64_t r = 0; needs_.logits_only && r < count; ++r) load(rows_[r], t + r);
+      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
-      select_rows(count);
+      select_rows(t, count);
       for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
       for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
       if (a_.logsumexp != nullptr) {
@@ -73,6 +77,7 @@ class Gate {
       }
       if (score_sum != nullptr) add_scores(count, score_sum);
     }
+    if (needs_.carry_scores) add_carried(score_sum);
   }
 
  private:
@@ -85,23 +90,48 @@ class Gate {
   // And for those of a batch: a short list writes all its places.
   static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
-  // Logits, scores and keys of row t, with what may not be chosen disallowed.
-  void prepare(GateRow<V>& row, int64_t t) const {
-    prefetch(t + 2 * kBatch);
-    load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row);
-    if (adds_plain_bias_ && row.is_plain && row.max < INFINITY) {
-      form_biased_keys(row, t);
-    } else {
-      if (needs_.scores) row.sum = form_scores(row.z, row.max, row.has_nan, row.scores);
-      else if (needs_.softmax_sum) row.sum = exponentials<V>(row.z, num_columns_, row.max, row.has_nan, nullptr);
-      row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
-      form_keys(row, t);
-      if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
-    }
+  void load(GateRow<V>& row, int64_t t) const {
+    load_row(a_.dtype, a_.logits, t, num_columns_, row.buffer, row, row.largest);
   }
 
-  // The processor's own prefetching ends at each page: a few rows.
-  void prefetch(int64_t t) const {
+  // Scores of row t, and keys unless its logits decide, with what may not be chosen disallowed. Where both are stored,
+  // a row is loaded only now: four rows with all that belongs to them are too much for the first-level cache.
+  void prepare(GateRow<V>& row, int64_t t, Float* score_sum) {
+    if (!needs_.logits_only) prefetch(t + 2 * kBatch), load(row, t);
+    row.is_direct = needs_.logits_only && row.is_plain;
+    row.is_carried = needs_.carry_scores && row.is_plain;
+    row.key_scores = row.scores;
+    if (adds_plain_bias_ && row.is_plain) return form_biased_keys(row, t);
+    if (row.is_carried) row.sum = carry(row, score_sum);
+    else if (needs_.scores) row.sum = form_scores(row.z, row.max, row.has_nan, row.scores);
+    else if (needs_.softmax_sum) row.sum = sum_of_exponentials<V>(row.z, num_columns_, row.max, row.has_nan);
+    row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
+    if (!row.is_direct) form_keys(row, t);
+    if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
+  }
+
+  // The exponentials of a row, whose scores are added to score_sum while the next row's are formed: an addition costs
+  // next to nothing there, and one row of exponentials is all that the first-level cache has to hold.
+  Float carry(const GateRow<V>& row, Float* score_sum) {
+    const V factor = V::all(carried_factor_);
+    const Float sum = each_exponential<V>(row.z, num_columns_, row.max, false, [&](V e, int64_t i, int) {
+      fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
+      e.store(carried_ + i);
+    });
+    carried_factor_ = inverse_of(sum);
+    return sum;
+  }
+
+  void add_carried(Float* score_sum) {
+    const V factor = V::all(carried_factor_);
+    for (int64_t i = 0; i < padded_; i += V::kLanes)
+      fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
+    carried_factor_ = 0;
+  }
+
+  // The processor's own prefetching ends at each page: a few rows. Inlined, or GCC drops the call of a function that it
+  // sees no effect of.
+  __attribute__((always_inline)) void prefetch(int64_t t) const {
     if (t >= shape_.num_tokens || a_.logits.stride_col != 1) return;
     const int64_t size = a_.dtype == DType::kFloat64 ? 8 : a_.dtype == DType::kFloat32 ? 4 : 2;
     const char* row = static_cast<const char*>(a_.logits.data) + t * a_.logits.stride_row * size;
@@ -158,14 +188,13 @@ class Gate {
     }
     return max_z == -static_cast<Float>(INFINITY) || a_.logsumexp == nullptr
                ? 0
-               : exponentials<V>(z, num_columns_, max_z, may_have_nan, nullptr);
+               : sum_of_exponentials<V>(z, num_columns_, max_z, may_have_nan);
   }
 
   // keys = ordered(score(logits + noise) + bias), or ordered(logits + noise) where that orders the same. NaN is last
   // of the allowed; -inf logits and masked columns are not allowed.
   void form_keys(GateRow<V>& row, int64_t t) const {
     const Float* z = row.z;
-    row.key_scores = row.scores;
     if (a_.noise.data != nullptr) {
       add_noise(row, row_of<Float>(a_.noise, t));
       z = row.noisy;
@@ -210,7 +239,6 @@ class Gate {
   // Scores and keys in one pass, where no key can be NaN or disallowed but by the mask.
   void form_biased_keys(GateRow<V>& row, int64_t t) const {
     const Float* bias = static_cast<const Float*>(a_.bias.data);
-    row.key_scores = row.scores;
     row.factor = 1;
     const auto pass = [&](const auto& of) {
       const Float* z = row.z;
@@ -263,33 +291,41 @@ class Gate {
     return wanted < 0 ? 0 : wanted < shape_.top_k ? wanted : shape_.top_k;
   }
 
-  // The best allowed columns of every row of the batch, best first.
-  void select_rows(int64_t count) {
+  // The best allowed columns of every row of the batch, which begins at row t, best first.
+  void select_rows(int64_t t, int64_t count) {
     if constexpr (V::kLanes > 1) {
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<kShortlist / 2>(count);
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<kShortlist>(count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<kShortlist / 2>(t, count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<kShortlist>(t, count);
     }
-    for (int64_t r = 0; r < count; ++r) take_columns(r);
+    for (int64_t r = 0; r < count; ++r) take_columns(t, r);
   }
 
   // Rows in rising order: what a short list writes past its places belongs to the next row.
   template <int kWidth>
-  void select_short(int64_t count) {
-    Shortlist<V, kWidth> lists[kBatch];
+  void select_short(int64_t t, int64_t count) {
+    alignas(2048) Shortlist<V, kWidth> lists[kBatch];  // a store across two pages takes 25 cycles
+    static_assert(sizeof lists <= 2048, "the lists must lie in one page");
     bool fits[kBatch];
-    const int64_t k = shape_.top_k;
-    for (int64_t r = 0; r < count; ++r) lists[r].find_bound(rows_[r].keys, rows_[r].num_keys, static_cast<Key>(k));
-    for (int64_t r = 0; r < count; ++r)
-      fits[r] = lists[r].collect(rows_[r].keys, rows_[r].num_keys, rows_[r].first_columns);
+    const Key k = static_cast<Key>(shape_.top_k);
+    for (int64_t r = 0; r < count; ++r) {
+      const GateRow<V>& row = rows_[r];
+      row.is_direct ? lists[r].find_bound(row.largest, k) : lists[r].find_bound(row.keys, row.num_keys, k);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const GateRow<V>& row = rows_[r];
+      fits[r] =
+          row.is_direct ? lists[r].collect(row, padded_) : lists[r].collect(row.keys, row.num_keys, row.first_columns);
+    }
     for (int64_t r = 0; r < count; ++r) {
       if (fits[r]) rows_[r].num_taken = lists[r].rank(k, taken_ + r * slots_, taken_keys_ + r * slots_);
-      else take_columns(r);
+      else take_columns(t, r);
     }
   }
 
   // Row r of the batch by repeated extraction.
-  void take_columns(int64_t r) {
+  void take_columns(int64_t t, int64_t r) {
     GateRow<V>& row = rows_[r];
+    if (row.is_direct) form_keys(row, t + r);
     int32_t* taken = taken_ + r * slots_;
     Key* taken_keys = taken_keys_ + r * slots_;
     Selector<V> columns(row.keys, row.num_keys, row.block_max);
@@ -349,7 +385,7 @@ class Gate {
       V z = KeyVec::load(taken_keys + j).flip_negative().as_floats();
       if (num_chosen - j < V::kLanes)
         z = select_lanes((1u << (num_chosen - j)) - 1u, KeyVec::of_bits(z), KeyVec::of_bits(minus_inf)).as_floats();
-      V s = is_softmax ? exp_nonpositive(z - shift) * factor : elementwise_score(shape_.score, z);
+      V s = is_softmax ? exp_of_difference(z - shift) * factor : elementwise_score(shape_.score, z);
       if (shape_.normalize && is_one_vector) s = s / V::all(floored(reduce_add(s)));
       if (!shape_.normalize || is_one_vector) (s * scale).store(weights + j, lanes_at<V>(j, num_chosen));
       else s.store(row.taken_scores + j), total = total + s;
@@ -387,7 +423,8 @@ class Gate {
     const V factor = V::all(row.factor);
     for (int64_t j = 0; j < count; j += V::kLanes) {
       const V z = V::load(row.taken_scores + j, lanes_at<V>(j, count));
-      const V s = shape_.score == Score::kSoftmax ? exp(z - shift) * factor : elementwise_score(shape_.score, z);
+      const V s =
+          shape_.score == Score::kSoftmax ? exp_of_difference(z - shift) * factor : elementwise_score(shape_.score, z);
       s.store(row.taken_scores + j);
     }
   }
@@ -400,9 +437,9 @@ class Gate {
     }
   }
 
-  Float sum_of_exponentials(const GateRow<V>& row) const {
+  Float softmax_sum(const GateRow<V>& row) const {
     return shape_.score == Score::kSoftmax ? row.sum
-                                           : exponentials<V>(row.z, num_columns_, row.max, row.has_nan, nullptr);
+                                           : sum_of_exponentials<V>(row.z, num_columns_, row.max, row.has_nan);
   }
 
   // logsumexp is max + log(sum), kept as those two until there are enough for whole vectors; where it is no number, as
@@ -412,7 +449,7 @@ class Gate {
                       : row.has_nan      ? static_cast<Float>(NAN)
                                          : row.max;
     maxima_[num_logs_] = max;
-    sums_[num_logs_++] = std::isfinite(max) ? sum_of_exponentials(row) : 1;
+    sums_[num_logs_++] = std::isfinite(max) ? softmax_sum(row) : 1;
   }
 
   // Of the rows kept, which end before row `end`.
@@ -429,7 +466,7 @@ class Gate {
     V factors[kBatch];
     int num_open = 0;
     for (int64_t r = 0; r < count; ++r) {
-      if (rows_[r].num_taken == 0) continue;
+      if (rows_[r].num_taken == 0 || rows_[r].is_carried) continue;
       scores[num_open] = rows_[r].scores;
       factors[num_open++] = V::all(rows_[r].factor);
     }
@@ -461,6 +498,8 @@ class Gate {
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   GateRow<V> rows_[kBatch];
+  Float* carried_;            // [padded_], exponentials of the row before, always finite
+  Float carried_factor_ = 0;  // makes scores of them; 0 where they have been added
   Float maxima_[kLogs] = {}, sums_[kLogs] = {};
   int64_t num_logs_ = 0;
   Key* taken_keys_;  // [kBatch, slots_]
@@ -478,7 +517,8 @@ void gate_rows(const GateArgs& args) {
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
   const int64_t gate_bytes = Gate<V>::bytes(args.shape);
   const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64);
-  const int64_t sums_bytes = args.score_sum != nullptr ? num_tiles * num_experts * sizeof(Float) : 0;
+  const int64_t padded = padded_columns<V>(args.shape);
+  const int64_t sums_bytes = args.score_sum != nullptr ? (num_tiles + workers) * padded * sizeof(Float) : 0;
   char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
   Float* tile_sums = reinterpret_cast<Float*>(memory + workers * worker_bytes);
   const bool has_sums = args.score_sum != nullptr;
@@ -490,10 +530,11 @@ void gate_rows(const GateArgs& args) {
   parallel_workers(workers, [&](int worker) {
     int32_t* demand = demand_of(worker);
     for (int64_t e = 0; worker > 0 && e < num_experts; ++e) demand[e] = 0;
-    Gate<V> gate(args, demand, memory + worker * worker_bytes);
+    Float* carried = has_sums ? tile_sums + (num_tiles + worker) * padded : nullptr;
+    Gate<V> gate(args, demand, memory + worker * worker_bytes, carried);
     for (int64_t i = num_tiles * worker / workers; i < num_tiles * (worker + 1) / workers; ++i) {
-      Float* sums = has_sums ? tile_sums + i * num_experts : nullptr;
-      for (int64_t e = 0; has_sums && e < num_experts; ++e) sums[e] = 0;
+      Float* sums = has_sums ? tile_sums + i * padded : nullptr;
+      for (int64_t e = 0; has_sums && e < padded; ++e) sums[e] = 0;
       const int64_t end = (i + 1) * tile < num_tokens ? (i + 1) * tile : num_tokens;
       gate.run(i * tile, end, sums);
     }
@@ -504,9 +545,11 @@ void gate_rows(const GateArgs& args) {
   }
   if (!has_sums) return;
   Float* score_sum = static_cast<Float*>(args.score_sum);
-  for (int64_t e = 0; e < num_experts; ++e) score_sum[e] = 0;
-  for (int64_t i = 0; i < num_tiles; ++i)
-    for (int64_t e = 0; e < num_experts; ++e) score_sum[e] += tile_sums[i * num_experts + e];
+  for (int64_t e = 0; e < num_experts; e += V::kLanes) {
+    V sum = V::zero();
+    for (int64_t i = 0; i < num_tiles; ++i) sum = sum + V::load(tile_sums + i * padded + e);
+    sum.store(score_sum + e, lanes_at<V>(e, num_experts));
+  }
 }
 
 }  // namespace

@@ -197,7 +197,7 @@ class GateBackward {
     if (!is_softmax_) return weigh_elementwise(row), true;
     const V shift = V::all(row.logits.max);
     const Float sum = weigh_chosen(
-        row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift); },
+        row, [&](int64_t j) { return exp_of_difference(taken_z(row, j) - shift); },
         [&](int64_t j, V scores, V grad) { (grad * scores).store(row.grad_taken + j); });
     return sum > static_cast<Float>(kSafeSum);
   }
@@ -222,7 +222,7 @@ class GateBackward {
     };
     if (num_parts_ == 1) {
       const V shift = V::all(shift_of(row.logits.max)), divisor = V::all(row.sum == 0 ? 1 : row.sum);
-      weigh_chosen(row, [&](int64_t j) { return exp_nonpositive(taken_z(row, j) - shift) / divisor; }, keep);
+      weigh_chosen(row, [&](int64_t j) { return exp_of_difference(taken_z(row, j) - shift) / divisor; }, keep);
     } else {
       for (int64_t j = 0; j < row.num_chosen; ++j) row.taken_scores[j] = row.scores[row.experts[j]];
       for (int64_t j = row.num_chosen; j % V::kLanes != 0; ++j) row.taken_scores[j] = 0;

@@ -12,7 +12,9 @@ struct GateNeeds {
   bool noisy_scores;  // and every column's score under noise
   bool softmax_sum;   // the softmax denominator is formed
   bool late_scale;    // the scores stay exponentials until they are used: GateRow::factor makes scores of them
+  bool logits_only;   // finite logits alone decide, and none of them is left out
   bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
+  bool carry_scores;  // nothing but score_sum needs the scores of rows whose logits decide
 
   explicit GateNeeds(const GateArgs& a) {
     const GateShape& shape = a.shape;
@@ -31,18 +33,29 @@ struct GateNeeds {
     // The key of a logit -0 is that of +0: only the identity would tell.
     weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
                  (late_scale || !softmax);
+    logits_only = logit_keys && !restricted;
+    carry_scores = logits_only && weigh_keys && softmax && a.score_sum && !a.scores;
   }
 };
+
+// Columns of a row in whole vectors.
+template <class V>
+int64_t padded_columns(const GateShape& shape) {
+  return round_up(shape.num_experts + shape.num_null, V::kLanes);
+}
 
 // What one row needs while it is in flight: its logits, z, lie in `buffer` or where they came from.
 template <class V>
 struct GateRow : RowOf<V> {
   using Float = typename Arithmetic<V>::Float;
   using Key = typename Arithmetic<V>::Key;
+  V largest[kPiles<V>];  // logits, see scan()
   Float *buffer, *scores, *biased, *noisy, *noisy_scores, *taken_scores;
   Key *keys, *block_max, *group_keys, *group_block_max, *group_taken;
   int32_t *group_order, *group_count;
   int32_t* first_columns;   // of each vector of keys
+  bool is_direct;           // chosen from the logits: `keys` are not formed
+  bool is_carried;          // goes to score_sum with the next row
   int64_t num_keys;         // whole vectors, in rising order of columns; those of closed groups may be left out
   const Float* key_scores;  // scores of the noisy logits where there is noise, else the clean ones
   int64_t num_taken;        // columns selected
@@ -53,7 +66,7 @@ struct GateRow : RowOf<V> {
   // Carves the buffers of row r of `rows` out of `memory`, or only counts when it is null; returns the bytes of a row.
   // A buffer lies beside that of the next row, so that the rows in flight spread over the sets of the cache.
   int64_t carve(char* memory, const GateShape& shape, int r, int rows) {
-    const int64_t columns = round_up(shape.num_experts + shape.num_null, V::kLanes);
+    const int64_t columns = padded_columns<V>(shape);
     const int64_t groups = round_up(shape.num_groups, V::kLanes);
     int64_t bytes = 0;
     const auto give = [&](auto*& pointer, int64_t count) {

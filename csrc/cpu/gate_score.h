@@ -91,48 +91,57 @@ struct RowOf {
   bool has_nan;
 };
 
+// Vectors of piles: columns are dealt out to their lanes, one after the other.
+template <class V>
+constexpr int kPiles = V::kLanes > 1 ? 32 / V::kLanes : 2;
+
 // Looks over n logits in a row, which it copies, padded, to `copy` unless that is null: then n is whole vectors.
+// largest: of the numbers of every pile, or null.
 template <class V, class T>
-inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, RowOf<V>& row) {
-  V best = V::all(-INFINITY), best2 = best;
-  V zero = V::zero(), zero2 = zero;  // NaN in a lane that met an infinity or a NaN
-  const auto look_at = [&](V x, V& best, V& zero) {
-    best = max(x, best);  // a NaN in x gives best
-    zero = fma(x, V::zero(), zero);
-  };
+inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, RowOf<V>& row, V* largest) {
+  V best[kPiles<V>], zero[kPiles<V>];  // zero: NaN in a lane that met an infinity or a NaN
+  for (int p = 0; p < kPiles<V>; ++p) best[p] = V::all(-INFINITY), zero[p] = V::zero();
   int64_t i = 0;
-  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-    const V x = V::load(from + i), x2 = V::load(from + i + V::kLanes);
-    if (copy != nullptr) x.store(copy + i), x2.store(copy + i + V::kLanes);
-    look_at(x, best, zero), look_at(x2, best2, zero2);
+  for (; i + kPiles<V> * V::kLanes <= n; i += kPiles<V> * V::kLanes) {
+    for (int p = 0; p < kPiles<V>; ++p) {
+      const V x = V::load(from + i + p * V::kLanes);
+      if (copy != nullptr) x.store(copy + i + p * V::kLanes);
+      best[p] = max(x, best[p]);  // a NaN in x gives best
+      zero[p] = fma(x, V::zero(), zero[p]);
+    }
   }
-  for (; i < n; i += V::kLanes) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPiles<V>; ++p, i += V::kLanes) {
+    if (i >= n) break;
     const int lanes = lanes_at<V>(i, n);
     const V x = V::load(from + i, lanes, -INFINITY);
     if (copy != nullptr) x.store(copy + i);
-    best = max(x, best);
-    zero2 = fma(V::load(from + i, lanes, 0), V::zero(), zero2);
+    best[p] = max(x, best[p]);
+    zero[p] = fma(V::load(from + i, lanes, 0), V::zero(), zero[p]);
   }
-  row.max = reduce_max(max(best, best2));
-  row.is_plain = is_nan(zero + zero2).lanes() == 0;
+  V top = best[0], zeros = zero[0];
+  for (int p = 1; p < kPiles<V>; ++p) top = max(top, best[p]), zeros = zeros + zero[p];
+  for (int p = 0; largest != nullptr && p < kPiles<V>; ++p) largest[p] = best[p];
+  row.max = reduce_max(top);
+  row.is_plain = is_nan(zeros).lanes() == 0;
 }
 
-// The n logits of a row, in `buffer` unless they can stay where they are.
+// The n logits of a row, in `buffer` unless they can stay where they are; largest as in scan().
 template <class V, class T>
-inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer,
-                        RowOf<V>& row) {
+inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer, RowOf<V>& row,
+                        V* largest) {
   using Float = typename Arithmetic<V>::Float;
   row.z = buffer;
   row.has_nan = false;
   if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(from[i * stride]);
-    scan(static_cast<const Float*>(buffer), n, buffer, row);
+    scan(static_cast<const Float*>(buffer), n, buffer, row, largest);
   } else if constexpr (std::is_same_v<T, Float>) {
     const bool stays = n % V::kLanes == 0;
     if (stays) row.z = from;
-    scan(from, n, stays ? nullptr : buffer, row);
+    scan(from, n, stays ? nullptr : buffer, row, largest);
   } else {
-    scan(from, n, buffer, row);
+    scan(from, n, buffer, row, largest);
   }
   if (row.is_plain) return;
   auto nan = is_nan(V::zero());
@@ -143,10 +152,11 @@ inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arith
 // load_logits by the dtype of the logits.
 template <class V>
 inline void load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
-                     typename Arithmetic<V>::Float* buffer, RowOf<V>& row) {
+                     typename Arithmetic<V>::Float* buffer, RowOf<V>& row, V* largest = nullptr) {
   const auto load = [&](auto type) {
     using T = decltype(type);
-    load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer, row);
+    load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer, row,
+                   largest);
   };
   if constexpr (V::kLanes == 1) {
     load(double{});
@@ -173,22 +183,21 @@ inline Float shift_of(Float max_z) {
   return max_z == -static_cast<Float>(INFINITY) ? 0 : max_z;
 }
 
-// out = exp(z - max) over n columns, out may be null; returns the sum. A row of -inf gives 0, and so does a NaN where
-// the caller says that there may be one. Nothing past n is written.
-template <class V>
-inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
-                                                  typename Arithmetic<V>::Float max_z, bool may_have_nan,
-                                                  typename Arithmetic<V>::Float* out) {
-  using Float = typename Arithmetic<V>::Float;
+// Calls keep(e, i, lanes) for the vectors e = exp(z - max) of n columns; returns the sum. A row of -inf gives 0, and so
+// does a NaN where the caller says that there may be one.
+template <class V, class Keep>
+inline typename Arithmetic<V>::Float each_exponential(const typename Arithmetic<V>::Float* z, int64_t n,
+                                                      typename Arithmetic<V>::Float max_z, bool may_have_nan,
+                                                      const Keep& keep) {
   const V minus_inf = V::all(-INFINITY);
   const V shift = V::all(shift_of(max_z));
-  // Inlined apart, so that the loops over plain rows ask nothing.
-  const auto pass = [&](const auto& of, const auto& keep) {
+  // Inlined apart, so that the loop over plain rows asks nothing.
+  const auto pass = [&](const auto& of) {
     V even = V::zero(), odd = V::zero();
     int64_t i = 0;
     const auto next = [&](V& sum) {
       const V e = of(V::load(z + i));
-      keep(e, out + i, V::kLanes);
+      keep(e, i, V::kLanes);
       sum = sum + e;
       i += V::kLanes;
     };
@@ -197,17 +206,30 @@ inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::
     if (i < n) {
       const int lanes = static_cast<int>(n - i);
       const V e = of(V::load(z + i, lanes, -INFINITY));
-      keep(e, out + i, lanes);
+      keep(e, i, lanes);
       even = even + e;
     }
     return reduce_add(even + odd);
   };
-  const auto plain = [&](V x) { return exp_nonpositive(x - shift); };
-  const auto nan_as_zero = [&](V x) { return exp(select(is_nan(x), minus_inf, x - shift)); };
-  const auto keep = [](V e, Float* to, int lanes) { lanes == V::kLanes ? e.store(to) : e.store(to, lanes); };
-  const auto drop = [](V, Float*, int) {};
-  if (may_have_nan) return out != nullptr ? pass(nan_as_zero, keep) : pass(nan_as_zero, drop);
-  return out != nullptr ? pass(plain, keep) : pass(plain, drop);
+  if (may_have_nan) return pass([&](V x) { return exp_of_difference(select(is_nan(x), minus_inf, x - shift)); });
+  return pass([&](V x) { return exp_of_difference(x - shift); });
+}
+
+// The same with out = e; nothing past n is written.
+template <class V>
+inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
+                                                  typename Arithmetic<V>::Float max_z, bool may_have_nan,
+                                                  typename Arithmetic<V>::Float* out) {
+  return each_exponential<V>(z, n, max_z, may_have_nan, [&](V e, int64_t i, int lanes) {
+    lanes == V::kLanes ? e.store(out + i) : e.store(out + i, lanes);
+  });
+}
+
+// The sum alone.
+template <class V>
+inline typename Arithmetic<V>::Float sum_of_exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
+                                                         typename Arithmetic<V>::Float max_z, bool may_have_nan) {
+  return each_exponential<V>(z, n, max_z, may_have_nan, [](V, int64_t, int) {});
 }
 
 // What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.

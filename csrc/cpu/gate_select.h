@@ -125,35 +125,41 @@ class Shortlist {
     for (; i + kWidth <= n; i += kWidth)
       for (int j = 0; j < kVecs; ++j) largest[j] = max(largest[j], KeyVec::load(keys + i + j * kLanes));
     for (int j = 0; i < n; i += kLanes, ++j) largest[j] = max(largest[j], KeyVec::load(keys + i));
-    for (int j = 0; j < kVecs; ++j) largest[j].store(keys_ + j * kLanes);
-    KeyVec place[kVecs];
-    for (KeyVec& p : place) p = KeyVec::all(0);
-    for (int j = 0; j < kWidth; ++j)
-      for (int v = 0; v < kVecs; ++v) place[v] = count_greater(place[v], KeyVec::all(keys_[j]), largest[v]);
-    // The least of the piles with fewer than `count` above them.
-    KeyVec least = KeyVec::all(kDisallowed);
-    for (int v = 0; v < kVecs; ++v) {
-      const uint32_t lanes = greater_lanes(KeyVec::all(count), place[v]);
-      least = max(least, select_lanes(lanes, ~largest[v], KeyVec::all(kDisallowed)));
+    bound_ = bound_of(largest, count, kDisallowed + 1);
+  }
+
+  // Step 1 for a row that is its own keys, dealt out by scan(): all are finite but for -inf in the padding.
+  void find_bound(const V* piles, Key count) {
+    KeyVec largest[kVecs];
+    for (int j = 0; j < kVecs; ++j) {
+      V pile = piles[j];
+      for (int p = j + kVecs; p < kPiles<V>; p += kVecs) pile = max(pile, piles[p]);
+      largest[j] = number_keys(pile);
     }
-    bound_ = max(~spread_max(least), KeyVec::all(kDisallowed + 1)).first();
+    bound_ = bound_of(largest, count, number_keys(V::all(-INFINITY)).first() + 1);
   }
 
   // Step 2. first_columns: of each vector of keys. False if the list is too short for the keys that reach the bound.
   bool collect(const Key* keys, int64_t n, const int32_t* first_columns) {
     const KeyVec below = KeyVec::all(bound_ - 1);
-    int64_t size = 0;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const KeyVec column = KeyVec::count() + KeyVec::all(first_columns[i / kLanes]);
-      const KeyVec key = KeyVec::load(keys + i);
-      const uint32_t lanes = greater_lanes(key, below);
-      const int64_t at = size < kWidth ? size : kWidth;
-      key.store_lanes(lanes, keys_ + at);
-      column.store_lanes(lanes, columns_ + at);
-      size += __builtin_popcount(lanes);
-    }
-    size_ = static_cast<int>(size);
-    return size <= kWidth;
+    lists_floats_ = false;
+    return collect_vectors(n, [&](int64_t i, KeyVec& key, KeyVec& column) {
+      key = KeyVec::load(keys + i);
+      column = KeyVec::count() + KeyVec::all(first_columns[i / kLanes]);
+      return greater_lanes(key, below);
+    });
+  }
+
+  // Step 2 for a row that is its own keys.
+  bool collect(const RowOf<V>& row, int64_t n) {
+    const V bound = V::all(key_value(bound_));
+    lists_floats_ = true;
+    return collect_vectors(n, [&](int64_t i, KeyVec& key, KeyVec& column) {
+      const V z = V::load(row.z + i);
+      key = KeyVec::of_bits(z);
+      column = KeyVec::count() + KeyVec::all(static_cast<Key>(i));
+      return (z >= bound).lanes();
+    });
   }
 
   // The lanes of the `count` best allowed of n <= kWidth keys (whole vectors, padded with kDisallowed).
@@ -178,7 +184,9 @@ class Shortlist {
     for (int v = 0; v < kVecs; ++v) {
       place[v] = KeyVec::count() + KeyVec::all(v * kLanes);
       const uint32_t listed = greater_lanes(size, place[v]);
-      key[v] = select_lanes(listed, KeyVec::load(keys_ + v * kLanes), KeyVec::all(kDisallowed));
+      key[v] = KeyVec::load(keys_ + v * kLanes);
+      if (lists_floats_) key[v] = number_keys(key[v].as_floats());
+      key[v] = select_lanes(listed, key[v], KeyVec::all(kDisallowed));
       key[v].store(keys_ + v * kLanes);
       // What is not on the list stays where it is, after it.
       place[v] = select_lanes(listed, KeyVec::all(0), place[v]);
@@ -218,10 +226,42 @@ class Shortlist {
   static constexpr Steps kSteps{};
   static constexpr const Key* kAfter = kSteps.step;
 
+  // The least of the piles that have fewer than `count` above them, but not below `lowest`.
+  Key bound_of(const KeyVec* largest, Key count, Key lowest) {
+    for (int j = 0; j < kVecs; ++j) largest[j].store(keys_ + j * kLanes);
+    KeyVec place[kVecs];
+    for (KeyVec& p : place) p = KeyVec::all(0);
+    for (int j = 0; j < kWidth; ++j)
+      for (int v = 0; v < kVecs; ++v) place[v] = count_greater(place[v], KeyVec::all(keys_[j]), largest[v]);
+    KeyVec least = KeyVec::all(kDisallowed);
+    for (int v = 0; v < kVecs; ++v) {
+      const uint32_t lanes = greater_lanes(KeyVec::all(count), place[v]);
+      least = max(least, select_lanes(lanes, ~largest[v], KeyVec::all(kDisallowed)));
+    }
+    return max(~spread_max(least), KeyVec::all(lowest)).first();
+  }
+
+  // lanes_of(i, key, column) gives the keys and columns of the vector at i, and which of them reach the bound.
+  template <class LanesOf>
+  bool collect_vectors(int64_t n, const LanesOf& lanes_of) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      KeyVec key, column;
+      const uint32_t lanes = lanes_of(i, key, column);
+      const int64_t at = size < kWidth ? size : kWidth;
+      key.store_lanes(lanes, keys_ + at);
+      column.store_lanes(lanes, columns_ + at);
+      size += __builtin_popcount(lanes);
+    }
+    size_ = static_cast<int>(size);
+    return size <= kWidth;
+  }
+
   alignas(64) Key keys_[kWidth + kLanes];
   alignas(64) int32_t columns_[kWidth + kLanes];
   Key bound_;
   int size_;
+  bool lists_floats_;  // keys_ are logits as they were
 };
 
 FASTMOE_ROUTE_ISA_END

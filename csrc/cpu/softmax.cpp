@@ -8,10 +8,7 @@
 //             arXiv:2001.04438). A second pass writes. Rows whose largest |x| is beyond 4096, where n loses its
 //             precision, fall back to online.
 // Bytes of a row beyond the caches: three_pass reads 3 and writes 1, the others read 2 and write 1.
-//
-// Order of summation: floats inside a block of kBlock, doubles over the blocks of a tile of kTile, doubles over tiles;
-// a function of the row length alone, whichever threads take the tiles. So a row has the same bits in every batch and
-// with any number of threads.
+// The order of summation is that of softmax_sum.h.
 #include "common/workspace.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/softmax_sum.h"
@@ -92,12 +89,12 @@ struct Largest {
   void add(const Largest& other) { max = other.max > max ? other.max : max; }
 };
 
-// ---- One row. `partials` as above; `keep` holds kKeepColumns floats, or is null; `stream` writes past the caches.
+// ---- One row.
 
 struct RowScratch {
-  void* partials = nullptr;
-  float* keep = nullptr;
-  bool stream = false;
+  void* partials = nullptr;  // of over_tiles()
+  float* keep = nullptr;     // room for the exponentials of a row of up to kKeepColumns, or null
+  bool stream = false;       // write past the caches
   template <class S>
   S* as() const {
     return static_cast<S*>(partials);

@@ -169,11 +169,30 @@ using Gate = Operators<const OptionalTensor&, int64_t, int64_t, int64_t, const O
                        bool, int64_t, std::optional<double>, const OptionalTensor&, std::optional<double>,
                        const OptionalTensor&, int64_t, const OptionalTensor&, int64_t>;
 
-// gate_forward without an option: a default costs a call 60 ns, and there are 15.
-Choice gate_plain_forward(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale) {
+// Calls without an option: a default costs 60 ns, and there are 15; so does a result that nobody asked for.
+GateArgs plain_args(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale) {
   const OptionalTensor none;
-  return Gate::gate_forward(logits, top_k, score, normalize, scale, none, 1, 0, 0, none, none, false, 0, std::nullopt,
-                            none, std::nullopt, none, 1, none, 0);
+  return Gate::read(logits, top_k, score, normalize, scale, none, 1, 0, 0, none, none, false, 0, std::nullopt, none,
+                    std::nullopt, none, 1, none, 0);
+}
+
+Choice gate_plain_forward(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double scale) {
+  GateArgs args = plain_args(logits, top_k, score, normalize, scale);
+  return choose(logits, args);
+}
+
+// Weights, score_sum, logsumexp, experts and demand.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_plain_stats_forward(const Tensor& logits, int64_t top_k,
+                                                                            int64_t score, bool normalize,
+                                                                            double scale) {
+  GateArgs args = plain_args(logits, top_k, score, normalize, scale);
+  const ScalarType arithmetic = arithmetic_type(args.dtype);
+  Tensor score_sum = empty(logits, {args.shape.num_experts}, arithmetic);
+  Tensor logsumexp = empty(logits, {args.shape.num_tokens}, arithmetic);
+  args.score_sum = score_sum.mutable_data_ptr();
+  args.logsumexp = logsumexp.mutable_data_ptr();
+  auto [weights, experts, demand] = choose(logits, args);
+  return {std::move(weights), std::move(score_sum), std::move(logsumexp), std::move(experts), std::move(demand)};
 }
 
 // A contiguous gradient of the arithmetic type, checked against the shape of its output.
@@ -223,6 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
   m.impl("gate", TORCH_BOX(&fastmoe_route::Gate::gate));
   m.impl("gate_forward", TORCH_BOX(&fastmoe_route::Gate::gate_forward));
   m.impl("gate_plain_forward", TORCH_BOX(&fastmoe_route::gate_plain_forward));
+  m.impl("gate_plain_stats_forward", TORCH_BOX(&fastmoe_route::gate_plain_stats_forward));
   m.impl("gate_stats_forward", TORCH_BOX(&fastmoe_route::Gate::gate));
   m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));
 }

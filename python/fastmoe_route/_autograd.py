@@ -93,7 +93,8 @@ def differentiable(
         traced: the same by the differentiable operator, for calls that are traced.
     """
     operator = _operator(bare)
-    record = _recorder(name, operator, operator, backward, setup_context, num_differentiable, True)
+    run = direct(operator)
+    record = _recorder(name, operator, run, backward, setup_context, num_differentiable, True)
     return _unless_traced(record, traced)
 
 

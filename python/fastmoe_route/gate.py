@@ -39,6 +39,7 @@ _gate_stats_forward = _ops.gate_stats_forward.default
 _gate_backward = _ops.gate_backward.default
 _gate_forward_direct = direct(_gate_forward)
 _gate_plain_direct = direct(_ops.gate_plain_forward.default)
+_gate_plain_stats_direct = direct(_ops.gate_plain_stats_forward.default)
 _gate_stats_direct = direct(_gate_stats_forward)
 
 
@@ -156,13 +157,19 @@ def gate(
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
         if wants_grad:
-            few = _gate_forward_autograd
+            few = _gate_forward_autograd if options else _gate_plain_autograd
         elif is_dynamo_compiling():
             few = _gate_forward
         else:
             few = _gate_forward_direct if options else _gate_plain_direct
         weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
+    if not (options or keep_scores or is_dynamo_compiling()):
+        plain = _gate_plain_stats_autograd if wants_grad else _gate_plain_stats_direct
+        weights, score_sum, logsumexp, experts, demand = plain(
+            logits, top_k, score_code, normalize, scale
+        )
+        return Routing(experts, weights, demand, score_sum, logsumexp)
     if wants_grad:
         op = _gate_autograd
     else:
@@ -297,6 +304,16 @@ def _gate_forward_fake(logits: Tensor, top_k: int, *options: Any) -> tuple[Tenso
     return weights, experts, demand
 
 
+@torch.library.register_fake("fastmoe_route::gate_plain_stats_forward")
+def _gate_plain_stats_fake(
+    logits: Tensor, top_k: int, score: int = 0, normalize: bool = False, scale: float = 1.0
+) -> tuple[Tensor, ...]:
+    weights, score_sum, logsumexp, _, experts, demand = _gate_fake(
+        logits, top_k, score, normalize, scale, True
+    )
+    return weights, score_sum, logsumexp, experts, demand
+
+
 @torch.library.register_fake("fastmoe_route::gate_backward")
 def _gate_backward_fake(
     grad_weights: Tensor | None,
@@ -319,13 +336,18 @@ def _setup_few(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _save(ctx, inputs, inputs[5:], output[1])
 
 
+def _setup_plain_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, (), output[3], output[2])
+
+
 def _save(
     ctx: Any, inputs: tuple[Any, ...], options: tuple[Any, ...], experts: Tensor, *others: Any
 ) -> None:
-    """What backward needs; `options` are the inputs from `bias` on."""
+    """What backward needs; `options` are the inputs from `bias` on, if there are any."""
     logits, _, score, normalize, scale = inputs[:5]
     ctx.save_for_backward(logits, experts, *others)
-    ctx.options = (score, options[6], options[1], options[14], normalize, scale)
+    groups = (options[6], options[1], options[14]) if options else (False, 1, 0)
+    ctx.options = (score, *groups, normalize, scale)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -342,9 +364,21 @@ def _backward_few(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]
     return grad_logits, *_NO_GRADIENTS
 
 
+def _backward_plain_stats(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(grad is None for grad in grads):
+        return _NO_GRADIENTS
+    grad_logits = _gate_backward(*grads, None, *ctx.saved_tensors, *ctx.options)
+    return grad_logits, *_NO_GRADIENTS
+
+
 def _traced_few(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
     weights, *_, experts, demand = _gate(logits, top_k, *options[:3], False, False, *options[3:])
     return weights, experts, demand
+
+
+def _traced_plain_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    weights, score_sum, logsumexp, _, experts, demand = _gate(*arguments, True, False)
+    return weights, score_sum, logsumexp, experts, demand
 
 
 _NO_GRADIENTS = (None,) * 22
@@ -357,11 +391,22 @@ _gate_autograd = differentiable(
     num_differentiable=4,
     traced=_gate,
 )
-_gate_forward_autograd = differentiable(
+_gate_forward_autograd, _gate_plain_autograd = (
+    differentiable(
+        "gate",
+        bare,
+        _backward_few,
+        setup_context=_setup_few,
+        num_differentiable=1,
+        traced=_traced_few,
+    )
+    for bare in ("gate_forward", "gate_plain_forward")
+)
+_gate_plain_stats_autograd = differentiable(
     "gate",
-    "gate_forward",
-    _backward_few,
-    setup_context=_setup_few,
-    num_differentiable=1,
-    traced=_traced_few,
+    "gate_plain_stats_forward",
+    _backward_plain_stats,
+    setup_context=_setup_plain_stats,
+    num_differentiable=3,
+    traced=_traced_plain_stats,
 )

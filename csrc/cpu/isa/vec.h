@@ -32,6 +32,7 @@ struct Mask {
 struct Vec {
   static constexpr int kLanes = 16;
   static constexpr int kRegisters = 32;
+  static constexpr bool kLooksUp = true;  // has look_up
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -87,6 +88,10 @@ struct Vec {
   friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
   friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  // Element i of a table of 16, aligned to 64 bytes, where i is the last four bits of the lane.
+  static Vec look_up(const float* table, Vec index) {
+    return {_mm512_permutexvar_ps(_mm512_castps_si512(index.v), _mm512_load_ps(table))};
+  }
   // x = mantissa * 2^exponent with the mantissa in [1, 2), for positive finite x, subnormal included.
   friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
     exponent.v = _mm512_getexp_ps(x.v);
@@ -217,6 +222,7 @@ struct Mask {
 struct Vec {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
+  static constexpr bool kLooksUp = false;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -406,6 +412,7 @@ struct Mask {
 struct Vec {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 8;
+  static constexpr bool kLooksUp = false;
   Float8 v;
 
   static Vec zero() { return all(0.0f); }

@@ -38,6 +38,7 @@ struct Vec64 {
   friend Vec64 reciprocal(Vec64 a) { return {1 / a.v}; }
   friend Vec64 exp(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 exp_nonpositive(Vec64 a) { return {std::exp(a.v)}; }
+  friend Vec64 exp_of_difference(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 log_positive(Vec64 a) { return {std::log(a.v)}; }
   friend Vec64 log1p_positive(Vec64 a) { return {std::log1p(a.v)}; }
 
