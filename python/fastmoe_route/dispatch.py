@@ -143,6 +143,7 @@ def plan_dispatch(
     >>> plan.offsets.tolist(), plan.row_to_slot.tolist()
     ([0, 2, 2, 5], [0, 5, 1, 2, 4, -1])
     """
+    failed = None
     if (
         capacity is None
         and max_rows is None
@@ -157,8 +158,10 @@ def plan_dispatch(
         # The operator checks in a fifth of the time of what follows, which says more.
         try:
             return tuple.__new__(DispatchPlan, _plan_dispatch_direct(experts, num_experts))
-        except (RuntimeError, TypeError):
-            pass  # said below, or by the operator once more
+        except RuntimeError as error:
+            failed = error  # unless an argument is wrong
+        except TypeError:
+            pass  # said below
     check_tensor("plan_dispatch", "experts", experts, 2)
     check_dtype("plan_dispatch", "experts", experts, ID_DTYPES)
     num_experts = check_int("plan_dispatch", "num_experts", num_experts, 1, MAX_EXPERTS)
@@ -175,6 +178,8 @@ def plan_dispatch(
     num_scopes = _check_scopes(experts, scope_ids, num_scopes)
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
+    if failed is not None:
+        raise failed
     make_plan = _plan_dispatch if is_dynamo_compiling() else _plan_dispatch_direct
     return DispatchPlan(
         *make_plan(

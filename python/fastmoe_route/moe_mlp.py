@@ -37,7 +37,7 @@ _moe_mlp_backward = torch.ops.fastmoe_route.moe_mlp_backward.default
 _routed_forward = direct(torch.ops.fastmoe_route.moe_mlp_routed_forward.default)
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_FLOAT32 = torch.float32
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
 ACTIVATIONS = (*GATED_ACTIVATIONS, "silu", "gelu", "relu", "relu2")
@@ -110,6 +110,7 @@ def moe_mlp(
         >>> fr.moe_mlp(x, pair, w_up, w_down, activation="relu")
         tensor([[ 50.5000, 101.0000]])
     """
+    failed = None
     if plan is None and not is_dynamo_compiling() and not _is_any_autocast_enabled():
         try:
             experts, weights = routing[0], routing[1]
@@ -117,6 +118,7 @@ def moe_mlp(
                 isinstance(routing, (tuple, list))
                 and isinstance(interleaved, bool)
                 and weights.dtype is _FLOAT32
+                and x.dtype is not _FLOAT64
                 and not (
                     (_is_grad_enabled() or forward_ad._current_level >= 0)
                     and needs_grad(x, weights, w_up, w_down, bias_up, bias_down)
@@ -126,7 +128,9 @@ def moe_mlp(
                 return _routed_forward(  # type: ignore[no-any-return]
                     x, experts, weights, w_up, w_down, bias_up, bias_down, *options
                 )
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        except RuntimeError as error:
+            failed = error  # unless an argument is wrong
+        except (TypeError, ValueError, AttributeError, LookupError):
             pass  # what follows says what is wrong
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
     on_input = check_choice("moe_mlp", "weights_on", weights_on, WEIGHTS_ON) == 1
@@ -141,6 +145,8 @@ def moe_mlp(
     if not _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated):
         check_routing("moe_mlp", x, routing)
         _check_weights(x, w_up, w_down, bias_up, bias_down, is_gated)
+    if failed is not None:
+        raise failed
     experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, w_up.shape[0])

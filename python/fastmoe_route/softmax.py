@@ -65,6 +65,7 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
         >>> softmax(torch.tensor([0.0, 0.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000])
     """
+    failed = None
     if method == "auto" and type(dim) is int and dim == -1 and not is_dynamo_compiling():
         # The operator checks in half the time of what follows, which says more; what needs_grad
         # asks first stands here without its call.
@@ -76,13 +77,19 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
                 if is_beside and not out.requires_grad:
                     _softmax_out_direct(x, out)
                     return out
-        except (RuntimeError, TypeError, AttributeError):
-            pass  # said below, or by the operator once more
+        except RuntimeError as error:
+            failed = error  # unless an argument is wrong
+        except (TypeError, AttributeError):
+            pass  # said below
     check_tensor("softmax", "x", x)
     check_dtype("softmax", "x", x, FLOAT_DTYPES)
     num_dims = x.dim() or 1
     dim = check_int("softmax", "dim", dim, -num_dims, num_dims - 1)
     method_idx = check_choice("softmax", "method", method, _METHODS)
+    if out is not None:
+        _check_out(x, out)
+    if failed is not None:
+        raise failed
     if out is not None:
         return _softmax_into(x, dim, method_idx, out)
     op: Callable[..., Any] = _differentiable_softmax if needs_grad(x) else _softmax_forward
@@ -99,7 +106,7 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
     return rows.reshape(moved.shape).movedim(-1, dim)
 
 
-def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
+def _check_out(x: Tensor, out: Any) -> None:
     check_tensor("softmax", "out", out)
     check_dtype("softmax", "out", out, (x.dtype,))
     check_shape("softmax", "out", out, x.shape)
@@ -108,6 +115,9 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
         fail(ValueError, "softmax", "out", "be contiguous", f"strides {out.stride()}")
     if needs_grad(x, out):
         fail(RuntimeError, "softmax", "out", "not be given when a gradient is needed", describe(x))
+
+
+def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
     if dim not in (-1, x.dim() - 1) and x.dim() > 0:
         return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
     if x.numel() > 0:

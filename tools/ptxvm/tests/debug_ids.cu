@@ -8,7 +8,7 @@ namespace fastmoe_route {
 namespace cuda {
 // Of surplus.cu, which these plans do without.
 KeyedSlots::KeyedSlots(int64_t, const CudaQueue&) {}
-CudaStatus KeyedSlots::sort(int, const CudaQueue&) { return not_supported("a sort"); }
+CudaStatus KeyedSlots::sort(KeyBits, const CudaQueue&) { return not_supported("a sort"); }
 CudaStatus KeyedSlots::mark_surplus(int64_t, uint8_t*, const CudaQueue&) const { return not_supported("marks"); }
 }  // namespace cuda
 }  // namespace fastmoe_route
