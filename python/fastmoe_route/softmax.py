@@ -99,7 +99,6 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
     if x.dim() < 2:
         row: Tensor = op(x.reshape(1, -1), method_idx)
         return row.reshape(x.shape)
-    check_tensor("softmax", "x", x)  # not nested, which fails in words of torch's own
     moved = x.movedim(dim, -1)
     # Not reshape(-1, ..), which has to know that no size is 0: torch.compile may not.
     rows: Tensor = op(moved.flatten(0, -2), method_idx)

@@ -19,20 +19,26 @@ import vm_backend
 from mutant_cases import CASES
 from mutant_checks import few_blocks
 
-CALLS = (
-    "plan",
-    "plan, by score",
-    "plan, many experts, max_rows",
-    "permute 8",
-    "softmax 200",
-    "softmax 1500",
-    "softmax_topk 9000",
-    "gate 64",
-    "gate 300",
-    "expert_choice, scopes",
-    "reroute, local, filled",
-    "experts, bfloat16",
-)
+CALLS = {
+    name: CASES[name]
+    for name in (
+        "plan",
+        "plan, by score",
+        "plan, many experts, max_rows",
+        "permute 8",
+        "softmax 200",
+        "softmax 1500",
+        "softmax_topk 9000",
+        "gate 64",
+        "gate 300",
+        "expert_choice, scopes",
+        "reroute, local, filled",
+        "experts, bfloat16",
+    )
+} | {
+    "softmax, no gradient": lambda: fr.softmax(torch.ones(9, 200)),
+    "softmax, no gradient, out": lambda: fr.softmax(torch.ones(9, 200), out=torch.empty(9, 200)),
+}
 OPS = (
     "plan_dispatch|reroute|permute|unpermute|softmax|softmax_topk|gate|expert_choice|moe_mlp"
     "|grouped_mm|aoti_torch_empty"
@@ -54,9 +60,9 @@ def works_again() -> Iterator[None]:
 
 
 def number_of_calls(name: str) -> int:
-    CASES[name]()  # what is asked of the device once only
+    CALLS[name]()  # what is asked of the device once only
     engine().set_options(failing_call=0)
-    CASES[name]()
+    CALLS[name]()
     return int(engine().runtime_calls())
 
 
@@ -68,11 +74,11 @@ def test_each_call_that_fails_is_an_error_and_the_next_run_is_right(name: str) -
         code = list(ERRORS)[call % len(ERRORS)]
         engine().set_options(failing_call=call, failing_code=code)
         with pytest.raises(RuntimeError, match=OPS) as raised:
-            CASES[name]()
+            CALLS[name]()
         text = str(raised.value)
         assert f"{ERRORS[code]} (CUDA error" in text or "aoti_torch_empty" in text, text
         engine().set_options(failing_call=0)
-        CASES[name]()
+        CALLS[name]()
     assert vm_backend.reports() == []
 
 
@@ -81,7 +87,7 @@ def test_each_call_that_fails_is_an_error_and_the_next_run_is_right(name: str) -
 def test_a_device_that_fails_throughout_is_an_error(name: str, code: int) -> None:
     engine().set_options(failing_call=1, num_failing_calls=2**62, failing_code=code)
     with pytest.raises(RuntimeError, match=OPS):
-        CASES[name]()
+        CALLS[name]()
 
 
 def test_a_result_that_is_not_written_whole_is_an_error() -> None:
