@@ -28,11 +28,16 @@ inline Vec exp_parts(Vec x, Vec& n) {
   return fma(p, r, Vec::all(1.0f));
 }
 
+// Smallest x that the exponentials below are given: what -inf, the filling of a vector that a row does not fill, stands
+// for. e^x is 0 from -103.98 on, but Intel's vscalefps takes 160 cycles, not 2, for a power of 2 between -126 and -511
+// that gives 0 (a microcode assist, as for a subnormal result); here the power is -514.
+constexpr float kLowestExponent = -356.0f;
+
 // e^x for x <= 0: NaN gives NaN, below -103.98 (and for -inf) +0.
 inline Vec exp_nonpositive(Vec x) {
   // max and min return their second operand on NaN, so NaN passes the bounds.
   Vec n;
-  const Vec p = exp_parts(max(Vec::all(-105.0f), x), n);
+  const Vec p = exp_parts(max(Vec::all(kLowestExponent), x), n);
   return ldexp(p, n);
 }
 
@@ -50,7 +55,7 @@ inline V exp_of_difference(V x) {
   if constexpr (!V::kLooksUp) {
     return exp_nonpositive(x);
   } else {
-    x = max(V::all(-105.0f), x);
+    x = max(V::all(kLowestExponent), x);
     // Adding 1.5 * 2^19 rounds to a multiple of 1/16, whose fraction is then in the last four bits.
     const V shift = V::all(786432.0f);
     const V rounded = fma(x, V::all(1.44269504088896341f), shift);
