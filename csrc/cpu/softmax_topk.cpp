@@ -70,10 +70,10 @@ Sum scan_tile(const T* x, int64_t n, int64_t column, Best& best) {
   Sum tile;
   for (int64_t i = 0; i < n; i += kScanBlock) {
     const int64_t size = n - i < kScanBlock ? n - i : kScanBlock;
-    const float max = block_max(x + i, size);
+    const float max = block_range<false>(x + i, size).max;
     if (best.count < best.k || max > best.value[best.k - 1]) scan(x + i, size, column + i, best);
     tile.raise(max);
-    tile.sum += block_sum<false>(x + i, size, offset_of(tile.max), nullptr);
+    tile.sum += block_sum(x + i, size, offset_of(tile.max));
   }
   return tile;
 }
@@ -117,7 +117,7 @@ void one_row(const SoftmaxTopkArgs& args, int64_t row, Best& best) {
   const Sum sum = over_tiles<Sum>(
       args.num_cols, nullptr, [&](int64_t begin, int64_t count) { return scan_tile(x + begin, count, begin, best); });
   if (best.count < best.k) fill_with_nan(x, args.num_cols, best);
-  write_row<T>(args, row, sum.max, sum.sum, best);
+  write_row<T>(args, row, sum.max, sum.total(), best);
 }
 
 // One row on all threads: worker w takes its run of tiles, with the list lists[w].
@@ -138,7 +138,7 @@ void shared_row(const SoftmaxTopkArgs& args, int64_t row, Best* lists, Sum* part
   for (int64_t w = 1; w < workers; ++w) lists[0].add(lists[w]);
   for (int64_t t = 1; t < tiles; ++t) partials[0].add(partials[t]);
   if (lists[0].count < lists[0].k) fill_with_nan(x, args.num_cols, lists[0]);
-  write_row<T>(args, row, partials[0].max, partials[0].sum, lists[0]);
+  write_row<T>(args, row, partials[0].max, partials[0].total(), lists[0]);
 }
 
 void one_double_row(const SoftmaxTopkArgs& args, int64_t row, BestColumns<double>& best) {
