@@ -17,27 +17,46 @@ namespace {
 // Elements whose max is compared with the k-th best at once.
 constexpr int64_t kScanBlock = 1024;
 
+// The longest list into which entry by entry is the quicker way: vectors have to wait for what was just stored.
+constexpr int kShortList = 32;
+
 // The k best columns so far, best first.
 template <class V>
 struct BestColumns {
   int k;
   int count;
-  V value[kSoftmaxTopkLimit];
-  int32_t column[kSoftmaxTopkLimit];
+  // With room for what is moved by vectors; from `count` on values are NaN, or below the last.
+  V value[kSoftmaxTopkLimit + 2 * kLanes];
+  int32_t column[kSoftmaxTopkLimit + 2 * kLanes];
 
   void reset(int wanted) {
     k = wanted;
     count = 0;
+    for (V& v : value) v = std::numeric_limits<V>::quiet_NaN();
   }
   bool takes(V v) const { return count < k ? v == v : v > value[k - 1]; }
   void insert(V v, int32_t c) {
     int i = count < k ? count++ : k - 1;
+    if constexpr (std::is_same_v<V, float>) {
+      if (k > kShortList) return insert_by_vectors(v, c, i);
+    }
     for (; i > 0 && value[i - 1] < v; --i) {
       value[i] = value[i - 1];
       column[i] = column[i - 1];
     }
     value[i] = v;
     column[i] = c;
+  }
+  // In place of entry `last`, or of one before it.
+  void insert_by_vectors(float v, int32_t c, int last) {
+    int place = 0;
+    for (int i = 0; i < last; i += kLanes) place += __builtin_popcount((Vec::load(value + i) >= Vec::all(v)).lanes());
+    for (int i = last - 1 - (last - 1 - place) % kLanes; i >= place && last > place; i -= kLanes) {
+      Vec::load(value + i).store(value + i + 1);
+      Keys::load(column + i).store(column + i + 1);
+    }
+    value[place] = v;
+    column[place] = c;
   }
   void add(const BestColumns& other) {
     for (int i = 0; i < other.count && takes(other.value[i]); ++i) insert(other.value[i], other.column[i]);
