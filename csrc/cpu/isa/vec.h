@@ -86,6 +86,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+  friend Vec negative_abs(Vec a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
   // 1 / a within 1 ulp, for a in [1, 2].
   friend Vec reciprocal(Vec a) {
     const __m512 r = _mm512_rcp14_ps(a.v);
@@ -94,6 +95,15 @@ struct Vec {
   friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
   friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  // The lanes rounded to integers, as they are; what does not fit an integer gives something.
+  friend Vec integer_bits(Vec a) { return {_mm512_castsi512_ps(_mm512_cvtps_epi32(a.v))}; }
+  // a * b by way of double, where it is exact: Intel's vmulps takes 100 cycles to read or to give a subnormal number.
+  friend Vec product_gradual(Vec a, Vec b) {
+    const auto low = [](Vec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)); };
+    const auto high = [](Vec x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)); };
+    const __m512 lower = _mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_mul_pd(low(a), low(b))));
+    return {_mm512_insertf32x8(lower, _mm512_cvtpd_ps(_mm512_mul_pd(high(a), high(b))), 1)};
+  }
   // Element i of a table of 16, aligned to 64 bytes, where i is the last four bits of the lane.
   static Vec look_up(const float* table, Vec index) {
     return {_mm512_permutexvar_ps(_mm512_castps_si512(index.v), _mm512_load_ps(table))};
@@ -178,6 +188,11 @@ struct Keys {
   // The lanes of the mask, in order, to p[0 ...]; up to kLanes elements of p are written.
   void store_lanes(uint32_t lanes, int32_t* p) const {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), v));
+  }
+  static constexpr bool kGathers = true;
+  // The bits of p[index] in the lanes whose bit is set, 0 elsewhere.
+  static Keys gather(uint32_t lanes, const float* p, Keys index) {
+    return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), static_cast<__mmask16>(lanes), index.v, p, 4)};
   }
   // Lane i of the result is the lane whose place is i; the places are 0 .. 15 in any order. One hexadecimal digit of a
   // word for each place.
@@ -288,6 +303,7 @@ struct Vec {
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
   friend Vec reciprocal(Vec a) { return all(1.0f) / a; }
   friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   friend Vec ldexp(Vec a, Vec n) {
@@ -297,6 +313,8 @@ struct Vec {
     const __m256i half = _mm256_srai_epi32(whole, 1);
     return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
   }
+  friend Vec integer_bits(Vec a) { return {_mm256_castsi256_ps(_mm256_cvtps_epi32(a.v))}; }
+  friend Vec product_gradual(Vec a, Vec b) { return a * b; }
   friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
     const __m256 small = _mm256_cmp_ps(x.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
     const __m256 normal = _mm256_blendv_ps(x.v, _mm256_mul_ps(x.v, _mm256_set1_ps(16777216.0f)), small);
@@ -386,7 +404,7 @@ struct Keys {
     _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
     for (; lanes != 0; lanes &= lanes - 1) *p++ = all[__builtin_ctz(lanes)];
   }
-  static constexpr bool kSortsByPlace = false;
+  static constexpr bool kSortsByPlace = false, kGathers = false;
   // The two lanes that `pick` names of each half of a, then of b.
   template <int pick>
   static Keys from_halves(Keys a, Keys b) {
@@ -490,6 +508,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(static_cast<float>(a.v[i]));
     return a;
   }
+  friend Vec negative_abs(Vec a) { return Vec::zero() - abs(a); }
   friend Vec reciprocal(Vec a) { return {1.0f / a.v}; }
   friend Vec round(Vec a) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = std::nearbyint(static_cast<float>(a.v[i]));
@@ -502,6 +521,10 @@ struct Vec {
     const Int8 half = whole >> 1;
     return {a.v * power(half) * power(whole - half)};
   }
+  friend Vec integer_bits(Vec a) {
+    return {reinterpret_cast<Float8>(__builtin_convertvector(min(max(round(a), all(-1e9f)), all(1e9f)).v, Int8))};
+  }
+  friend Vec product_gradual(Vec a, Vec b) { return a * b; }
   friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {
     for (int i = 0; i < kLanes; ++i) {
       int power;
@@ -572,7 +595,7 @@ struct Keys {
     std::memcpy(&result.v, &x.v, sizeof result.v);
     return result;
   }
-  static constexpr bool kSortsByPlace = false;
+  static constexpr bool kSortsByPlace = false, kGathers = false;
   Keys flip_negative() const { return {v ^ ((v >> 31) & 0x7fffffff)}; }
   Vec as_floats() const {
     Vec result;
