@@ -35,8 +35,8 @@ constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in 
 constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
 constexpr int64_t kDotStreamAhead = 2048;
 
-// Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, one after the other
-// in a lane; packed rows are [step][vector][row][lane].
+// Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, one after the
+// other in a lane; packed rows are [step][vector][row][lane].
 template <class T>
 struct WidenedMath {
   using Element = T;
@@ -329,8 +329,8 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   }
 }
 
-// The weights of a panel as tiles read them: those of column j, a multiple of kDotCols, start at first + j * column, its
-// neighbours' lie `neighbour` elements further each.
+// The weights of a panel as tiles read them: those of column j, a multiple of kDotCols, start at first + j * column,
+// its neighbours' lie `neighbour` elements further each.
 template <class Math>
 struct DotColumns {
   const typename Math::Element* first;
