@@ -6,6 +6,11 @@
 // NaN, as the x86 instructions do. Lane-crossing sums use one fixed tree per width, so they are deterministic.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #if defined(__AVX512F__)
 #include "cpu/isa/vec_avx512.h"
 #elif defined(__AVX2__)
