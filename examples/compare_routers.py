@@ -21,7 +21,6 @@ import copy
 import inspect
 import json
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,12 +28,10 @@ from typing import Any
 
 import fastmoe_route as fr
 import torch
+import train_moe_lm as lm
 from fastmoe_route.bench.machine import cpu_name
 from fastmoe_route.methods import Method, find, methods
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-import train_moe_lm as lm
 
 BASE = "topk_softmax"
 GIVEN = {"token_ids", "sequence_ids", "scope_ids", "positions", "experts"}

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def script(folder: str, name: str) -> Iterator[ModuleType]:
     """`folder/name.py` as a module; what it imports from beside itself goes with it."""
     path, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(ROOT / folder))
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -20,11 +20,12 @@ from fastmoe_route import _load, cli
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import cuda_evidence  # noqa: E402
+import cuda_kernels  # noqa: E402
 
 LIBRARY = Path(
     os.environ.get("FASTMOE_ROUTE_CUDA_LIBRARY", ROOT / "build" / "cuda" / "fastmoe_route_cuda.so")
 )
-ARCHITECTURES = cuda_evidence.ARCHITECTURES
+ARCHITECTURES = cuda_kernels.ARCHITECTURES
 REGISTER_BUDGET = 128  # two blocks of 256 threads a multiprocessor
 WIDE_REGISTERS = {
     "softmax_backward_warp_kernel": 168,  # keeps a row; three blocks of 128 threads
@@ -172,14 +173,14 @@ def test_info_prints_the_policy(
 
 
 @cache
-def kernels() -> tuple[cuda_evidence.Kernel, ...]:
+def kernels() -> tuple[cuda_kernels.Kernel, ...]:
     try:
-        return cuda_evidence.read(LIBRARY)
+        return cuda_kernels.read(LIBRARY)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
-def limit_of(kernel: cuda_evidence.Kernel, limits: dict[str, int], default: int) -> int:
+def limit_of(kernel: cuda_kernels.Kernel, limits: dict[str, int], default: int) -> int:
     return next((n for name, n in limits.items() if kernel.name.startswith(name)), default)
 
 
@@ -312,7 +313,7 @@ def test_products_by_index_of_sm90_use_what_it_alone_has() -> None:
         assert k.counts["async copies"] >= 16 + (2 if "true" in k.name else 4), k.name
 
 
-def counts_some(column: str) -> Callable[[cuda_evidence.Kernel], bool]:
+def counts_some(column: str) -> Callable[[cuda_kernels.Kernel], bool]:
     return lambda k: k.counts[column] > 0
 
 
@@ -327,7 +328,7 @@ def test_evidence_page_says_what_the_library_shows() -> None:
     """docs/cuda-evidence.md is what the tool writes, wherever it was written for this code."""
     page = (ROOT / "docs" / "cuda-evidence.md").read_text()
     assert "Nothing on this page was\nmeasured on a GPU" in page
-    if cuda_evidence.compiler() not in page:
+    if cuda_kernels.compiler() not in page:
         pytest.skip("docs/cuda-evidence.md is of another compiler")
     for architecture in ARCHITECTURES:
         _, _, part = page.partition(f"## Compiled: {architecture}\n")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
+import importlib
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 
 import fastmoe_route
 import pytest
 import torch
+from scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")]
@@ -58,15 +60,39 @@ def test_named_targets_and_files_exist(page: Path) -> None:
         assert (ROOT / "bench" / "results" / name).exists(), name
 
 
-def test_numbers_of_the_readme_are_those_of_the_reports() -> None:
-    """If they are not: python tools/readme_numbers.py."""
-    spec = importlib.util.spec_from_file_location("numbers", ROOT / "tools/readme_numbers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    text = (ROOT / "README.md").read_text()
-    assert tool.filled(text) == text
+@pytest.mark.parametrize(
+    ("page", "tool"), [("README.md", "readme_numbers"), ("docs/experts.md", "experts_numbers")]
+)
+def test_numbers_of_a_page_are_those_of_its_reports(page: str, tool: str) -> None:
+    """If they are not, run the tool; tests/test_gpu_check.py has that of docs/gpu.md."""
+    text = (ROOT / page).read_text()
+    with script("tools", tool) as numbers:
+        assert numbers.filled(text) == text
+
+
+def test_the_headline_has_a_line_for_every_processor_with_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with script("tools", "readme_numbers") as numbers:
+        for name in (numbers.QUICK, numbers.GPU):
+            shutil.copy(numbers.RESULTS / name, tmp_path)
+        monkeypatch.setattr(numbers, "RESULTS", tmp_path)
+        assert "Intel Xeon" not in numbers.headline()
+        shutil.copy(tmp_path / numbers.QUICK, tmp_path / "xeon-2t-gate.json")
+        amd, intel, gpu = numbers.headline().splitlines()[-3:]
+    assert gpu.startswith("| GPU: NVIDIA H200, bfloat16 | ")
+    label = "CPU: Intel Xeon, 2 threads"
+    assert intel == amd.replace("CPU: AMD EPYC, 2 threads", label) != amd
+
+
+def test_a_page_without_the_place_is_refused() -> None:
+    with script("tools", "pages") as pages:
+        assert pages.fill("a <!-- x:begin -->old<!-- x:end --> b", "x", "new\n") == (
+            "a <!-- x:begin -->\n\nnew\n\n<!-- x:end --> b"
+        )
+        for text in ("nothing", "<!-- x:begin --> never ends"):
+            with pytest.raises(ValueError, match="the page has no place `x`"):
+                pages.fill(text, "x", "new")
 
 
 def test_commands_in_the_readme_are_understood() -> None:

@@ -1,24 +1,27 @@
 """Fills the places for numbers in docs/experts.md from recorded reports of the bench.
 
-    python tools/experts_numbers.py bench/results/NAME.json ...
+    python tools/experts_numbers.py [bench/results/NAME.json ...]
 
 Rows of `moe_mlp` that were timed beside the kernels of others (`bench --peers`) go to the first
-table, the other ones to the second. Nothing else in the page is touched; a report with a wrong row
-is refused.
+table, the other ones to the second. Without names, from the reports that the page names already.
+Nothing else in the page is touched; a report with a wrong row is refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 from fastmoe_route.bench.peers import MODULES
 from fastmoe_route.bench.report import duration
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "experts.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "experts.md"
 PEERS = tuple(MODULES)
 Row = dict[str, Any]
 
@@ -96,19 +99,13 @@ def source(paths: list[Path], reports: list[Row]) -> str:
     )
 
 
-def fill(text: str, name: str, content: str) -> str:
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-    head, rest = text.split(begin)
-    return head + begin + content + "\n" + end + rest.split(end)[1]
-
-
-def main(paths: list[Path]) -> None:
-    text = PAGE.read_text()
+def filled(text: str, paths: list[Path] | None = None) -> str:
+    """The page with the numbers of these reports, or of those it names already."""
     tables = {"peers": peer_table, "layers": layer_table}
     kept: dict[str, tuple[list[Path], list[Row], list[Row]]] = {
         name: ([], [], []) for name in tables
     }
-    for path in paths:
+    for path in paths or named(text):
         report = json.loads(path.read_text())
         for row in report["rows"]:
             if row["op"] != "moe_mlp" or row["skipped"]:
@@ -123,11 +120,16 @@ def main(paths: list[Path]) -> None:
     for name, (files, reports, rows) in kept.items():
         if rows:
             table = tables[name](sorted(rows, key=key))
-            text = fill(text, name, f"{source(files, reports)}\n\n{table}")
-    PAGE.write_text(text)
+            text = pages.fill(text, name, f"{source(files, reports)}\n\n{table}")
+    return text
+
+
+def named(text: str) -> list[Path]:
+    """The reports in the places that are filled here, each once."""
+    places = re.findall(r"<!-- (\w+):begin -->(.*?)<!-- \1:end -->", text, re.S)
+    names = re.findall(r"`(bench/results/[^`]+)`", "".join(content for _, content in places))
+    return [ROOT / name for name in dict.fromkeys(names)]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(f"{__doc__}\nname at least one report")
-    main([Path(name) for name in sys.argv[1:]])
+    PAGE.write_text(filled(PAGE.read_text(), [Path(name) for name in sys.argv[1:]]))

@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pages
 import torch
 from torch import Tensor
 
@@ -42,7 +43,6 @@ SHAPES = {
     "dsv3-quarter": (4096, 7168, 2048, 64, 8),
 }
 COLUMNS = 128256  # of the wide softmax rows, which are the same at every shape
-BEGIN, END = "<!-- numbers:begin -->\n", "<!-- numbers:end -->"  # on a page
 Call = Callable[[Tensor], Any]
 
 
@@ -407,20 +407,13 @@ def table(report: dict[str, Any]) -> str:
                 f"| {name} | {row['eager'] * 1e6:,.0f} us | {graph} | "
                 f"{row['share_of_limit']:.0%} | {'; '.join(peers)} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:
     """The report as JSON, if it goes anywhere."""
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def write_page(report: dict[str, Any], page: Path) -> None:
-    """Puts the table where the page has a place for it."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(report)}\n{END}{after}")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -490,7 +483,8 @@ def main() -> int:
     if options.plot:
         plot(report, options.plot)
     if options.page:
-        write_page(report, options.page)
+        text = options.page.read_text()
+        options.page.write_text(pages.fill(text, "numbers", table(report)))
     return 0
 
 

@@ -33,10 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_bench import SHAPES, given, gradient, ops, run_bench
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = [

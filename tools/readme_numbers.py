@@ -2,9 +2,10 @@
 
     python tools/readme_numbers.py
 
-The headline: what the first page says about speed, least to most of each op, on the CPU and on a
-GPU. The table: a line for every whole layer that was timed on the CPU, and the median over the rows
-of each op. Nothing else in README.md is touched; a report with a wrong row is refused.
+The headline: what the first page says about speed, least to most of each op, on every processor
+that has reports and on a GPU. The table: a line for every whole layer of one report, and the median
+over its rows of each op. Nothing else in README.md is touched; a report with a wrong row is
+refused.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 from fastmoe_route.bench.report import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-CPU = "bench/results/epyc-2t-quick.json"
-GPU = "bench/results/h200-bfloat16.json"
+RESULTS = ROOT / "bench" / "results"
+CPUS = {"epyc-2t-*.json": "AMD EPYC, 2 threads", "xeon-2t-*.json": "Intel Xeon, 2 threads"}
+QUICK = "epyc-2t-quick.json"
+GPU = "h200-bfloat16.json"
 PEERS = ("vLLM", "SGLang", "zentorch", "ONNX Runtime")
 FIRST_PAGE = ("gate", "plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp")
 
@@ -51,70 +55,69 @@ def op_line(op: str, rows: list[dict[str, Any]]) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((ROOT / name).read_text())
+    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return report
 
 
-def cpu_ratios(op: str) -> list[float]:
-    """Of every recorded row, beside the fastest of plain PyTorch."""
-    reports = [read(str(path)) for path in sorted((ROOT / CPU).parent.glob("epyc-2t-*.json"))]
-    found = []
-    for row in (row for report in reports for row in report["rows"] if row["op"] == op):
+def cpu_ratios(files: str) -> dict[str, list[float]]:
+    """`op -> ratios` of every row of those files, beside the fastest of plain PyTorch."""
+    found: dict[str, list[float]] = {}
+    for row in (row for path in sorted(RESULTS.glob(files)) for row in read(path.name)["rows"]):
         plain = [
             ratio["median"]
             for other, ratio in row.get("ratios", {}).items()
             if not other.startswith(("fastmoe_route", *PEERS))
         ]
-        found += [min(plain)] if plain else []
+        if plain:
+            found.setdefault(row["op"], []).append(min(plain))
     return found
 
 
-def gpu_ratios(op: str) -> list[float]:
-    """Called from Python, beside plain PyTorch."""
-    rows = [row for shape in read(GPU)["shapes"].values() for row in shape["rows"]]
-    return [
-        times["eager"] / row["eager"]
-        for row in rows
-        if row["op"] == op
-        for other, times in row["others"].items()
-        if other.startswith("torch")
-    ]
+def gpu_ratios() -> dict[str, list[float]]:
+    """`op -> ratios`, called from Python, beside plain PyTorch."""
+    found: dict[str, list[float]] = {}
+    for row in (row for shape in read(GPU)["shapes"].values() for row in shape["rows"]):
+        for other, times in row["others"].items():
+            if other.startswith("torch"):
+                found.setdefault(row["op"], []).append(times["eager"] / row["eager"])
+    return found
+
+
+def spread(ratios: list[float]) -> str:
+    if not ratios:
+        return "-"
+    return f"{statistics.median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
 
 
 def headline() -> str:
-    """The table of the first page."""
-    cpu, gpu = read(CPU), read(GPU)
-    machine = f"{cpu['machine']['cpu']}, {cpu['machine']['threads']} threads"
+    """The table of the first page; a processor without reports has no line."""
+    machines = {f"CPU: {name}": cpu_ratios(files) for files, name in CPUS.items()}
+    machines[f"GPU: {read(GPU)['device']}, bfloat16"] = gpu_ratios()
+    files = [*(files for files, name in CPUS.items() if machines[f"CPU: {name}"]), GPU]
     lines = [
         "Times as fast as plain PyTorch, its fastest way: median (least to most) over every shape",
-        f"recorded, forward and with backward; `bench/results/epyc-2t-*.json`, `{GPU}`.",
+        "recorded, forward and with backward; files of `bench/results`:",
+        ", ".join(f"`{name}`" for name in files) + ".",
         "",
         "| | " + " | ".join(f"`{op}`" for op in FIRST_PAGE) + " |",
         "|---|" + "---|" * len(FIRST_PAGE),
     ]
-    for where, ratios in (
-        (f"CPU: {machine}", cpu_ratios),
-        (f"GPU: {gpu['device']}, bfloat16", gpu_ratios),
-    ):
-        cells = []
-        for found in map(ratios, FIRST_PAGE):
-            low, middle, high = (
-                f"{value:.2g}" for value in (min(found), statistics.median(found), max(found))
-            )
-            cells.append(f"{middle} ({low} to {high})")
-        lines.append(f"| {where} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    for machine, ratios in machines.items():
+        if ratios:
+            cells = (spread(ratios.get(op, [])) for op in FIRST_PAGE)
+            lines.append(f"| {machine} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table() -> str:
-    report = read(CPU)
+    report = read(QUICK)
     rows = [row for row in report["rows"] if not row["skipped"]]
     untimed = [row for row in rows if not row.get("seconds")]
     if untimed:
-        sys.exit(f"{CPU}: {len(untimed)} rows were not timed, because a result was wrong")
+        sys.exit(f"{QUICK}: {len(untimed)} rows were not timed, because a result was wrong")
     machine, versions = report["machine"], report["versions"]
     lines = [
-        f"From `{CPU}`: {machine['cpu']}, {machine['threads']} threads, level "
+        f"From `bench/results/{QUICK}`: {machine['cpu']}, {machine['threads']} threads, level "
         f"{machine['level']}, torch {versions['torch']}, {report['created'][:10]}.",
         "Ratio: time of the fastest plain PyTorch over ours, median (p10 - p90); above 1 we are",
         "faster. Of limit: the least time this machine needs over our time.",
@@ -130,17 +133,12 @@ def table() -> str:
     for row in rows:
         by_op.setdefault(row["op"], []).append(row)
     lines += [op_line(op, found) for op, found in by_op.items() if op != "layer"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def filled(text: str) -> str:
     """README.md with the numbers of the reports."""
-    for name, content in (("headline", headline()), ("numbers", table())):
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = before + begin + "\n" + content + "\n" + end + after
-    return text
+    return pages.fill(pages.fill(text, "headline", headline()), "numbers", table())
 
 
 def main() -> None:

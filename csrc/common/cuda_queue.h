@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
@@ -17,6 +18,11 @@ struct CudaQueue {
   bool (*allows_tf32)() = nullptr;  // whether torch lets float32 products round their operands to tf32 now
 
   void* scratch(size_t bytes) const { return allocate(context, bytes); }
+  // For `count` elements, and for one if that is 0.
+  template <class T>
+  T* scratch_of(int64_t count) const {
+    return static_cast<T*>(scratch(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)));
+  }
 };
 
 // code is a cudaError_t, 0 for success; text says what went wrong and is null on success.

@@ -11,6 +11,7 @@
 #include <climits>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "common/cuda_queue.h"
 #include "common/dtype.h"
@@ -23,6 +24,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }  // in the block
+__device__ inline unsigned lanes_before() { return (1u << lane_index()) - 1u; }       // this one, a bit each
 
 // ---- Storage types. Arithmetic is in float for all but double.
 
@@ -123,6 +125,17 @@ __device__ inline Float warp_max(Float value) {
   return value;
 }
 
+// The sum over the lanes up to this one.
+template <class Int>
+__device__ inline Int warp_prefix_sum(Int value) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Int other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane_index() >= distance) value += other;
+  }
+  return value;
+}
+
 // The sum over the block, in every thread. `partial` holds one value a warp; it may be written again after a barrier of
 // the block, such as that of a reduction through another array.
 template <class Float>
@@ -164,15 +177,37 @@ inline CudaStatus not_supported(const char* text) { return {static_cast<int>(cud
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kWideBytes = 16;  // of the widest load or store of a thread
+
+// Whether addresses, and sizes and strides in elements, are all multiples of that many bytes.
+inline bool are_multiples(int64_t bytes, std::initializer_list<const void*> addresses,
+                          std::initializer_list<int64_t> sizes, int64_t element_bytes) {
+  for (const void* address : addresses)
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) return false;
+  for (const int64_t size : sizes)
+    if (size * element_bytes % bytes != 0) return false;
+  return true;
+}
+
 // Blocks for `count` items, `per_block` at a time; kernels walk on by the size of the grid if there are more.
 inline unsigned num_blocks(int64_t count, int64_t per_block) {
   const int64_t blocks = ceil_div(count, per_block);
   return static_cast<unsigned>(blocks < INT_MAX ? blocks : INT_MAX);
 }
 
-// This thread's warp among all of the grid's, and their number.
-__device__ inline int64_t grid_warp() { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; }
-__device__ inline int64_t grid_warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp; }
+// This thread among all of the grid's, and their number; its warp, and theirs.
+__device__ inline int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ inline int64_t grid_warp() { return grid_thread() / kWarp; }
+__device__ inline int64_t grid_warps() { return grid_threads() / kWarp; }
+
+// f(0), ..., f(count - 1), one a thread where the grid has as many. Its loop stays as it is: to take four turns at once
+// the compiler would have every thread divide, and there is one.
+template <class F>
+__device__ inline void each_of_grid(int64_t count, const F& f) {
+#pragma unroll 1
+  for (int64_t i = grid_thread(); i < count; i += grid_threads()) f(i);
+}
 
 }  // namespace cuda
 }  // namespace fastmoe_route

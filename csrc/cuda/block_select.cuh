@@ -108,12 +108,7 @@ __device__ int pick_digit(Selection<Key>& s, int& rest) {
   const int bin = kBins - 1 - static_cast<int>(threadIdx.x);
   const int own = s.bins[bin];
   s.bins[bin] = 0;
-  int before = own;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, distance);
-    if (lane_index() >= distance) before += other;
-  }
+  int before = warp_prefix_sum(own);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   if (lane_index() == kWarp - 1) s.warp_counts[warp] = before;
   __syncthreads();

@@ -30,22 +30,20 @@ __device__ inline uint64_t group_of(const ExpertChoiceArgs& a, uint32_t token, u
 
 __global__ void __launch_bounds__(kThreads)
     score_keys_kernel(ExpertChoiceArgs a, int64_t count, uint64_t* keys, int32_t* slots) {
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t i = grid_warp() * kWarp + lane_index(); i < count; i += num_threads) {
+  each_of_grid(count, [&](int64_t i) {
     const int64_t token = i / a.num_experts, expert = i % a.num_experts;
     keys[i] = falling_key(a.scores.data, a.dtype, token * a.scores.stride_row + expert * a.scores.stride_col);
     slots[i] = static_cast<int32_t>(i);
-  }
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
     group_keys_kernel(ExpertChoiceArgs a, int64_t count, uint64_t* keys, const int32_t* slots) {
   const uint32_t num_experts = static_cast<uint32_t>(a.num_experts);
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t i = grid_warp() * kWarp + lane_index(); i < count; i += num_threads) {
+  each_of_grid(count, [&](int64_t i) {
     const uint32_t slot = static_cast<uint32_t>(slots[i]);
     keys[i] = group_of(a, slot / num_experts, slot % num_experts);
-  }
+  });
 }
 
 // A warp owns 32 experts, one a lane, of every so many tokens; so a count is published once per lane, not per token.
@@ -86,7 +84,7 @@ CudaStatus expert_choice(const ExpertChoiceArgs& a, const CudaQueue& queue) {
   if (status = launched(); status.code != 0) return status;
   const KeyBits bits = bits_of(static_cast<uint64_t>(a.num_experts) * static_cast<uint64_t>(a.num_scopes));
   if (status = slots.sort(bits, queue); status.code != 0) return status;
-  uint8_t* const is_surplus = static_cast<uint8_t*>(queue.scratch(count));
+  uint8_t* const is_surplus = queue.scratch_of<uint8_t>(count);
   if (status = slots.mark_surplus(a.capacity, is_surplus, queue); status.code != 0) return status;
 
   const int64_t num_parts = ceil_div(a.num_experts, kWarp);

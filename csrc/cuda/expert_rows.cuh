@@ -92,10 +92,10 @@ struct GateAndUp {
 // rows[r] *= weight of its slot, rounded; [R, H].
 CudaStatus scale_rows(DType dtype, const ExpertRows& rows, void* values, const CudaQueue& queue);
 
-// Calls body(Pack width) with N = 16 bytes of T if every size and address allows it, else 1.
+// Calls body(N) with the elements of a load or store: of kWideBytes, or 1.
 template <class T, class Body>
 void dispatch_width(bool is_wide, const Body& body) {
-  if (is_wide) body(std::integral_constant<int, 16 / sizeof(T)>{});
+  if (is_wide) body(std::integral_constant<int, kWideBytes / sizeof(T)>{});
   else body(std::integral_constant<int, 1>{});
 }
 
@@ -108,8 +108,6 @@ void dispatch_expert_float(DType dtype, const Body& body) {
     default: return body(Float16{});
   }
 }
-
-inline bool is_multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace cuda
 }  // namespace fastmoe_route

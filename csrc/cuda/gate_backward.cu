@@ -175,12 +175,11 @@ bool is_fast(const GateShape& shape) {
 template <class T>
 CudaStatus gate_backward_fast(const GateBackwardArgs& a, const CudaQueue& queue) {
   constexpr int kFew = 4, kMany = kFastMostExperts / kWarp;
-  const int64_t size = sizeof(T), num_experts = a.shape.num_experts;
-  const auto is_whole = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  const int64_t num_experts = a.shape.num_experts;
   FastBackwardCall call{a, static_cast<int>(num_experts), static_cast<int>(a.shape.top_k), false};
-  call.in_packs = a.logits.stride_col == 1 && a.logits.stride_row * size % 16 == 0 && num_experts % 8 == 0 &&
-                  is_whole(a.logits.data) && is_whole(a.grad_score_sum) && is_whole(a.grad_scores) &&
-                  is_whole(a.grad_logits);
+  call.in_packs = a.logits.stride_col == 1 && num_experts % 8 == 0 &&
+                  are_multiples(kWideBytes, {a.logits.data, a.grad_score_sum, a.grad_scores, a.grad_logits},
+                                {a.logits.stride_row}, sizeof(T));
   const auto launch = [&](auto kernel) {
     kernel<<<num_blocks(a.shape.num_tokens, kGateWarps), kGateThreads, 0, queue.stream>>>(call);
     return launched();

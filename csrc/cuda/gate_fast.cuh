@@ -1,6 +1,6 @@
 // The common case of a row of the gate, in registers: top-k of at most 256 logits, without groups, masks, noise, bias
-// or stop rules. What it does not take (a NaN, an infinity, fewer numbers than K) goes the general way of gate.cu, with
-// the same choice; which way a row goes depends on the row alone.
+// or stop rules. What it does not take (a NaN, an infinity, fewer numbers than K) goes the general way, with the same
+// choice; which way a row goes depends on the row alone.
 //
 // A lane has kPerLane logits, in packs of up to 16 bytes, which are loaded one by one where rows do not lie in packs:
 // the same lanes have the same columns, so bits do not depend on the layout. For K up to kMostPicks a lane shows its

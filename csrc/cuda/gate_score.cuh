@@ -100,7 +100,7 @@ inline RowMemory plan_rows(int64_t warp_words, int64_t shared_words, int64_t wan
   memory.num_blocks = num_blocks(wanted_blocks, 1);
   if (memory.in_shared) return memory;
   if (memory.num_blocks > kScratchBlocks) memory.num_blocks = kScratchBlocks;
-  memory.scratch = static_cast<float*>(queue.scratch(memory.num_blocks * memory.block_words * sizeof(float)));
+  memory.scratch = queue.scratch_of<float>(memory.num_blocks * memory.block_words);
   return memory;
 }
 

@@ -82,11 +82,10 @@ struct Packed {
   __device__ unsigned word(int i) const { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
 };
 
-// Whether rows of T, a stride apart, may be read and written 16 bytes at a time.
+// Whether rows of T, a stride apart, may be read and written kWideBytes at a time.
 template <class T>
 bool rows_are_wide(const void* rows, int64_t stride, int64_t num_rows) {
-  constexpr int64_t kWide = Packed<T>::kColumns;
-  return reinterpret_cast<uintptr_t>(rows) % sizeof(uint4) == 0 && (num_rows == 1 || stride % kWide == 0);
+  return are_multiples(kWideBytes, {rows}, {num_rows > 1 ? stride : 0}, sizeof(T));
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ExpertRows rows, T
 CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, void* activated, const CudaQueue& queue) {
   const auto run = [&](auto sample) {
     using T = decltype(sample);
-    const bool is_wide =
-        rows.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(preactivation) && is_multiple_of_16(activated);
+    const bool is_wide = are_multiples(kWideBytes, {preactivation, activated}, {rows.intermediate}, sizeof(T));
     dispatch_width<T>(is_wide, [&](auto width) {
       constexpr int N = decltype(width)::value;
       const int64_t chunks = ceil_div(rows.intermediate / N, kWarp);
@@ -92,7 +91,7 @@ CudaStatus activate(const ExpertRows& rows, DType dtype, void* preactivation, vo
 CudaStatus scale_rows(DType dtype, const ExpertRows& rows, void* values, const CudaQueue& queue) {
   dispatch_expert_float(dtype, [&](auto sample) {
     using T = decltype(sample);
-    dispatch_width<T>(rows.hidden % (16 / sizeof(T)) == 0 && is_multiple_of_16(values), [&](auto width) {
+    dispatch_width<T>(are_multiples(kWideBytes, {values}, {rows.hidden}, sizeof(T)), [&](auto width) {
       scale_rows_kernel<T, decltype(width)::value>
           <<<num_blocks(rows.num_rows, kThreads / kWarp), kThreads, 0, queue.stream>>>(rows, static_cast<T*>(values));
     });

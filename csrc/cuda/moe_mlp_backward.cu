@@ -115,7 +115,7 @@ struct Backward {
     inter_rows = queue.scratch(shape.num_rows * shape.intermediate * size);
     pre_grad = queue.scratch(shape.num_rows * rows.up_size * size);
     if (a.grad_bias_down != nullptr && !shape.weights_on_input) {
-      row_weights = static_cast<float*>(queue.scratch(shape.num_rows * sizeof(float)));
+      row_weights = queue.scratch_of<float>(shape.num_rows);
     }
     return status;
   }
@@ -160,7 +160,7 @@ struct Backward {
                                        row_weights,
                                        grad_weights,
                                        shape.weights_on_input};
-      const bool is_wide = shape.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(a.preactivation);
+      const bool is_wide = are_multiples(kWideBytes, {a.preactivation}, {shape.intermediate}, sizeof(T));
       dispatch_width<T>(is_wide, [&](auto width) {
         activate_backward_kernel<T, decltype(width)::value>
             <<<num_blocks(shape.num_rows, kThreads / kWarp), kThreads, 0, queue.stream>>>(call);

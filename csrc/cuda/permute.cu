@@ -163,10 +163,6 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
   }
 }
 
-constexpr int64_t kWideBytes = 16;
-
-bool is_multiple(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 template <class Word>
 CudaStatus permute_as(const PermuteArgs& a, const CudaQueue& queue) {
   const int64_t size = element_size(a.dtype);
@@ -200,10 +196,8 @@ CudaStatus unpermute_backward_as(const UnpermuteBackwardArgs& a, const CudaQueue
 }  // namespace
 
 CudaStatus permute(const PermuteArgs& a, const CudaQueue& queue) {
-  const int64_t size = element_size(a.dtype);
   const auto fits = [&](int64_t bytes) {
-    return is_multiple(a.x, bytes) && is_multiple(a.rows, bytes) && a.hidden * size % bytes == 0 &&
-           (a.num_tokens <= 1 || a.x_stride * size % bytes == 0);
+    return are_multiples(bytes, {a.x, a.rows}, {a.hidden, a.num_tokens > 1 ? a.x_stride : 0}, element_size(a.dtype));
   };
   if (a.num_rows == 0 || a.hidden == 0) return {};
   if (fits(kWideBytes)) return permute_as<uint4>(a, queue);
@@ -214,9 +208,8 @@ CudaStatus permute(const PermuteArgs& a, const CudaQueue& queue) {
 
 CudaStatus unpermute(const UnpermuteArgs& a, const CudaQueue& queue) {
   if (a.num_tokens == 0 || a.hidden == 0) return {};
-  const int64_t wide = kWideBytes / element_size(a.dtype);
-  const bool is_wide = a.hidden % wide == 0 && (a.num_rows <= 1 || a.rows_stride % wide == 0) &&
-                       is_multiple(a.rows, kWideBytes) && is_multiple(a.y, kWideBytes);
+  const bool is_wide =
+      are_multiples(kWideBytes, {a.rows, a.y}, {a.hidden, a.num_rows > 1 ? a.rows_stride : 0}, element_size(a.dtype));
   CudaStatus status;
   dispatch_float(a.dtype, [&](auto sample) {
     using T = decltype(sample);
@@ -226,10 +219,9 @@ CudaStatus unpermute(const UnpermuteArgs& a, const CudaQueue& queue) {
 }
 
 CudaStatus unpermute_backward(const UnpermuteBackwardArgs& a, const CudaQueue& queue) {
-  const int64_t wide = kWideBytes / element_size(a.dtype);
-  const bool is_wide = a.hidden % wide == 0 && (a.num_tokens <= 1 || a.grad_y_stride % wide == 0) &&
-                       (a.num_rows <= 1 || a.rows_stride % wide == 0) && is_multiple(a.grad_y, kWideBytes) &&
-                       is_multiple(a.rows, kWideBytes) && is_multiple(a.grad_rows, kWideBytes);
+  const bool is_wide = are_multiples(
+      kWideBytes, {a.grad_y, a.rows, a.grad_rows},
+      {a.hidden, a.num_tokens > 1 ? a.grad_y_stride : 0, a.num_rows > 1 ? a.rows_stride : 0}, element_size(a.dtype));
   CudaStatus status;
   dispatch_float(a.dtype, [&](auto sample) {
     using T = decltype(sample);

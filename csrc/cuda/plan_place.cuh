@@ -103,12 +103,7 @@ class Placer {
     int32_t own_kept = 0;
     if (has_expert()) own_kept = work_.num_tiles > 1 ? kept_[thread()] : sum_of_warps();
     const int32_t own_rows = static_cast<int32_t>((own_kept + a.align - 1) / a.align * a.align);
-    int32_t end = own_rows;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int32_t other = __shfl_up_sync(kAllLanes, end, distance);
-      if (lane_index() >= distance) end += other;
-    }
+    int32_t end = warp_prefix_sum(own_rows);
     if (lane_index() == kWarp - 1) warp_rows[warp_index()] = end;
     __syncthreads();
 #pragma unroll

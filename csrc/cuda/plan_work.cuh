@@ -147,7 +147,7 @@ __device__ inline void take_ranks(const Cursors& cursors, int num_experts, const
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
     const int32_t first = experts[u] >= 0 ? cursors[experts[u]] : 0;
-    const unsigned before = peers[u] & ((1u << lane_index()) - 1u);
+    const unsigned before = peers[u] & lanes_before();
     __syncwarp();  // all have read
     if (experts[u] >= 0 && before == 0) cursors[experts[u]] = first + __popc(peers[u]);
     __syncwarp();  // the next step may have another first lane for this expert
@@ -163,10 +163,7 @@ __device__ inline void fill_padding(const PlanArgs& a, const int32_t* offsets, c
     const int64_t next = offsets[e + 1];
     for (int64_t row = offsets[e] + kept[e] + lane_index(); row < next; row += kWarp) a.row_to_slot[row] = -1;
   }
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t row = end + grid_warp() * kWarp + lane_index(); row < a.num_rows; row += num_threads) {
-    a.row_to_slot[row] = -1;
-  }
+  for (int64_t row = end + grid_thread(); row < a.num_rows; row += grid_threads()) a.row_to_slot[row] = -1;
 }
 
 }  // namespace cuda

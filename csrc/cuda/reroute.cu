@@ -52,9 +52,6 @@ struct Work {
   }
 };
 
-__device__ inline int64_t grid_thread() { return grid_warp() * kWarp + lane_index(); }
-__device__ inline int64_t grid_threads() { return grid_warps() * kWarp; }
-
 // A later candidate that an earlier column names as well never asks.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(Work work) {
   const RerouteArgs& a = work.a;
@@ -81,13 +78,13 @@ __global__ void __launch_bounds__(kThreads)
     list_kernel(Work work, int64_t first_column, bool by_score, int64_t count, uint64_t* keys, int32_t* slots) {
   const RerouteArgs& a = work.a;
   const int64_t num_columns = a.num_candidates - first_column;
-  for (int64_t i = grid_thread(); i < count; i += grid_threads()) {
+  each_of_grid(count, [&](int64_t i) {
     const int64_t token = by_score ? i / num_columns : i % a.num_tokens;
     const int64_t column = first_column + (by_score ? i % num_columns : i / a.num_tokens);
     const int64_t slot = token * a.num_candidates + column;
     if (by_score) keys[i] = falling_key(a.weights, a.weights_dtype, slot);
     slots[i] = static_cast<int32_t>(slot);
-  }
+  });
 }
 
 // kAim: (expert, scope) as one number, larger than all of them for none; kGroup: the same as a place, none last;
@@ -97,7 +94,7 @@ enum class Key { kAim, kGroup, kRound };
 template <Key kKey>
 __global__ void __launch_bounds__(kThreads) key_kernel(Work work, int64_t count, uint64_t* keys, const int32_t* slots) {
   const RerouteArgs& a = work.a;
-  for (int64_t i = grid_thread(); i < count; i += grid_threads()) {
+  each_of_grid(count, [&](int64_t i) {
     const int64_t slot = slots[i], token = work.token_of(slot);
     if (kKey == Key::kGroup) {
       keys[i] = static_cast<uint32_t>(work.group[slot]);
@@ -109,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) key_kernel(Work work, int64_t count,
       const uint64_t scope = a.scope_ids != nullptr && expert >= 0 ? static_cast<uint32_t>(a.scope_ids[token]) : 0u;
       keys[i] = static_cast<uint64_t>(expert >= 0 ? expert : a.num_experts) * a.num_scopes + scope;
     }
-  }
+  });
 }
 
 // Of slots sorted by kAim: a group is known by the place of its first slot.
@@ -117,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
     group_kernel(Work work, int64_t count, const uint64_t* keys, const int32_t* slots) {
   const RerouteArgs& a = work.a;
   const uint64_t nobody = static_cast<uint64_t>(a.num_experts) * a.num_scopes;
-  for (int64_t i = grid_thread(); i < count; i += grid_threads()) {
+  each_of_grid(count, [&](int64_t i) {
     const uint64_t key = keys[i];
     int64_t low = 0, high = i;  // the first place with this key is in [low, high]
     while (low < high) {
@@ -130,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     work.group[slots[i]] = key < nobody ? static_cast<int32_t>(low) : -1;
     if (low == i) work.room[i] = static_cast<int32_t>(a.capacity < INT_MAX ? a.capacity : INT_MAX);
-  }
+  });
 }
 
 enum class Round { kChoices, kNext, kFill };
@@ -159,7 +156,7 @@ __device__ inline void serve(const Work& work, const int32_t* slots, int64_t beg
     is_inside = slot >= 0 && work.group[slot] == group;
     const bool is_asking = is_inside && asks<kRound>(work, slot);
     const unsigned askers = __ballot_sync(kAllLanes, is_asking);
-    const int before = __popc(askers & ((1u << lane_index()) - 1u));
+    const int before = __popc(askers & lanes_before());
     if (is_asking && before < room - granted) {
       work.state[slot] = kGranted;
       if (kRound != Round::kFill) atomicSub(work.missing + work.token_of(slot), 1);
@@ -194,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Work work) {
       const bool is_granted = column < a.num_candidates && work.state[row + column] == kGranted;
       const unsigned granted = __ballot_sync(kAllLanes, is_granted);
       if (is_granted) {
-        const int64_t at = result + count + __popc(granted & ((1u << lane_index()) - 1u));
+        const int64_t at = result + count + __popc(granted & lanes_before());
         const int32_t expert = work.expert_of(row + column);
         a.choice[at] = static_cast<int32_t>(column);
         a.granted[at] = expert;
@@ -266,10 +263,10 @@ CudaStatus reroute(const RerouteArgs& a, const CudaQueue& queue) {
   if (status.code != 0 || num_slots == 0) return status;
   Work work{};
   work.a = a;
-  work.state = static_cast<uint8_t*>(queue.scratch(num_slots));
-  work.missing = static_cast<int32_t*>(queue.scratch(a.num_tokens * sizeof(int32_t)));
-  work.group = static_cast<int32_t*>(queue.scratch(num_slots * sizeof(int32_t)));
-  work.room = static_cast<int32_t*>(queue.scratch(num_slots * sizeof(int32_t)));
+  work.state = queue.scratch_of<uint8_t>(num_slots);
+  work.missing = queue.scratch_of<int32_t>(a.num_tokens);
+  work.group = queue.scratch_of<int32_t>(num_slots);
+  work.room = queue.scratch_of<int32_t>(num_slots);
   const unsigned token_blocks = num_blocks(a.num_tokens, kThreads / kWarp);
   prepare_kernel<<<token_blocks, kThreads, 0, queue.stream>>>(work);
   if (status = launched(); status.code != 0) return status;

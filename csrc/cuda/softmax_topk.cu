@@ -149,7 +149,7 @@ __device__ void find_rest(Selection<KeyOf<T>>& s, const Chunk<T>& chunk, int wan
         const KeyOf<T> key = column < chunk.size ? rising_key(widen(chunk.x[column])) : 0;
         const KeyOf<T> sought = pass == 0 ? rising_key(-static_cast<accumulate_t<T>>(INFINITY)) : KeyOf<T>{1};
         const unsigned owners = __ballot_sync(kAllLanes, key == sought);
-        const int at = count + __popc(owners & ((1u << lane_index()) - 1));
+        const int at = count + __popc(owners & lanes_before());
         if (key == sought && at < wanted) s.found[at] = {key, chunk.begin + column};
         count += __popc(owners);
       }
@@ -341,9 +341,9 @@ template <class Key>
 Lists<Key> lists_of(int64_t num_rows, int64_t num_lists, int64_t k, const CudaQueue& queue) {
   Lists<Key> lists{nullptr, nullptr, nullptr, num_lists};
   if (num_lists == 1) return lists;
-  lists.keys = static_cast<Key*>(queue.scratch(num_rows * num_lists * k * sizeof(Key)));
-  lists.columns = static_cast<int32_t*>(queue.scratch(num_rows * num_lists * k * sizeof(int32_t)));
-  lists.sums = static_cast<double*>(queue.scratch(num_rows * num_lists * 2 * sizeof(double)));
+  lists.keys = queue.scratch_of<Key>(num_rows * num_lists * k);
+  lists.columns = queue.scratch_of<int32_t>(num_rows * num_lists * k);
+  lists.sums = queue.scratch_of<double>(num_rows * num_lists * 2);
   return lists;
 }
 

@@ -12,19 +12,16 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) mark_surplus_kernel(int64_t count, int64_t capacity, const uint64_t* keys,
                                                                 const int32_t* slots, uint8_t* is_surplus) {
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t i = grid_warp() * kWarp + lane_index(); i < count; i += num_threads) {
-    is_surplus[slots[i]] = i >= capacity && keys[i - capacity] == keys[i];
-  }
+  each_of_grid(count, [&](int64_t i) { is_surplus[slots[i]] = i >= capacity && keys[i - capacity] == keys[i]; });
 }
 
 }  // namespace
 
 KeyedSlots::KeyedSlots(int64_t num_slots, const CudaQueue& queue) : count(num_slots) {
-  keys = static_cast<uint64_t*>(queue.scratch(count * sizeof(uint64_t)));
-  slots = static_cast<int32_t*>(queue.scratch(count * sizeof(int32_t)));
-  other_keys = static_cast<uint64_t*>(queue.scratch(count * sizeof(uint64_t)));
-  other_slots = static_cast<int32_t*>(queue.scratch(count * sizeof(int32_t)));
+  keys = queue.scratch_of<uint64_t>(count);
+  slots = queue.scratch_of<int32_t>(count);
+  other_keys = queue.scratch_of<uint64_t>(count);
+  other_slots = queue.scratch_of<int32_t>(count);
 }
 
 CudaStatus KeyedSlots::sort(KeyBits bits, const CudaQueue& queue) {
@@ -35,7 +32,7 @@ CudaStatus KeyedSlots::sort(KeyBits bits, const CudaQueue& queue) {
   const CudaStatus status = status_of(cub::DeviceRadixSort::SortPairs(nullptr, bytes, key_buffers, slot_buffers,
                                                                       num_items, bits.begin, bits.end, queue.stream));
   if (status.code != 0) return status;
-  void* const room = queue.scratch(bytes > 0 ? bytes : 1);
+  void* const room = queue.scratch_of<char>(static_cast<int64_t>(bytes));
   const cudaError_t error = cub::DeviceRadixSort::SortPairs(room, bytes, key_buffers, slot_buffers, num_items,
                                                             bits.begin, bits.end, queue.stream);
   keys = key_buffers.Current();

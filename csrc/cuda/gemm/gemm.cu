@@ -2,7 +2,6 @@
 #include "cuda/gemm/gemm.h"
 
 #include <cstdlib>
-#include <initializer_list>
 #include <sstream>
 #include <string>
 
@@ -39,14 +38,6 @@ CudaStatus capability_of(int* capability) {
   return status;
 }
 
-bool are_wide(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes, DType dtype) {
-  for (const void* pointer : pointers)
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  for (const int64_t size : sizes)
-    if (size * element_size(dtype) % 16 != 0) return false;
-  return true;
-}
-
 const char* name_of(GemmKernel kernel) {
   switch (kernel) {
     case GemmKernel::kFma: return "cutlass 2.x simt float32, 128x128x8";
@@ -78,8 +69,8 @@ CudaStatus choose(GemmQuestion question, const CudaQueue& queue, GemmKernel* ker
 
 CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
-  const bool is_wide =
-      are_wide({p.a, p.b, p.bias, p.d}, {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, p.dtype);
+  const bool is_wide = are_multiples(kWideBytes, {p.a, p.b, p.bias, p.d},
+                                     {p.in, p.out, p.a_stride, p.b_stride, p.b_group_stride}, element_size(p.dtype));
   GemmKernel kernel;
   const CudaStatus status = choose(
       {0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kRows, p.in, mean_rows(p)}, queue, &kernel);
@@ -105,7 +96,8 @@ CudaStatus rows_product(const RowsProduct& p, const CudaQueue& queue) {
 
 CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
   if (p.dtype == DType::kFloat64) return no_float64();
-  const bool is_wide = are_wide({p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, p.dtype);
+  const bool is_wide =
+      are_multiples(kWideBytes, {p.a, p.b, p.d}, {p.m, p.n, p.a_stride, p.b_stride}, element_size(p.dtype));
   GemmKernel kernel;
   const CudaStatus status = choose(
       {0, false, false, p.dtype, is_wide, false, GemmProduct::kGroups, mean_rows(p), mean_rows(p)}, queue, &kernel);
@@ -124,9 +116,9 @@ CudaStatus groups_product(const GroupsProduct& p, const CudaQueue& queue) {
 }
 
 CudaStatus up_product(const UpProduct& p, const CudaQueue& queue, bool* is_done) {
-  const bool is_wide =
-      are_wide({p.x, p.b, p.bias, p.preactivation, p.activated},
-               {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride}, p.dtype);
+  const bool is_wide = are_multiples(kWideBytes, {p.x, p.b, p.bias, p.preactivation, p.activated},
+                                     {p.rows.hidden, p.rows.intermediate, p.x_stride, p.b_stride, p.b_group_stride},
+                                     element_size(p.dtype));
   GemmKernel kernel;
   const CudaStatus status =
       choose({0, false, false, p.dtype, is_wide, p.bias != nullptr, GemmProduct::kUp, p.rows.hidden, mean_rows(p.rows)},

@@ -22,8 +22,7 @@ struct ArraysCall {
 
 __global__ void __launch_bounds__(kThreads) native_arrays_kernel(const __grid_constant__ ArraysCall call) {
   const NativeArrays& to = call.arrays;
-  const int64_t num_threads = grid_warps() * kWarp;
-  for (int64_t e = grid_warp() * kWarp + lane_index(); e < to.num_groups; e += num_threads) {
+  each_of_grid(to.num_groups, [&](int64_t e) {
     const int64_t begin = call.groups.bounds[e];
     const int32_t rows = static_cast<int32_t>(call.groups.bounds[e + 1] - begin);
     to.shapes[3 * e] = !call.rows_are_inner ? rows : rows > 0 ? call.m : 0;
@@ -35,15 +34,15 @@ __global__ void __launch_bounds__(kThreads) native_arrays_kernel(const __grid_co
     to.a_strides[e] = call.a_stride;
     to.b_strides[e] = call.b_stride;
     to.d_strides[e] = call.d_stride;
-  }
+  });
 }
 
 // Zeros in units of 16 bytes: behind the last group's rows, or in the results of groups without rows.
 __global__ void __launch_bounds__(kThreads)
     zero_rest_kernel(RowGroups groups, uint4* d, int64_t row_units, int64_t num_rows) {
-  const int64_t end = num_rows * row_units, num_threads = grid_warps() * kWarp;
-  int64_t i = groups.bounds[groups.num_groups] * row_units + grid_warp() * kWarp + lane_index();
-  for (; i < end; i += num_threads) d[i] = uint4{};
+  const int64_t end = num_rows * row_units;
+  int64_t i = groups.bounds[groups.num_groups] * row_units + grid_thread();
+  for (; i < end; i += grid_threads()) d[i] = uint4{};
 }
 // Column y of the grid takes a part of every group's result: a few empty experts would else be a block's work each.
 __global__ void __launch_bounds__(kThreads) zero_empty_kernel(RowGroups groups, uint4* d, int64_t group_units) {
@@ -54,20 +53,15 @@ __global__ void __launch_bounds__(kThreads) zero_empty_kernel(RowGroups groups, 
   }
 }
 
-template <class T>
-T* array_of(const CudaQueue& queue, int64_t count) {
-  return static_cast<T*>(queue.scratch(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)));
-}
-
 CudaStatus fill(ArraysCall call, const CudaQueue& queue, NativeArrays* arrays) {
   const int64_t groups = call.groups.num_groups;
-  arrays->shapes = array_of<int32_t>(queue, 3 * groups);
-  arrays->a = array_of<const void*>(queue, groups);
-  arrays->b = array_of<const void*>(queue, groups);
-  arrays->d = array_of<void*>(queue, groups);
-  arrays->a_strides = array_of<int64_t>(queue, groups);
-  arrays->b_strides = array_of<int64_t>(queue, groups);
-  arrays->d_strides = array_of<int64_t>(queue, groups);
+  arrays->shapes = queue.scratch_of<int32_t>(3 * groups);
+  arrays->a = queue.scratch_of<const void*>(groups);
+  arrays->b = queue.scratch_of<const void*>(groups);
+  arrays->d = queue.scratch_of<void*>(groups);
+  arrays->a_strides = queue.scratch_of<int64_t>(groups);
+  arrays->b_strides = queue.scratch_of<int64_t>(groups);
+  arrays->d_strides = queue.scratch_of<int64_t>(groups);
   arrays->num_groups = static_cast<int>(groups);
   call.arrays = *arrays;
   native_arrays_kernel<<<num_blocks(groups, kThreads), kThreads, 0, queue.stream>>>(call);

@@ -67,7 +67,7 @@ struct NativeProduct {
     }
     Gemm gemm;
     const size_t bytes = Gemm::get_workspace_size(arguments);
-    void* const workspace = queue.scratch(bytes > 0 ? bytes : 1);
+    void* const workspace = queue.scratch_of<char>(static_cast<int64_t>(bytes));
     cutlass::Status done = gemm.initialize(arguments, workspace, queue.stream);
     if (done == cutlass::Status::kSuccess) done = gemm.run(queue.stream);
     status = launched();

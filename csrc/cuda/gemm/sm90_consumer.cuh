@@ -22,6 +22,7 @@ struct Sm90Consumer {
   int warp = static_cast<int>(threadIdx.x) % C::kGroupThreads / kWarp, lane = lane_index();
   int own = group * C::kGroupWarps + warp;  // among the warps of both
 
+  // For the warp: waiting for wgmma is one instruction of all its lanes.
   __device__ void release(int stage) const {
     if (lane == 0) shared.empty[stage].arrive();
   }
@@ -121,10 +122,10 @@ struct Sm90Consumer {
       if (warp_row < num_rows) {
         const T* const bias = call.p.bias != nullptr ? shared.bias[count] : nullptr;
         shared.staged_empty[own].wait(staged_phase ^ 1);
+        if (lane == 0) shared.staged_loaded[own] = shared.loaded[count][warp_row / kWarp] >> warp_row % kWarp;
         if (call.p.scales_input || bias != nullptr) stage<false>(sums, weights, bias);
         else stage<true>(sums, weights, bias);
-        __syncwarp();
-        if (lane == 0) shared.staged_full[own].arrive();
+        shared.staged_full[own].arrive();
         staged_phase ^= 1;
       }
     }
@@ -222,7 +223,7 @@ struct Sm90Finisher {
     const ExpertRows& rows = call.p.rows;
     unsigned phases = 0;  // a bit a warp
     Sm90Tile tile = Sm90Tile::at(call, blockIdx.x, 0);
-    for (int count = 0; tile.num_rows > 0; count = count + 1 == C::kTiles ? 0 : count + 1) {
+    while (tile.num_rows > 0) {
       const Sm90Tile next = tile.next(call);
 #pragma unroll 1
       for (int warp = 0; warp < C::kGroupWarps; ++warp) {
@@ -234,13 +235,12 @@ struct Sm90Finisher {
         if (call.p.activated == nullptr) {
           copy(shared.staged[own], tile, at, num_rows);
         } else {
-          const unsigned has_slot = shared.loaded[count][first_row / kWarp] >> first_row % kWarp;
-          if (const unsigned missing = ~has_slot & ((1u << num_rows) - 1)) clear(shared.staged[own], missing);
+          const unsigned missing = ~shared.staged_loaded[own] & ((1u << num_rows) - 1);
+          if (missing != 0) clear(shared.staged[own], missing);
           dispatch_activation(rows.activation,
                               [&](auto f) { finish<decltype(f)>(shared.staged[own], tile, at, num_rows); });
         }
-        __syncwarp();
-        if (lane == 0) shared.staged_empty[own].arrive();
+        shared.staged_empty[own].arrive();
         phases ^= 1u << warp;
       }
       tile = next;

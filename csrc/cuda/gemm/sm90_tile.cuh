@@ -76,8 +76,8 @@ struct Sm90Up {
                          cute::Step<cute::_2, cute::_1, cute::_3>>{}));
 
   // Tiles of which something is kept. Where the inner dimension is one stage: that whose rows are looked up, kStages on
-  // the way or multiplied, one that becomes pre-activations, one that is activated.
-  static constexpr int kTiles = kStages + 3;
+  // the way or multiplied, one that becomes pre-activations.
+  static constexpr int kTiles = kStages + 2;
 
   struct alignas(1024) Shared {
     Element a[kStages][kRows * kInner];
@@ -86,6 +86,7 @@ struct Sm90Up {
     T bias[kTiles][kColumns];
     Sm90Tile tiles[kTiles];
     uint32_t loaded[kTiles][kRows / kWarp];  // rows that have a slot, a bit each
+    uint32_t staged_loaded[kConsumerWarps];  // the same of the rows in `staged`
     Barrier full[kStages], empty[kStages];
     Barrier staged_full[kConsumerWarps], staged_empty[kConsumerWarps];
   };

@@ -212,8 +212,7 @@ CudaStatus up_product_with(const UpProduct& p, const CudaQueue& queue) {
   using C = UpCollective<Element, LayoutB, kAccess>;
   const int tile_columns = p.rows.is_gated ? C::kTileCols / 2 : C::kTileCols;
   const int64_t col_tiles = ceil_div(p.rows.intermediate, tile_columns);
-  const bool stores_packs = p.rows.intermediate % (16 / sizeof(T)) == 0 && is_multiple_of_16(p.activated) &&
-                            is_multiple_of_16(p.preactivation);
+  const bool stores_packs = are_multiples(kWideBytes, {p.activated, p.preactivation}, {p.rows.intermediate}, sizeof(T));
   const UpCall<T, C> call{typename C::ParamsA(cutlass::layout::RowMajor(p.x_stride)),
                           typename C::ParamsB(LayoutB(p.b_stride)),
                           p,

@@ -1,5 +1,7 @@
 // The kernels of plan_dispatch as a build without NDEBUG has them: prints what ids and scopes in and out of range give.
 #include "cuda/plan_dispatch.cu"
+#include "cuda/plan_limits.cu"
+#include "cuda/plan_walk.cu"
 
 #include <cstdio>
 #include <vector>

@@ -71,7 +71,7 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
-        "gate.cu",
+        "gate_general.cuh",
         ONE_LANE,
         (
             "if (own_lane() == 0) { group_keys_[g] = key;",
@@ -81,7 +81,7 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
-        "gate.cu",
+        "gate_general.cuh",
         FIRST_TURN,
         (
             "for (int begin = 0; begin < c_.num_columns; begin += part) {",
@@ -90,16 +90,21 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
-        "gate.cu",
+        "gate_general.cuh",
         "scores under noise have a place whenever they are formed",
         ("if (out != nullptr) out[i] = e;",),
+    ),
+    Harmless(
+        "guard",
+        "gate_general.cuh",
+        "clears memory that nobody reads in this call",
+        ("if (c_.counts_groups) { for (int g = own_lane()",),
     ),
     Harmless(
         "guard",
         "gate.cu",
         "clears memory that nobody reads in this call; a loop without a turn; adds a zero",
         (
-            "if (c_.counts_groups) { for (int g = own_lane()",
             "if (call.tile_sums != nullptr) { for (int e",
             "if (num_counts == 0) return;",
             "if (demand[e] != 0) atomicAdd",
@@ -174,28 +179,42 @@ HARMLESS = (
     ),
     Harmless(
         "guard",
-        "plan_dispatch.cu",
+        "plan_walk.cu",
+        ONE_LANE,
+        ("if (lane_index() == 0) totals[e] = before;",),
+    ),
+    Harmless(
+        "guard",
+        "plan_walk.cu",
+        FIRST_TURN,
+        ("for (int64_t first = 0; first < work.num_tiles; first += kWarp) {",),
+    ),
+    Harmless(
+        "guard",
+        "plan_walk.cu",
+        "counters that lie in the column are copied to themselves",
+        ("if (kWalk == Walk::kCount && in_shared) {",),
+    ),
+    Harmless(
+        "guard",
+        "plan_limits.cu",
         ONE_LANE,
         (
-            "if (lane_index() == 0) totals[e] = before;",
             "if (lane_index() == 0) work.tile_used[tile] = used;",
             "if (lane_index() == 0) *first_cut =",
         ),
     ),
     Harmless(
         "guard",
-        "plan_dispatch.cu",
+        "plan_limits.cu",
         FIRST_TURN,
-        (
-            "for (int64_t first = 0; first < work.num_tiles; first += kWarp) {",
-            "while (tile < work.num_tiles && work.tile_used[tile] <= room)",
-        ),
+        ("while (tile < work.num_tiles && work.tile_used[tile] <= room)",),
     ),
     Harmless(
         "guard",
-        "plan_dispatch.cu",
-        "counters that lie in the column are copied to themselves",
-        ("if (kWalk == Walk::kCount && in_shared) {",),
+        "plan_work.cuh",
+        "without alignment no row lies between two experts' rows",
+        ("for (int64_t e = grid_warp(); a.align > 1 && e < a.num_experts;",),
     ),
     Harmless(
         "guard",
@@ -244,12 +263,6 @@ HARMLESS = (
             "const int32_t expert = work.expert_of(row + column); a.choice[at]",
             "for (int64_t other = 0; may_ask && other < column; ++other) may_ask",
         ),
-    ),
-    Harmless(
-        "guard",
-        "reroute.cu",
-        "the compiler's four turns at once of a loop that has one: a launch has a thread a slot",
-        ("const int64_t token = by_score ? i / num_columns",),
     ),
     Harmless(
         "guard", "softmax.cu", ONE_LANE, ("if (lane_index() == 0) warp_sums[turn][warp_index()] =",)

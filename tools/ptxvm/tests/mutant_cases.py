@@ -33,6 +33,13 @@ def scopes_of(num_tokens: int, num_scopes: int) -> tuple[torch.Tensor, torch.Ten
     return scopes, (scopes < 0) | (scopes >= num_scopes)
 
 
+def apart_in_float64(values: torch.Tensor) -> torch.Tensor:
+    """Of float64 few values, of which the later are larger by less than a float sees."""
+    if values.dtype != torch.float64:
+        return values
+    return (4 * values).round() + 1e-12 * torch.arange(len(values))[:, None]
+
+
 def plan(
     num_tokens: int,
     num_experts: int,
@@ -58,7 +65,9 @@ def plan(
     clean = experts.clone()
     clean[(experts < 0) | (experts >= num_experts)] = -1
     if options.get("drop_policy") == "score":
-        options["weights"] = torch.rand(num_tokens, 2, generator=generator).to(weights)
+        chosen_by = torch.rand(num_tokens, 2, generator=generator).to(weights)
+        options["weights"] = apart_in_float64(chosen_by)
+        options["weights"][9::40] = torch.nan  # goes last
     made_with = dict(options)
     if "num_scopes" in options:
         made_with["scope_ids"], is_stray = scopes_of(num_tokens, options["num_scopes"])
@@ -242,7 +251,9 @@ def reroute(
 
 
 def expert_choice(num_scopes: int, dtype: torch.dtype = torch.float32) -> None:
-    scores = random(300, 7).to(dtype).requires_grad_()
+    scores = apart_in_float64(random(300, 7).to(dtype))
+    scores[9::40] = torch.nan  # goes last
+    scores.requires_grad_()
     options, made_with = {}, {}
     if num_scopes > 1:
         scopes, is_stray = scopes_of(300, num_scopes)
@@ -285,6 +296,9 @@ CASES: dict[str, Case] = {
     ),
     "plan, by score in bfloat16": partial(
         plan, 300, 8, capacity=20, drop_policy="score", weights=torch.bfloat16
+    ),
+    "plan, by score in float16": partial(
+        plan, 300, 8, capacity=20, drop_policy="score", weights=torch.float16
     ),
     "plan, max_rows": partial(plan, 700, 8, max_rows=500),
     "plan, max_rows, int32": partial(plan, 700, 8, max_rows=500, ids=torch.int32),
@@ -415,6 +429,7 @@ CASES: dict[str, Case] = {
     "reroute, int64": partial(
         reroute, 90, 5, 20, ids=torch.int64, weights=torch.bfloat16, drop_policy="score"
     ),
+    "reroute, int64, scopes": partial(reroute, 90, 5, 9, ids=torch.int64, num_scopes=3),
     "expert_choice": partial(expert_choice, 1),
     "expert_choice, scopes": partial(expert_choice, 3),
     "expert_choice, float64": partial(expert_choice, 1, torch.float64),
