@@ -7,9 +7,9 @@
 // Tiles of up to kOuterRows rows by kOuterVecs vectors. Rows are packed, widened to float, as [tile][k][row]. For more
 // rows than a tile holds, 128 by 64 weights become a 32 KB panel first: rows of a weight matrix lie a power of two
 // apart and would evict each other from the caches. The first tile writes the panel from the vectors it multiplies, in
-// the shadow of its products. Meanwhile the weights of the next block of k come to L2, kOuterSpan outputs at a time:
-// rows as long as that let the processor fetch ahead by itself, too. Few rows read the weights once, in place, in runs
-// as long as their rows: 8 elements of k at a time sweep over 512 outputs whose sums wait in L1.
+// the shadow of its products. Meanwhile the weights of the next block of k come to L2, kOuterSpan outputs at a time.
+// Few rows read the weights once, in place, in runs as long as their rows: 8 elements of k at a time sweep over 512
+// outputs whose sums wait in L1.
 #pragma once
 
 #include "cpu/gemm/tile.h"
