@@ -18,16 +18,27 @@ int64_t cache_bytes_kept() {
   return kept;
 }
 
-int64_t cached_result_bytes() {
-  static const int64_t kept = [] {
+int64_t level2_cache_bytes() {
+  static const int64_t size = [] {
     int64_t bytes = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
     bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
     constexpr int64_t kUnknown = int64_t{1} << 20;
-    return (bytes <= 0 ? kUnknown : bytes) / 2;
+    return bytes <= 0 ? kUnknown : bytes;
   }();
-  return kept;
+  return size;
 }
+
+bool prefetch_waits_for_page() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
+int64_t cached_result_bytes() { return level2_cache_bytes() / 2; }
 
 }  // namespace fastmoe_route

@@ -9,8 +9,14 @@ namespace fastmoe_route {
 // as 32 MB at most (larger ones serve many cores) and as 11 MB where its size is unknown.
 int64_t cache_bytes_kept();
 
-// The largest result that is better left in the caches than written around them: half a second-level cache, counted as
-// 512 KB where its size is unknown.
+// Size of a core's second-level cache, 1 MB where it is unknown.
+int64_t level2_cache_bytes();
+
+// Whether a prefetch into the second-level cache stands still until the address of its page is found: Zen 4 does, Intel
+// goes on (both measured).
+bool prefetch_waits_for_page();
+
+// The largest result that is better left in the caches than written around them: half a second-level cache.
 int64_t cached_result_bytes();
 
 }  // namespace fastmoe_route

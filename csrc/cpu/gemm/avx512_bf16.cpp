@@ -51,6 +51,7 @@ struct PairMath {
   static constexpr int kVectors = 1;
   static constexpr int64_t kSpread = 1;
   static constexpr bool kWidens = false;
+  static constexpr int64_t kStreamAhead = 2048;
   static constexpr int64_t kMaxBlock = 2048;
 
   static __m512i load(const BFloat16* p, int) { return _mm512_loadu_si512(p); }

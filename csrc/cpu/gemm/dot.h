@@ -14,6 +14,7 @@
 // through the weights once, in two to four long streams, at the speed of memory.
 #pragma once
 
+#include "common/cache.h"
 #include "common/workspace.h"
 #include "cpu/gemm/tile.h"
 
@@ -25,18 +26,20 @@ constexpr int kDotStreamRows = kVectorRegisters == 32 ? 12 : kDotRows;
 constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that stay in L1 while streams pass
 // Weights whose block of k stays in L2 while all rows pass; half of it, two blocks. With the panel fetched meanwhile
 // that is a quarter of an L2 of 1 MB: pages of 4 KB lie in it by chance, and fuller it loses lines before their use.
-constexpr int64_t kDotPanel = 32;
+// An L2 of 2 MB holds twice as many.
+constexpr int64_t kDotPanel = 32, kDotMaxPanel = 64;
+constexpr int64_t kDotLargeLevel2 = int64_t{2} << 20;
 constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
 // Rows from which a widened copy of a panel costs less than widening in every tile.
 constexpr int64_t kDotWidenRows = 72;
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
-// page's address, so pages are touched ahead. Where rows take arithmetic as well, every line is fetched.
+// page's address, so pages are touched ahead. Every line is fetched where rows take arithmetic as well, or where that
+// does not wait for pages.
 constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
-constexpr int64_t kDotStreamAhead = 2048;
 
-// Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, one after the
-// other in a lane; packed rows are [step][vector][row][lane].
+// Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, which a lane adds
+// one after the other; packed rows are [step][vector][row][lane].
 template <class T>
 struct WidenedMath {
   using Element = T;
@@ -44,8 +47,9 @@ struct WidenedMath {
   using Value = Vec;
   static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a step
   static constexpr int kVectors = 1;
-  static constexpr int64_t kSpread = 1;   // steps of weights lie kSpread kStep elements apart
-  static constexpr bool kWidens = false;  // whether many rows want their weights widened before
+  static constexpr int64_t kSpread = 1;          // steps of weights lie kSpread kStep elements apart
+  static constexpr bool kWidens = false;         // whether many rows want their weights widened before
+  static constexpr int64_t kStreamAhead = 2048;  // bytes from what few rows multiply to what they fetch
   static constexpr int64_t kMaxBlock = 1024;
 
   static Vec load(const T* p, int) { return Vec::load(p); }
@@ -75,10 +79,12 @@ struct WidenedMath<BFloat16> {
   static constexpr int kVectors = 2;
   static constexpr int64_t kSpread = 1;
   static constexpr bool kWidens = true;
+  static constexpr int64_t kStreamAhead = 1024;
   static constexpr int64_t kMaxBlock = 1024;
 
-  static Vec load(const BFloat16* p, int vector) { return Vec::load_alternate(p, 1 - vector); }
-  static Vec load(const BFloat16* p, int vector, int count) { return Vec::load_alternate(p, 1 - vector, count); }
+  static Vec load(const BFloat16* p, int vector, int count = kStep) {
+    return Vec::load_alternate(p, 1 - vector, count);
+  }
   static Vec load_packed(const float* p) { return Vec::load(p); }
   static Vec add_products(Vec row, Vec weight, Vec sum) { return fma(row, weight, sum); }
   static void keep(Vec& value) { keep_in_register(value); }
@@ -93,8 +99,7 @@ struct WidenedMath<BFloat16> {
       if (count > L) row.load(q + L, count - L).store(scaled + L);
       elements = scaled;
     }
-    for (int v = 0; v < kVectors; ++v)
-      (count == kStep ? load(elements, v) : load(elements, v, count)).store(to + v * apart);
+    for (int v = 0; v < kVectors; ++v) load(elements, v, count).store(to + v * apart);
   }
 };
 
@@ -169,7 +174,7 @@ enum class DotFetch {
   kPanel,  // `lines` lines of `later` per kDotSegment steps of k, because one burst would fill the queue to memory; and
            // the results' lines. The processor brings the tile's weights from L2 to L1 in time by itself.
   kNone,
-  kStream  // every line, kDotStreamAhead bytes on
+  kStream  // every line, Math::kStreamAhead bytes on
 };
 
 template <int R, int C, DotFetch kFetch, class Math>
@@ -207,7 +212,7 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
         for (int j = 0; j < C; ++j) {
           weights[j] = Math::load(w[j] + q * Math::kSpread, v);
           Math::keep(weights[j]);
-          if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + kDotStreamAhead);
+          if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + Math::kStreamAhead);
         }
         step(weights, a + (q + v * kLane) * R);
       }
@@ -275,6 +280,8 @@ struct DotProblem {
   float* c;
   int64_t c_stride;
   int64_t block;                        // elements of k in a block: whole vectors, a function of k alone
+  int64_t panel;                        // weights of a panel of one block
+  int64_t panel_blocks;                 // blocks of k that a panel holds, at most
   const typename Math::Element* after;  // weights that come after these, or null
 };
 
@@ -291,7 +298,7 @@ inline int64_t dot_block(int64_t k) {
 
 // All of k for two to four weights at a time that lie far apart: long streams keep one core's memory reads busy. The
 // first pages of the streams that come after are touched kTouchAfter steps before the end.
-template <int R, class Math>
+template <int R, DotFetch kFetch, class Math>
 void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   constexpr int C = dot_stream_cols(R);
   constexpr int64_t kTouchAfter = 4;
@@ -324,13 +331,13 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
       const typename Math::Element* block[C];
       for (int i = 0; i < C; ++i) block[i] = w[i] + q;
       out.add = q > 0;
-      dot_tile<R, C, R <= 2 ? DotFetch::kNone : DotFetch::kStream, Math>(p.a + q * R, block, depth, none, 0, out);
+      dot_tile<R, C, kFetch, Math>(p.a + q * R, block, depth, none, 0, out);
     }
   }
 }
 
-// The weights of a panel as tiles read them: those of column j, a multiple of kDotCols, start at first + j * column,
-// its neighbours' lie `neighbour` elements further each.
+// The weights of a panel as tiles read them: column j, a multiple of kDotCols, starts at first + j * column, and its
+// neighbours `neighbour` elements further each.
 template <class Math>
 struct DotColumns {
   const typename Math::Element* first;
@@ -342,7 +349,8 @@ template <class Math>
 DotColumns<PanelMath> widen_panel(const typename Math::Element* w, int64_t w_stride, int64_t columns, int64_t depth) {
   constexpr int L = Vec::kLanes;
   const int64_t padded = round_up(depth, Math::kStep);
-  float* const panel = static_cast<float*>(scratch(Scratch::kMicroKernel, kDotPanel * Math::kMaxBlock * sizeof(float)));
+  float* const panel =
+      static_cast<float*>(scratch(Scratch::kMicroKernel, kDotMaxPanel * Math::kMaxBlock * sizeof(float)));
   for (int64_t j = 0; j < columns; ++j, w += w_stride) {
     float* to = panel + j / kDotCols * kDotCols * padded + j % kDotCols * L;
     int64_t q = 0;
@@ -387,13 +395,19 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
 // Weights of a panel that is `depth` elements of k deep.
 template <class Math>
 inline int64_t dot_panel_columns(const DotProblem<Math>& p, int64_t depth) {
-  return depth > p.block ? kDotPanel / 2 : kDotPanel;
+  return depth > p.block ? p.panel / 2 : p.panel;
 }
-// Elements of k, from q on, that a panel holds: two blocks, because rows of 4 KB that lie 8 KB apart would share half
-// of the sets of L2.
+// Blocks of k in a panel of m rows: two, because rows of 4 KB that lie 8 KB apart would share half of the sets of L2;
+// but every panel reads all rows again, and from an L2 of 2 MB one block of many rows comes faster than two from L3.
+template <class Math>
+inline int64_t dot_panel_blocks(int64_t m, int64_t block) {
+  const int64_t rows_bytes = 2 * m * block * static_cast<int64_t>(sizeof(typename Math::Packed));
+  return level2_cache_bytes() >= kDotLargeLevel2 && rows_bytes > level2_cache_bytes() / 4 ? 1 : 2;
+}
+// Elements of k, from q on, that a panel holds.
 template <class Math>
 inline int64_t dot_panel_depth(const DotProblem<Math>& p, int64_t q) {
-  return p.k - q < 2 * p.block ? p.k - q : 2 * p.block;
+  return p.k - q < p.panel_blocks * p.block ? p.k - q : p.panel_blocks * p.block;
 }
 
 // Panels of weights, elements [begin, begin + depth) of k, against all rows.
@@ -432,7 +446,7 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
 // Blocks of k, then panels of weights: the rows' blocks and the panel share L2.
 template <class Math>
 void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
-  for (int64_t q = 0; q < p.k; q += 2 * p.block) dot_panels(p, m, q, dot_panel_depth(p, q));
+  for (int64_t q = 0; q < p.k; q += p.panel_blocks * p.block) dot_panels(p, m, q, dot_panel_depth(p, q));
 }
 
 template <class Math>
@@ -447,9 +461,16 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
                                  static_cast<float*>(c),
                                  c_stride,
                                  dot_block<Math>(k),
+                                 level2_cache_bytes() >= kDotLargeLevel2 ? kDotMaxPanel : kDotPanel,
+                                 2,
                                  static_cast<const Element*>(after)};
   if (dot_is_stream<Math>(m, k))
-    return with_stream_tile(m, [&](auto count) { dot_few_rows<decltype(count)::value>(problem, m); });
+    return with_stream_tile(m, [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      if constexpr (R <= 2)
+        if (prefetch_waits_for_page()) return dot_few_rows<R, DotFetch::kNone>(problem, m);
+      dot_few_rows<R, DotFetch::kStream>(problem, m);
+    });
   const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = m * b / blocks;
@@ -457,7 +478,9 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
     part.a += first * padded;
     part.c += first * c_stride;
     if (b + 1 < blocks) part.after = part.w;
-    dot_many_rows(part, m * (b + 1) / blocks - first);
+    const int64_t rows = m * (b + 1) / blocks - first;
+    part.panel_blocks = dot_panel_blocks<Math>(rows, part.block);
+    dot_many_rows(part, rows);
   }
 }
 

@@ -43,15 +43,12 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
     return load(lanes);
   }
-  static Vec load_alternate(const BFloat16* p, int odd) {
+  static Vec load_alternate(const BFloat16* p, int odd, int n = 2 * kLanes) {
+    BFloat16 whole[2 * kLanes] = {};
+    if (n < 2 * kLanes) p = static_cast<const BFloat16*>(std::memcpy(whole, p, n * sizeof(BFloat16)));
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_castsi256_ps(odd != 0 ? _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000))
                                          : _mm256_slli_epi32(pairs, 16))};
-  }
-  static Vec load_alternate(const BFloat16* p, int odd, int n) {
-    BFloat16 pairs[2 * kLanes] = {};
-    std::memcpy(pairs, p, n * sizeof(BFloat16));
-    return load_alternate(pairs, odd);
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits()); }

@@ -47,11 +47,11 @@ struct Vec {
     const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
     return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), _mm512_cvtph_ps(bits))};
   }
-  // Every other one of 2 kLanes elements, from element `odd` (0 or 1) on; with n only the first n elements exist, the
-  // rest are zeros and not touched.
-  static Vec load_alternate(const BFloat16* p, int odd) { return {alternate(_mm512_loadu_si512(p), odd)}; }
-  static Vec load_alternate(const BFloat16* p, int odd, int n) {
-    return {alternate(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1u : ~0u, p), odd)};
+  // Every other one of n elements, from element `odd` (0 or 1) on; the rest are zeros. Memory past n is not touched.
+  static Vec load_alternate(const BFloat16* p, int odd, int n = 2 * kLanes) {
+    const __m512i pairs = n < 2 * kLanes ? _mm512_maskz_loadu_epi16((1u << n) - 1u, p) : _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(odd != 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000))
+                                         : _mm512_slli_epi32(pairs, 16))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits()); }
@@ -119,10 +119,6 @@ struct Vec {
   }
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-  static __m512 alternate(__m512i pairs, int odd) {
-    return _mm512_castsi512_ps(odd != 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000))
-                                        : _mm512_slli_epi32(pairs, 16));
-  }
   __m256i bf16_bits() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
