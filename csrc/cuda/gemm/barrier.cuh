@@ -15,8 +15,8 @@ __device__ inline void store_shared(unsigned address, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
-// Completes a phase when all arrivals of it, and all bytes it was told of, are there; phases alternate in parity. What a
-// thread did before it arrived comes before what another does after it waited.
+// Completes a phase when all arrivals of it, and all bytes it was told of, are there; phases alternate in parity. What
+// a thread did before it arrived comes before what another does after it waited.
 class Barrier {
  public:
   __device__ void init(unsigned arrivals) {
