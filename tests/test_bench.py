@@ -335,6 +335,12 @@ class TestLimits:
         with pytest.raises(RuntimeError, match=message):
             call(torch.ops.fastmoe_route)
 
+    def test_a_peak_that_torch_beats_is_measured_again(self):
+        limits = Limits(quick=True, peak={"float32": 1.0, "bfloat16": 1e18})
+        limits.probe_torch()
+        assert limits.peak["float32"] > 1e8
+        assert limits.peak["bfloat16"] == 1e18
+
     def test_what_binds(self):
         limits = tiny_limits()
         assert limits.floor(10**10, 1.0, "float32", cached=False) == (1.0, "memory")

@@ -153,6 +153,42 @@ def test_plain_rows_of_every_width(dtype, num_experts):
     assert_bound(got, exact, 1e-5 + torch.finfo(dtype).eps * exact.abs())
 
 
+@pytest.mark.parametrize("num_experts", [3, 8, 16, 24, 64, 300])
+def test_statistics_of_rows_of_every_range(num_experts, threads):
+    """Rows whose scores may be subnormal are added apart from the others."""
+    spread = torch.tensor([1.0, 63.0, 65.0, 90.0, 100.0, 150.0, 1.0, 2.0, 1000.0]).repeat(33)[:290]
+    logits = cases.normal(290, num_experts, seed=num_experts).sigmoid() * spread[:, None]
+    logits[::17, 0] = -torch.inf
+    case = {"logits": logits, "top_k": min(8, num_experts), "stats": True}
+    for rows in (logits, logits[3:4], logits[5:6]):
+        check_against_reference(case | {"logits": rows})
+        few = fr.gate(rows, case["top_k"])
+        assert_exact(few.weights, fr.gate(rows, case["top_k"], stats=True).weights)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(fr.gate(**case))
+    for one, other in zip(*results, strict=True):
+        if one is not None:
+            assert_exact(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 9, 16, 17, 31, 32, 255, 256, 272, 512])
+def test_plain_choice_of_few_and_of_many_experts(num_experts, dtype):
+    """Rows that a short list holds, and rows whose chosen logits are gathered, with ties."""
+    logits = cases.normal(70, num_experts, seed=num_experts).to(dtype)
+    logits[::3] = (logits[::3] * 2).round() / 2
+    logits[1::5, : num_experts // 2] = 0.5
+    logits[2::7, num_experts // 3] = -torch.inf
+    ranked = logits.sort(dim=-1, descending=True, stable=True).indices.int()
+    for top_k in {min(k, num_experts) for k in (1, 2, 8, 9, 16)}:
+        experts = fr.gate(logits, top_k, normalize=True).experts
+        is_chosen = experts >= 0
+        assert_exact(experts[is_chosen], ranked[:, :top_k][is_chosen])
+        assert (logits.gather(1, ranked[:, :top_k].long())[~is_chosen] == -torch.inf).all()
+
+
 def test_bounds_can_fail():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     routing = fr.gate(logits, 4, stats=True)

@@ -395,6 +395,18 @@ def test_errors(change, kind, message):
         fr.grouped_mm(arguments["x"], arguments["w"], arguments["offsets"], bias=arguments["bias"])
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("change", ["x", "w", "offsets"])
+def test_meta_tensors_have_to_fit(change: str) -> None:
+    sizes = {"x": (3, 4), "w": (2, 4, 5), "offsets": (3,)}
+    x, w, offsets = (torch.zeros(size, device="meta") for size in sizes.values())
+    assert fr.grouped_mm(x, w, offsets.int()).shape == (3, 5)
+    sizes[change] = tuple(size + 1 for size in sizes[change])
+    x, w, offsets = (torch.zeros(size, device="meta") for size in sizes.values())
+    with pytest.raises(ValueError, match="grouped_mm: "):
+        fr.grouped_mm(x, w, offsets.int())
+
+
 def test_the_bare_operators_check_too():
     ops = torch.ops.fastmoe_route
     x, w, offsets = torch.zeros(3, 4), torch.zeros(2, 4, 5), torch.tensor([0, 1, 3]).int()

@@ -355,6 +355,16 @@ def test_layer_compiles_as_one_graph_without_recompiling():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("router", ["deepseek_v3", "soft_moe"])
+def test_a_layer_without_losses_compiles_in_training(router):
+    """Dynamo took the empty `values()` of its losses for true and unpacked nothing."""
+    layer, x = fr.nn.MoE(16, 8, 4, router=router).train(), torch.randn(2, 6, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+    assert layer.aux_loss.item() == 0
+
+
 def test_a_training_step_survives_the_passes_of_inductor():
     """They take away additions of 0 and copies, which may make two results one tensor."""
 

@@ -123,10 +123,17 @@ def test_unknown_level_is_an_error_that_lists_the_levels() -> None:
     assert f"{rule}, got sse9" in done.stdout + done.stderr
 
 
-def test_empty_level_means_the_best() -> None:
+def test_empty_level_means_the_fastest() -> None:
     program = "import fastmoe_route, torch; print(torch.ops.fastmoe_route.machine_info())"
+    best = library_info()["best_level"]
+    # Intel's bfloat16 products without AMX are slower than float32.
+    fastest = "avx512" if best == "avx512_bf16" and is_intel() else best
     done = run(program, FASTMOE_ROUTE_ISA="")
-    assert f"level={library_info()['best_level']};" in done.stdout
+    assert f"level={fastest};" in done.stdout
+
+
+def is_intel() -> bool:
+    return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 # ---- the library -------------------------------------------------------------------------------

@@ -71,6 +71,24 @@ def test_exp_over_its_range(backend: str, method: str) -> None:
     check(fr.softmax(x.to(backend), method=method), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_every_range(backend: str, method: str, dtype: torch.dtype) -> None:
+    """Rows whose exponentials may be subnormal are computed apart; -inf is far from all numbers."""
+    for size in (5, 16, 37, 256, 300, 4099):
+        spread = torch.tensor([1.0, 60.0, 63.9, 64.1, 80.0, 88.0, 100.0, 120.0, 400.0, 3000.0])
+        generator = torch.Generator().manual_seed(size)
+        x = torch.rand(10, size, generator=generator) * spread[:, None] - 7.0
+        x[:, -1], x[:, -2] = -7.0, spread - 7.0
+        for rows in (x, x.masked_fill(torch.rand(10, size, generator=generator) < 0.3, -INF)):
+            rows = rows.to(dtype)
+            y = fr.softmax(rows.to(backend), method=method).cpu()
+            check(y, rows)
+            assert (y[rows == -INF] == 0).all()
+            alone = [fr.softmax(row[None].to(backend), method=method).cpu() for row in rows]
+            assert_exact(torch.cat(alone), y)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_long_row_of_equal_values_loses_nothing(backend: str, method: str) -> None:
     size = 3_000_001
@@ -263,7 +281,7 @@ def test_streamed_output_has_the_same_bits(backend: str) -> None:
 @pytest.mark.parametrize("level", LEVELS[:3])
 def test_every_instruction_set(level: str) -> None:
     """A short subset."""
-    chosen = "test_within_the_bound or test_exp_over or test_special or test_literals"
+    chosen = "test_within or test_exp_over or test_special or test_literals or test_rows_of"
     run_python(level, "-m", "pytest", "-q", "-x", __file__, "-k", chosen)
 
 
@@ -338,6 +356,8 @@ def test_out_is_x_itself_or_apart_from_it(backend: str, method: str) -> None:
         ({"out": torch.ones(3)}, ValueError, r"softmax: out must have shape \[2, 3\]"),
         ({"out": torch.ones(3, 2).T}, ValueError, "softmax: out must be contiguous"),
         ({"out": torch.ones(2, 3).double()}, TypeError, "softmax: out must be float32"),
+        ({"out": torch.ones(2, 3, device="meta")}, ValueError, "out must be on cpu, got meta"),
+        ({"x": torch.ones(2, 3, device="meta"), "out": torch.ones(2, 3)}, ValueError, "be on meta"),
         ({"out": torch.ones(2, 3, requires_grad=True)}, RuntimeError, "softmax: out must not be"),
     ],
 )

@@ -66,7 +66,7 @@ def test_the_check_has_power(backend: str) -> None:
     assert_has_power(lambda v: check_values(v, x, indices.cpu()), values.cpu())
 
 
-@pytest.mark.parametrize("k", [1, 5, 64])
+@pytest.mark.parametrize("k", [1, 5, 33, 64])
 def test_orders_and_ties(backend: str, k: int) -> None:
     size = 20000
     rising = torch.arange(size) * 1e-3

@@ -110,6 +110,23 @@ def test_marginal(backend: str) -> None:
     assert_bound(times_five, plan, PLAN_ERROR)
 
 
+def test_a_marginal_of_zero_gives_the_expert_nothing(backend: str) -> None:
+    """Its column kept its unscaled entries, and the gradient of others went with it."""
+    scores = scores_of(50, 4).double().to(backend).requires_grad_()
+    options = {"iters": 200, "temperature": 0.3}
+    marginal = torch.tensor([1.0, 0.0, 3.0, 4.0], dtype=torch.float64, device=backend)
+    plan = fr.transport(scores, "sinkhorn", marginal=marginal, **options)
+    others = scores.detach()[:, [0, 2, 3]].requires_grad_()
+    wanted = fr.transport(others, "sinkhorn", marginal=marginal[[0, 2, 3]], **options)
+    assert plan[:, 1].count_nonzero() == 0
+    assert_bound(plan[:, [0, 2, 3]].detach().cpu(), wanted.detach().cpu(), 1e-12)
+    upper = torch.randn(50, 4, dtype=torch.float64, device=backend)
+    (plan * upper).sum().backward()
+    (wanted * upper[:, [0, 2, 3]]).sum().backward()
+    assert scores.grad[:, 1].count_nonzero() == 0
+    assert_bound(scores.grad[:, [0, 2, 3]].cpu(), others.grad.cpu(), 1e-12)
+
+
 def test_the_check_has_power(backend: str) -> None:
     scores = scores_of(20, 4)
     for method, options in METHODS.items():
@@ -310,3 +327,19 @@ def test_errors(backend: str, options: dict, error: type[Exception], text: str) 
     arguments = {"method": "sinkhorn", "iters": 2, **options}
     with pytest.raises(error, match=f"transport: {text}"):
         fr.transport(torch.ones(8, 4, device=backend), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"marginal": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "marginal must be finite and at least"),
+        ({"marginal": torch.tensor([1.0, NAN, 1.0, 1.0])}, "marginal must be finite and at least"),
+        ({"marginal": torch.zeros(4)}, "marginal must be finite and at least 0, and not 0 through"),
+        ({"scope_ids": torch.tensor([0] * 7 + [-1]), "num_scopes": 2}, r"in \[0, 2\), got -1"),
+        ({"scope_ids": torch.tensor([0] * 7 + [2]), "num_scopes": 2}, r"in \[0, 2\), got 2"),
+    ],
+)
+def test_values_that_a_host_sees_are_checked(options: dict, text: str) -> None:
+    """A negative column sum gave a plan of no meaning, a negative scope the last one's prices."""
+    with pytest.raises(RuntimeError, match=f"transport: .*{text}"):
+        fr.transport(torch.ones(8, 4), "sinkhorn", iters=2, **options)

@@ -1,4 +1,4 @@
-"""Prints the instruction sets this processor has besides the one the library chooses by itself."""
+"""Prints the instruction sets this processor has besides the one in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from fastmoe_route.bench.machine import LEVELS, library_info
 
 
 def main() -> None:
-    print(*LEVELS[: LEVELS.index(library_info()["best_level"])])
+    info = library_info()
+    offered = LEVELS[: LEVELS.index(info["best_level"]) + 1]
+    print(*(level for level in offered if level != info["level"]))
 
 
 if __name__ == "__main__":

@@ -30,4 +30,15 @@ int64_t cached_result_bytes() {
   return kept;
 }
 
+int64_t cached_copy_bytes() {
+  static const int64_t kept = [] {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return std::max(cached_result_bytes(), bytes / 64);
+  }();
+  return kept;
+}
+
 }  // namespace fastmoe_route

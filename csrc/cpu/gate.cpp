@@ -5,8 +5,7 @@
 // kBatch rows run side by side (gate_select.h, gate_groups.h).
 // A softmax gate that is normalised and keeps no statistics never forms the denominator: it cancels, so only the chosen
 // logits are exponentiated.
-// Threads own contiguous tiles of rows. score_sum is summed inside tiles whose size depends on T only and then over
-// tiles in order, so its bits do not depend on the number of threads.
+// Threads own contiguous tiles of rows (gate_sums.h).
 // Bytes: logits once, outputs once; scratch is a few rows per thread.
 #include <cmath>
 #include <initializer_list>
@@ -14,6 +13,7 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "cpu/gate_groups.h"
+#include "cpu/gate_sums.h"
 #include "cpu/isa/kernels.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
@@ -64,7 +64,7 @@ class Gate {
   void run(int64_t begin, int64_t end, Float* score_sum) {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
-      for (int64_t r = 0; needs_.logits_only && r < count; ++r) load(rows_[r], t + r);
+      if (needs_.logits_only) needs_.carry_scores ? load_rows<true>(t, count) : load_rows<false>(t, count);
       for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
@@ -90,8 +90,14 @@ class Gate {
   // And for those of a batch: a short list writes all its places.
   static int64_t num_taken(const GateShape& shape) { return kBatch * slots_of(shape) + kShortlist; }
 
+  template <bool kAsksNear>
+  __attribute__((noinline)) void load_rows(int64_t t, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) load<kAsksNear>(rows_[r], t + r);
+  }
+
+  template <bool kAsksNear = false>
   void load(GateRow<V>& row, int64_t t) const {
-    load_row(a_.dtype, a_.logits, t, num_columns_, row.buffer, row, row.largest);
+    load_row<V, kAsksNear>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row, row.largest);
   }
 
   // Scores of row t, and keys unless its logits decide, with what may not be chosen disallowed. Where both are stored,
@@ -99,7 +105,7 @@ class Gate {
   void prepare(GateRow<V>& row, int64_t t, Float* score_sum) {
     if (!needs_.logits_only) prefetch(t + 2 * kBatch), load(row, t);
     row.is_direct = needs_.logits_only && row.is_plain;
-    row.is_carried = needs_.carry_scores && row.is_plain;
+    row.is_carried = needs_.carry_scores && row.is_near;
     row.key_scores = row.scores;
     if (adds_plain_bias_ && row.is_plain) return form_biased_keys(row, t);
     if (row.is_carried) row.sum = carry(row, score_sum);
@@ -114,7 +120,7 @@ class Gate {
   // next to nothing there, and one row of exponentials is all that the first-level cache has to hold.
   Float carry(const GateRow<V>& row, Float* score_sum) {
     const V factor = V::all(carried_factor_);
-    const Float sum = each_exponential<V>(row.z, num_columns_, row.max, false, [&](V e, int64_t i, int) {
+    const Float sum = each_exponential<V, Below::kNear>(row.z, num_columns_, row.max, false, [&](V e, int64_t i, int) {
       fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
       e.store(carried_ + i);
     });
@@ -240,18 +246,20 @@ class Gate {
   void form_biased_keys(GateRow<V>& row, int64_t t) const {
     const Float* bias = static_cast<const Float*>(a_.bias.data);
     row.factor = 1;
-    const auto pass = [&](const auto& of) {
+    const auto pass = [&](const auto& of, const auto& key_of) {
       const Float* z = row.z;
       Float* scores = row.scores;
       Key* keys = row.keys;
       for (int64_t i = 0; i < padded_; i += V::kLanes) {
         const V score = of(V::load(z + i));
         score.store(scores + i);
-        number_keys(score + V::load(bias + i)).store(keys + i);
+        key_of(score + V::load(bias + i)).store(keys + i);
       }
     };
-    if (shape_.score == Score::kSigmoid) pass([](V z) { return sigmoid(z); });
-    else pass([&](V z) { return elementwise_score(shape_.score, z); });
+    // A score that is no -0 leaves no -0 of the sum.
+    const auto of_sum = [](V sum) { return KeyVec::of_bits(sum).flip_negative(); };
+    if (shape_.score == Score::kSigmoid) pass([](V z) { return sigmoid(z); }, of_sum);
+    else pass([&](V z) { return elementwise_score(shape_.score, z); }, [](V sum) { return number_keys(sum); });
     apply_mask(row, t);
   }
 
@@ -294,10 +302,31 @@ class Gate {
   // The best allowed columns of every row of the batch, which begins at row t, best first.
   void select_rows(int64_t t, int64_t count) {
     if constexpr (V::kLanes > 1) {
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_short<kShortlist / 2>(t, count);
-      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_short<kShortlist>(t, count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 8) return select_by_list<kShortlist / 2>(t, count);
+      if (a_.max_per_group >= shape_.top_k && shape_.top_k <= 16) return select_by_list<kShortlist>(t, count);
     }
     for (int64_t r = 0; r < count; ++r) take_columns(t, r);
+  }
+
+  template <int kWidth>
+  void select_by_list(int64_t t, int64_t count) {
+    needs_.logits_only&& padded_ <= kWidth ? rank_rows<kWidth>(t, count) : select_short<kWidth>(t, count);
+  }
+
+  // Where a short list holds every column.
+  template <int kWidth>
+  __attribute__((noinline)) void rank_rows(int64_t t, int64_t count) {
+    alignas(64) Shortlist<V, kWidth> lists[kBatch];
+    const Key k = static_cast<Key>(shape_.top_k);
+    for (int64_t r = 0; r < count; ++r)
+      if (rows_[r].is_direct) lists[r].list_all(rows_[r], num_columns_);
+    for (int64_t r = 0; r < count; ++r) {
+      int32_t* taken = taken_ + r * slots_;
+      Key* taken_keys = taken_keys_ + r * slots_;
+      if (!rows_[r].is_direct) take_columns(t, r);
+      else if (num_columns_ > kWidth / 2) rows_[r].num_taken = lists[r].rank(k, taken, taken_keys);
+      else rows_[r].num_taken = lists[r].template rank<kWidth / 2>(k, taken, taken_keys);
+    }
   }
 
   // Rows in rising order: what a short list writes past its places belongs to the next row.
@@ -467,11 +496,25 @@ class Gate {
     int num_open = 0;
     for (int64_t r = 0; r < count; ++r) {
       if (rows_[r].num_taken == 0 || rows_[r].is_carried) continue;
+      if (needs_.carry_scores && rows_[r].is_plain) {
+        add_far_row(rows_[r], score_sum);
+        continue;
+      }
       scores[num_open] = rows_[r].scores;
       factors[num_open++] = V::all(rows_[r].factor);
     }
     if (num_open == kBatch) add_rows<kBatch>(scores, factors, score_sum);
     for (int r = 0; num_open < kBatch && r < num_open; ++r) add_rows<1>(scores + r, factors + r, score_sum);
+  }
+
+  // A row whose scores may be subnormal.
+  void add_far_row(const GateRow<V>& row, Float* score_sum) const {
+    const V factor = V::all(row.factor);
+    for (int64_t i = 0; i < shape_.num_experts; i += V::kLanes) {
+      const int lanes = lanes_at<V>(i, shape_.num_experts);
+      (V::load(score_sum + i, lanes) + product_gradual(V::load(row.scores + i, lanes), factor))
+          .store(score_sum + i, lanes);
+    }
   }
 
   // score_sum += the sum of kRows rows times their factors.
@@ -516,12 +559,12 @@ void gate_rows(const GateArgs& args) {
   const int64_t num_tiles = (num_tokens + tile - 1) / tile;
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
   const int64_t gate_bytes = Gate<V>::bytes(args.shape);
-  const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64);
+  const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64) + 128;  // apart
   const int64_t padded = padded_columns<V>(args.shape);
-  const int64_t sums_bytes = args.score_sum != nullptr ? (num_tiles + workers) * padded * sizeof(Float) : 0;
-  char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
-  Float* tile_sums = reinterpret_cast<Float*>(memory + workers * worker_bytes);
   const bool has_sums = args.score_sum != nullptr;
+  const int64_t sums_bytes = has_sums ? ScoreSums<V>::bytes(num_tiles, workers, padded) : 0;
+  char* memory = static_cast<char*>(scratch(Scratch::kGateRows, workers * worker_bytes + sums_bytes));
+  const ScoreSums<V> score_sums(memory + workers * worker_bytes, num_tiles, workers, padded);
   const auto demand_of = [&](int64_t worker) {
     return worker == 0 ? args.demand : reinterpret_cast<int32_t*>(memory + worker * worker_bytes + gate_bytes);
   };
@@ -530,26 +573,19 @@ void gate_rows(const GateArgs& args) {
   parallel_workers(workers, [&](int worker) {
     int32_t* demand = demand_of(worker);
     for (int64_t e = 0; worker > 0 && e < num_experts; ++e) demand[e] = 0;
-    Float* carried = has_sums ? tile_sums + (num_tiles + worker) * padded : nullptr;
-    Gate<V> gate(args, demand, memory + worker * worker_bytes, carried);
-    for (int64_t i = num_tiles * worker / workers; i < num_tiles * (worker + 1) / workers; ++i) {
-      Float* sums = has_sums ? tile_sums + i * padded : nullptr;
-      for (int64_t e = 0; has_sums && e < padded; ++e) sums[e] = 0;
+    Gate<V> gate(args, demand, memory + worker * worker_bytes, has_sums ? score_sums.carried(worker) : nullptr);
+    for (int64_t i = score_sums.first_tile(worker); i < score_sums.first_tile(worker + 1); ++i) {
+      Float* sums = has_sums ? score_sums.open(i, worker) : nullptr;
       const int64_t end = (i + 1) * tile < num_tokens ? (i + 1) * tile : num_tokens;
       gate.run(i * tile, end, sums);
+      if (has_sums) score_sums.close(i, sums);
     }
   });
   for (int64_t worker = 1; worker < workers; ++worker) {
     const int32_t* demand = demand_of(worker);
     for (int64_t e = 0; e < num_experts; ++e) args.demand[e] += demand[e];
   }
-  if (!has_sums) return;
-  Float* score_sum = static_cast<Float*>(args.score_sum);
-  for (int64_t e = 0; e < num_experts; e += V::kLanes) {
-    V sum = V::zero();
-    for (int64_t i = 0; i < num_tiles; ++i) sum = sum + V::load(tile_sums + i * padded + e);
-    sum.store(score_sum + e, lanes_at<V>(e, num_experts));
-  }
+  if (has_sums) score_sums.write(static_cast<Float*>(args.score_sum), num_experts);
 }
 
 }  // namespace

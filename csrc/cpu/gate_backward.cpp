@@ -119,7 +119,8 @@ class GateBackward {
   }
 
   void read(Row& row, int64_t t) const {
-    load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
+    if (is_sparse_) load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
+    else load_row<V, true>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
     row.experts = a_.experts + t * shape_.top_k;
     row.grad_weights = row_of(a_.grad_weights, t, shape_.top_k);
     int64_t j = 0;
@@ -205,7 +206,8 @@ class GateBackward {
   // The probabilities of a softmax over groups; over all columns, exponentials.
   void form_scores(Row& row) const {
     const Float* z = row.logits.z;
-    if (is_softmax_ && num_parts_ == 1) row.sum = exponentials<V>(z, num_columns_, row.logits.max, false, row.scores);
+    if (is_softmax_ && num_parts_ == 1)
+      row.sum = exponentials<V>(z, num_columns_, row.logits.max, false, row.scores, row.logits.is_near);
     for (int64_t i = 0; num_parts_ > 1 && i < num_columns_; i += part_) {
       const Float sum = exponentials<V>(z + i, part_, max_of(z + i, part_), false, row.scores + i);
       scale_by<V>(row.scores + i, part_, inverse_of(sum));

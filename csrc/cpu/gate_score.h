@@ -33,14 +33,14 @@ struct Arithmetic<Vec64> {
 
 template <class V>
 inline V sigmoid(V z) {
-  const V e = exp_nonpositive(V::zero() - abs(z));
+  const V e = exp_nonpositive(negative_abs(z));
   const V r = reciprocal(V::all(1) + e);
   return select(z >= V::zero(), r, e * r);
 }
 
 template <class V>
 inline V sqrt_softplus(V z) {
-  const V e = exp_nonpositive(V::zero() - abs(z));
+  const V e = exp_nonpositive(negative_abs(z));
   // max returns its second operand on NaN, so a NaN logit stays one.
   const V softplus = max(V::zero(), z) + log1p_positive(e);
   return select(z < V::all(Arithmetic<V>::kLinear), exp(z * V::all(0.5f)), sqrt(softplus));
@@ -63,7 +63,7 @@ inline V elementwise_slope(Score score, V z) {
   const V one = V::all(1);
   switch (score) {
     case Score::kSigmoid: {
-      const V e = exp_nonpositive(V::zero() - abs(z));
+      const V e = exp_nonpositive(negative_abs(z));
       return e / ((one + e) * (one + e));
     }
     case Score::kSqrtSoftplus: {
@@ -87,6 +87,7 @@ struct RowOf {
   using Float = typename Arithmetic<V>::Float;
   const Float* z;  // padded to whole vectors with -inf
   Float max;       // of its numbers, -inf if there is none
+  bool is_near;    // all are finite and within kNear of the largest; false where nobody asked
   bool is_plain;   // all are finite
   bool has_nan;
 };
@@ -97,10 +98,12 @@ constexpr int kPiles = V::kLanes > 1 ? 32 / V::kLanes : 2;
 
 // Looks over n logits in a row, which it copies, padded, to `copy` unless that is null: then n is whole vectors.
 // largest: of the numbers of every pile, or null.
-template <class V, class T>
-inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, RowOf<V>& row, V* largest) {
+template <bool kAsksNear, class V, class T>
+__attribute__((always_inline)) inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy,
+                                                RowOf<V>& row, V* largest) {
   V best[kPiles<V>], zero[kPiles<V>];  // zero: NaN in a lane that met an infinity or a NaN
   for (int p = 0; p < kPiles<V>; ++p) best[p] = V::all(-INFINITY), zero[p] = V::zero();
+  V least = V::all(INFINITY);
   int64_t i = 0;
   for (; i + kPiles<V> * V::kLanes <= n; i += kPiles<V> * V::kLanes) {
     for (int p = 0; p < kPiles<V>; ++p) {
@@ -108,6 +111,7 @@ inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, 
       if (copy != nullptr) x.store(copy + i + p * V::kLanes);
       best[p] = max(x, best[p]);  // a NaN in x gives best
       zero[p] = fma(x, V::zero(), zero[p]);
+      if constexpr (kAsksNear) least = min(x, least);
     }
   }
 #pragma GCC unroll 4
@@ -118,16 +122,18 @@ inline void scan(const T* from, int64_t n, typename Arithmetic<V>::Float* copy, 
     if (copy != nullptr) x.store(copy + i);
     best[p] = max(x, best[p]);
     zero[p] = fma(V::load(from + i, lanes, 0), V::zero(), zero[p]);
+    if constexpr (kAsksNear) least = min(V::load(from + i, lanes, INFINITY), least);
   }
   V top = best[0], zeros = zero[0];
   for (int p = 1; p < kPiles<V>; ++p) top = max(top, best[p]), zeros = zeros + zero[p];
   for (int p = 0; largest != nullptr && p < kPiles<V>; ++p) largest[p] = best[p];
   row.max = reduce_max(top);
   row.is_plain = is_nan(zeros).lanes() == 0;
+  row.is_near = kAsksNear && row.is_plain && (least < V::all(row.max - kNear)).lanes() == 0;
 }
 
 // The n logits of a row, in `buffer` unless they can stay where they are; largest as in scan().
-template <class V, class T>
+template <bool kAsksNear, class V, class T>
 inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arithmetic<V>::Float* buffer, RowOf<V>& row,
                         V* largest) {
   using Float = typename Arithmetic<V>::Float;
@@ -135,13 +141,13 @@ inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arith
   row.has_nan = false;
   if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = to_float(from[i * stride]);
-    scan(static_cast<const Float*>(buffer), n, buffer, row, largest);
+    scan<kAsksNear>(static_cast<const Float*>(buffer), n, buffer, row, largest);
   } else if constexpr (std::is_same_v<T, Float>) {
     const bool stays = n % V::kLanes == 0;
     if (stays) row.z = from;
-    scan(from, n, stays ? nullptr : buffer, row, largest);
+    scan<kAsksNear>(from, n, stays ? nullptr : buffer, row, largest);
   } else {
-    scan(from, n, buffer, row, largest);
+    scan<kAsksNear>(from, n, buffer, row, largest);
   }
   if (row.is_plain) return;
   auto nan = is_nan(V::zero());
@@ -150,13 +156,13 @@ inline void load_logits(const T* from, int64_t stride, int64_t n, typename Arith
 }
 
 // load_logits by the dtype of the logits.
-template <class V>
+template <class V, bool kAsksNear = false>
 inline void load_row(DType dtype, const Strided<void>& logits, int64_t t, int64_t n,
                      typename Arithmetic<V>::Float* buffer, RowOf<V>& row, V* largest = nullptr) {
   const auto load = [&](auto type) {
     using T = decltype(type);
-    load_logits<V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer, row,
-                   largest);
+    load_logits<kAsksNear, V>(static_cast<const T*>(logits.data) + t * logits.stride_row, logits.stride_col, n, buffer,
+                              row, largest);
   };
   if constexpr (V::kLanes == 1) {
     load(double{});
@@ -183,14 +189,18 @@ inline Float shift_of(Float max_z) {
   return max_z == -static_cast<Float>(INFINITY) ? 0 : max_z;
 }
 
-// Calls keep(e, i, lanes) for the vectors e = exp(z - max) of n columns; returns the sum. A row of -inf gives 0, and so
-// does a NaN where the caller says that there may be one.
-template <class V, class Keep>
+// Calls keep(e, i, lanes) for the vectors e = exp(z - max) of n columns, of which kBelow says what is known; returns
+// the sum. A row of -inf gives 0, and so does a NaN where the caller says that there may be one.
+template <class V, Below kBelow = Below::kGradual, class Keep>
 inline typename Arithmetic<V>::Float each_exponential(const typename Arithmetic<V>::Float* z, int64_t n,
                                                       typename Arithmetic<V>::Float max_z, bool may_have_nan,
                                                       const Keep& keep) {
   const V minus_inf = V::all(-INFINITY);
   const V shift = V::all(shift_of(max_z));
+  constexpr Below kInTail = kBelow == Below::kNear ? Below::kAny : kBelow;
+  const auto tail = [&](V x) {
+    return exp_of_difference<kInTail>(may_have_nan ? select(is_nan(x), minus_inf, x - shift) : x - shift);
+  };
   // Inlined apart, so that the loop over plain rows asks nothing.
   const auto pass = [&](const auto& of) {
     V even = V::zero(), odd = V::zero();
@@ -205,31 +215,33 @@ inline typename Arithmetic<V>::Float each_exponential(const typename Arithmetic<
     if (i + V::kLanes <= n) next(even);
     if (i < n) {
       const int lanes = static_cast<int>(n - i);
-      const V e = of(V::load(z + i, lanes, -INFINITY));
+      const V e = tail(V::load(z + i, lanes, -INFINITY));
       keep(e, i, lanes);
       even = even + e;
     }
     return reduce_add(even + odd);
   };
-  if (may_have_nan) return pass([&](V x) { return exp_of_difference(select(is_nan(x), minus_inf, x - shift)); });
-  return pass([&](V x) { return exp_of_difference(x - shift); });
+  if (may_have_nan)
+    return pass([&](V x) { return exp_of_difference<kBelow>(select(is_nan(x), minus_inf, x - shift)); });
+  return pass([&](V x) { return exp_of_difference<kBelow>(x - shift); });
 }
 
-// The same with out = e; nothing past n is written.
+// The same with out = e, for a row that is near or not; nothing past n is written.
 template <class V>
 inline typename Arithmetic<V>::Float exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
                                                   typename Arithmetic<V>::Float max_z, bool may_have_nan,
-                                                  typename Arithmetic<V>::Float* out) {
-  return each_exponential<V>(z, n, max_z, may_have_nan, [&](V e, int64_t i, int lanes) {
-    lanes == V::kLanes ? e.store(out + i) : e.store(out + i, lanes);
-  });
+                                                  typename Arithmetic<V>::Float* out, bool is_near = false) {
+  const auto keep = [&](V e, int64_t i, int lanes) { lanes == V::kLanes ? e.store(out + i) : e.store(out + i, lanes); };
+  return is_near ? each_exponential<V, Below::kNear>(z, n, max_z, may_have_nan, keep)
+                 : each_exponential<V>(z, n, max_z, may_have_nan, keep);
 }
 
-// The sum alone.
+// The sum alone, of at least 1 unless it is 0.
 template <class V>
 inline typename Arithmetic<V>::Float sum_of_exponentials(const typename Arithmetic<V>::Float* z, int64_t n,
                                                          typename Arithmetic<V>::Float max_z, bool may_have_nan) {
-  return each_exponential<V>(z, n, max_z, may_have_nan, [](V, int64_t, int) {});
+  if (max_z == -static_cast<typename Arithmetic<V>::Float>(INFINITY)) return 0;
+  return each_exponential<V, Below::kAdded>(z, n, max_z, may_have_nan, [](V, int64_t, int) {});
 }
 
 // What makes probabilities of exponentials that sum to `sum`; a row of -inf stays 0.

@@ -139,6 +139,16 @@ class Shortlist {
     bound_ = bound_of(largest, count, number_keys(V::all(-INFINITY)).first() + 1);
   }
 
+  // Steps 1 and 2 for a row of at most kWidth columns that is its own keys.
+  void list_all(const RowOf<V>& row, int64_t num_columns) {
+    for (int v = 0; v < kVecs; ++v) {
+      if (v * kLanes < num_columns) KeyVec::of_bits(V::load(row.z + v * kLanes)).store(keys_ + v * kLanes);
+      (KeyVec::count() + KeyVec::all(v * kLanes)).store(columns_ + v * kLanes);
+    }
+    size_ = static_cast<int>(num_columns);
+    lists_floats_ = true;
+  }
+
   // Step 2. first_columns: of each vector of keys. False if the list is too short for the keys that reach the bound.
   bool collect(const Key* keys, int64_t n, const int32_t* first_columns) {
     const KeyVec below = KeyVec::all(bound_ - 1);
@@ -154,6 +164,9 @@ class Shortlist {
   bool collect(const RowOf<V>& row, int64_t n) {
     const V bound = V::all(key_value(bound_));
     lists_floats_ = true;
+    if constexpr (KeyVec::kGathers) {
+      if (n >= kGatherFrom) return collect_columns(row.z, n, bound);
+    }
     return collect_vectors(n, [&](int64_t i, KeyVec& key, KeyVec& column) {
       const V z = V::load(row.z + i);
       key = KeyVec::of_bits(z);
@@ -177,7 +190,8 @@ class Shortlist {
   }
 
   // Step 3. Positions and keys of the best, best first; returns how many of `count` there are. Up to kWidth elements of
-  // both are written.
+  // both are written. No more than kListed keys are on the list.
+  template <int kListed = kWidth>
   int64_t rank(int64_t count, int32_t* positions, Key* taken) {
     KeyVec key[kVecs], place[kVecs];
     const KeyVec size = KeyVec::all(size_);
@@ -193,7 +207,7 @@ class Shortlist {
     }
     // j beats a key that is smaller, and an equal one that comes after it. No key on the list is the smallest integer,
     // and taking 1 from that gives the largest, which nothing beats.
-    for (int j = 0; j < kWidth; ++j) {
+    for (int j = 0; j < kListed; ++j) {
       const KeyVec other = KeyVec::all(keys_[j]);
       for (int v = 0; v < kVecs; ++v)
         place[v] = count_greater(place[v], other, key[v] - KeyVec::load(kAfter + kWidth - 1 - j + v * kLanes));
@@ -256,6 +270,28 @@ class Shortlist {
     size_ = static_cast<int>(size);
     return size <= kWidth;
   }
+
+  // The columns that reach the bound first, and then their logits all at once: half the moving of collect_vectors.
+  bool collect_columns(const typename Arithmetic<V>::Float* z, int64_t n, V bound) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const uint32_t lanes = (V::load(z + i) >= bound).lanes();
+      const int64_t at = size < kWidth ? size : kWidth;
+      (KeyVec::count() + KeyVec::all(static_cast<Key>(i))).store_lanes(lanes, columns_ + at);
+      size += __builtin_popcount(lanes);
+    }
+    size_ = static_cast<int>(size);
+    if (size > kWidth) return false;
+    for (int v = 0; v < kVecs; ++v) {
+      const uint32_t listed = greater_lanes(KeyVec::all(size_ - v * kLanes), KeyVec::count());
+      KeyVec::gather(listed, z, KeyVec::load(columns_ + v * kLanes)).store(keys_ + v * kLanes);
+    }
+    return true;
+  }
+
+  // Columns from which on a gather costs less than the moving that it saves, with room for processors that gather
+  // slowly.
+  static constexpr int64_t kGatherFrom = 16 * kLanes;
 
   alignas(64) Key keys_[kWidth + kLanes];
   alignas(64) int32_t columns_[kWidth + kLanes];

@@ -6,7 +6,7 @@
 //             lies in L1 while its max is found and then summed against the running max. A second pass writes.
 // two_pass    one pass without any max: e^x = p 2^n is summed as a mantissa and an exponent (Dukhan and Ablavatski,
 //             arXiv:2001.04438). A second pass writes. Rows whose largest |x| is beyond 4096, where n loses its
-//             precision, fall back to online.
+//             precision, and rows with a NaN fall back to online.
 // Bytes of a row beyond the caches: three_pass reads 3 and writes 1, the others read 2 and write 1.
 // The order of summation is that of softmax_sum.h.
 #include "common/workspace.h"
@@ -57,7 +57,7 @@ inline bool in_range(float exponent) { return exponent <= 5909.0f && exponent >=
 
 template <class T>
 ExtendedSum block_extended_sum(const T* x, int64_t n) {
-  const Vec lowest = Vec::all(kLowestInput);
+  const Vec lowest = Vec::all(kLowestInput), least = Vec::all(-125.0f);
   Vec top = Vec::all(-8192.0f);
   Vec sum = Vec::zero();
   int64_t i = 0;
@@ -67,8 +67,9 @@ ExtendedSum block_extended_sum(const T* x, int64_t n) {
     const Vec before = top;
     // NaN exponents are ignored (first operands); their NaN is in p.
     top = max(max(exponent[0], max(exponent[1], max(exponent[2], max(exponent[3], before)))), before);
-    for (int j = 0; j < 4; ++j) p[j] = ldexp(p[j], exponent[j] - top);
-    sum = ldexp(sum, before - top) + ((p[0] + p[1]) + (p[2] + p[3]));
+    // Beside the largest, 2^-125 stands for what is less: no subnormals.
+    for (int j = 0; j < 4; ++j) p[j] = ldexp(p[j], max(least, exponent[j] - top));
+    sum = ldexp(sum, max(least, before - top)) + ((p[0] + p[1]) + (p[2] + p[3]));
   }
   for (; i < n; i += kLanes) {
     const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
@@ -76,18 +77,13 @@ ExtendedSum block_extended_sum(const T* x, int64_t n) {
     const Vec p = exp_parts(max(lowest, Vec::load(x + i, count, -kInfinity)), exponent);
     const Vec before = top;
     top = max(exponent, before);
-    sum = ldexp(sum, before - top) + ldexp(p, exponent - top);
+    sum = ldexp(sum, max(least, before - top)) + ldexp(p, max(least, exponent - top));
   }
   ExtendedSum result;
   result.exponent = reduce_max(top);
   result.mantissa = reduce_add(ldexp(sum, top - Vec::all(result.exponent)));
   return result;
 }
-
-struct Largest {
-  float max = -kInfinity;
-  void add(const Largest& other) { max = other.max > max ? other.max : max; }
-};
 
 // ---- One row.
 
@@ -105,38 +101,41 @@ struct RowScratch {
 template <class T>
 void write_row(const T* x, T* y, int64_t n, const Sum& sum, const RowScratch& scratch) {
   const Vec offset = Vec::all(offset_of(sum.max));
-  const Vec factor = Vec::all(static_cast<float>(1.0 / sum.sum));
-  each_tile(n, scratch.partials != nullptr, [&](int64_t begin, int64_t count) {
-    const T* from = x + begin;
-    write(y + begin, count, scratch.stream, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
-      return exp_nonpositive(get(from + i, lanes, 0.0f) - offset) * factor;
+  const Vec factor = Vec::all(static_cast<float>(1.0 / sum.total()));
+  by_nearness(sum.is_near(), [&](auto is_near) {
+    each_tile(n, scratch.partials != nullptr, [&](int64_t begin, int64_t count) {
+      const T* from = x + begin;
+      write(y + begin, count, scratch.stream, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
+        return scaled<is_near>(exp_in<is_near>(get(from + i, lanes, 0.0f) - offset, lanes), factor);
+      });
     });
   });
 }
 
 template <class T>
 void three_pass_row(const T* x, T* y, int64_t n, const RowScratch& scratch) {
-  const float max = over_tiles<Largest>(n, scratch.as<Largest>(), [&](int64_t begin, int64_t count) {
-                      return Largest{block_max(x + begin, count)};
-                    }).max;
-  const float offset = offset_of(max);
+  const Range range = over_tiles<Range>(
+      n, scratch.as<Range>(), [&](int64_t begin, int64_t count) { return block_range<true>(x + begin, count); });
+  const float offset = offset_of(range.max);
   const bool keeps = scratch.partials == nullptr && n <= kKeepColumns;
   float* keep = scratch.keep;
   if constexpr (sizeof(T) == sizeof(float))
     if (!scratch.stream) keep = y;
-  Sum sum = over_tiles<Sum>(n, scratch.as<Sum>(), [&](int64_t begin, int64_t count) {
-    Sum tile{max, 0.0};
-    each_block(count, [&](int64_t i, int64_t size) {
-      const int64_t at = begin + i;
-      tile.sum +=
-          keeps ? block_sum<true>(x + at, size, offset, keep + at) : block_sum<false>(x + at, size, offset, keep);
+  by_nearness(range.is_near(), [&](auto is_near) {
+    const Sum sum = over_tiles<Sum>(n, scratch.as<Sum>(), [&](int64_t begin, int64_t count) {
+      Sum tile{range.max, range.min};
+      each_block(count, [&](int64_t i, int64_t size) {
+        const int64_t at = begin + i;
+        tile.sum += keeps ? kept_block_sum<is_near>(x + at, size, offset, keep + at) : block_sum(x + at, size, offset);
+      });
+      return tile;
     });
-    return tile;
+    if (!keeps) return write_row(x, y, n, sum, scratch);
+    const Vec factor = Vec::all(static_cast<float>(1.0 / sum.total()));
+    write(y, n, scratch.stream, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
+      return scaled<is_near>(get(keep + i, lanes, 0.0f), factor);
+    });
   });
-  if (!keeps) return write_row(x, y, n, sum, scratch);
-  const Vec factor = Vec::all(static_cast<float>(1.0 / sum.sum));
-  write(y, n, scratch.stream,
-        [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE { return get(keep + i, lanes, 0.0f) * factor; });
 }
 
 template <class T>
@@ -144,9 +143,10 @@ void online_row(const T* x, T* y, int64_t n, const RowScratch& scratch) {
   const Sum sum = over_tiles<Sum>(n, scratch.as<Sum>(), [&](int64_t begin, int64_t count) {
     Sum tile;
     each_block(count, [&](int64_t i, int64_t size) {
-      const float max = block_max(x + begin + i, size);
-      tile.raise(max);
-      tile.sum += block_sum<false>(x + begin + i, size, offset_of(tile.max), nullptr);
+      const Range range = block_range<true>(x + begin + i, size);
+      tile.raise(range.max);
+      tile.min = range.min < tile.min ? range.min : tile.min;
+      tile.sum += block_sum(x + begin + i, size, offset_of(tile.max));
     });
     return tile;
   });
@@ -160,7 +160,7 @@ void two_pass_row(const T* x, T* y, int64_t n, const RowScratch& scratch) {
     each_block(count, [&](int64_t i, int64_t size) { tile.add(block_extended_sum(x + begin + i, size)); });
     return tile;
   });
-  if (!in_range(sum.exponent)) return online_row(x, y, n, scratch);
+  if (!in_range(sum.exponent) || std::isnan(sum.mantissa)) return online_row(x, y, n, scratch);
   const Vec lowest = Vec::all(kLowestInput);
   const Vec exponent = Vec::all(sum.exponent);
   const Vec factor = Vec::all(static_cast<float>(1.0 / sum.mantissa));
@@ -169,8 +169,19 @@ void two_pass_row(const T* x, T* y, int64_t n, const RowScratch& scratch) {
     write(y + begin, count, scratch.stream, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
       Vec power;
       const Vec p = exp_parts(max(lowest, get(from + i, lanes, 0.0f)), power);
-      return ldexp(p * factor, power - exponent);
+      return ldexp_gradual(p * factor, power - exponent);
     });
+  });
+}
+
+// A row that register_rows() leaves out.
+template <class T>
+void far_row(const T* x, T* y, int64_t n, float offset) {
+  float keep[kRegisterVecs * kLanes];
+  const float sum = kept_block_sum<false>(x, n, offset, keep);
+  const Vec factor = Vec::all(1.0f / sum);
+  write(y, n, false, [&](int64_t i, auto lanes) FASTMOE_ROUTE_INLINE {
+    return product_gradual(get(keep + i, lanes, 0.0f), factor);
   });
 }
 
@@ -185,10 +196,19 @@ void register_rows(const T* x, int64_t x_stride, T* y, int64_t n, int64_t rows) 
     e[N - 1] = tail == kLanes ? Vec::load(last) : Vec::load(last, tail, -kInfinity);
     Vec top[2] = {Vec::all(-kInfinity), Vec::all(-kInfinity)};
     for (int i = 0; i < N; ++i) top[i % 2] = max(e[i], top[i % 2]);
-    const Vec offset = Vec::all(offset_of(reduce_max(max(top[0], top[1]))));
+    // A NaN may hide what is less: the row is NaN either way.
+    Vec least[2] = {tail == kLanes ? e[N - 1] : Vec::load(last, tail, kInfinity), e[0]};
+    for (int i = 1; i < N - 1; ++i) least[i % 2] = min(e[i], least[i % 2]);
+    if (N > 1) least[0] = min(least[0], least[1]);
+    const float shift = offset_of(reduce_max(max(top[0], top[1])));
+    const Vec offset = Vec::all(shift);
+    if ((least[0] < offset - Vec::all(kNear)).lanes() != 0) {
+      far_row(x, y, n, shift);
+      continue;
+    }
     Vec sum[2] = {Vec::zero(), Vec::zero()};
     for (int i = 0; i < N; ++i) {
-      e[i] = exp_nonpositive(e[i] - offset);
+      e[i] = i < N - 1 ? exp_nonpositive<Below::kNear>(e[i] - offset) : exp_nonpositive(e[i] - offset);
       sum[i % 2] = sum[i % 2] + e[i];
     }
     const Vec factor = Vec::all(1.0f / reduce_add(sum[0] + sum[1]));

@@ -59,38 +59,83 @@ FASTMOE_ROUTE_INLINE inline void each_vec(int64_t n, const F& f) {
   if (i < n) f(1, i, static_cast<int>(n - i));
 }
 
-// ---- Runs of at most a block. NaN is ignored by the max and reaches the sum.
+// ---- Runs of at most a block. NaN is ignored by the range and reaches the sum.
 
-template <class T>
-float block_max(const T* x, int64_t n) {
-  Vec m[4] = {Vec::all(-kInfinity), Vec::all(-kInfinity), Vec::all(-kInfinity), Vec::all(-kInfinity)};
-  each_vec(n,
-           [&](int j, int64_t i, auto count) FASTMOE_ROUTE_INLINE { m[j] = max(get(x + i, count, -kInfinity), m[j]); });
-  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+// The offset of a row: its max, or 0 when that is -inf, so that x - offset is no NaN of our own making.
+inline float offset_of(float max) { return max == -kInfinity ? 0.0f : max; }
+
+// The largest and the smallest number. Most rows are near: the search for the min costs what the bounds of the
+// exponential cost, which they do without.
+struct Range {
+  float max = -kInfinity, min = kInfinity;
+  void add(const Range& other) {
+    max = other.max > max ? other.max : max;
+    min = other.min < min ? other.min : min;
+  }
+  bool is_near() const { return offset_of(max) - min <= kNear; }
+};
+
+// f(true_type or false_type).
+template <class F>
+FASTMOE_ROUTE_INLINE inline void by_nearness(bool is_near, const F& f) {
+  is_near ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// Sum of exp(x - offset), offset finite or +inf; the exponentials go to `keep` if kKeep.
-template <bool kKeep, class T>
-float block_sum(const T* x, int64_t n, float offset, float* keep) {
+// e^x, and its product with `factor`, of a row that is near or not. What does not fill a vector has -inf beside it.
+template <bool kIsNear>
+inline Vec exp_in(Vec x, Full) {
+  return exp_nonpositive<kIsNear ? Below::kNear : Below::kGradual>(x);
+}
+template <bool kIsNear>
+inline Vec exp_in(Vec x, int) {
+  return exp_nonpositive<kIsNear ? Below::kAny : Below::kGradual>(x);
+}
+template <bool kIsNear>
+inline Vec scaled(Vec e, Vec factor) {
+  return kIsNear ? e * factor : product_gradual(e, factor);
+}
+
+template <bool kHasMin, class T>
+Range block_range(const T* x, int64_t n) {
+  Vec m[4], low[4];
+  for (int j = 0; j < 4; ++j) m[j] = Vec::all(-kInfinity), low[j] = Vec::all(kInfinity);
+  each_vec(n, [&](int j, int64_t i, auto count) FASTMOE_ROUTE_INLINE {
+    m[j] = max(get(x + i, count, -kInfinity), m[j]);
+    if (kHasMin) low[j] = min(get(x + i, count, kInfinity), low[j]);
+  });
+  return {reduce_max(max(max(m[0], m[1]), max(m[2], m[3]))),
+          kHasMin ? -reduce_max(-min(min(low[0], low[1]), min(low[2], low[3]))) : -kInfinity};
+}
+
+// Sum of exp(x - offset), offset finite or +inf.
+template <class T>
+float block_sum(const T* x, int64_t n, float offset) {
   Vec s[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   const Vec m = Vec::all(offset);
   each_vec(n, [&](int j, int64_t i, auto count) FASTMOE_ROUTE_INLINE {
-    const Vec e = exp_nonpositive(get(x + i, count, -kInfinity) - m);
-    if (kKeep) put(e, keep + i, count);
+    s[j] = s[j] + exp_nonpositive<Below::kAdded>(get(x + i, count, -kInfinity) - m);
+  });
+  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// The same, and the exponentials themselves.
+template <bool kIsNear, class T>
+float kept_block_sum(const T* x, int64_t n, float offset, float* keep) {
+  Vec s[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  const Vec m = Vec::all(offset);
+  each_vec(n, [&](int j, int64_t i, auto count) FASTMOE_ROUTE_INLINE {
+    const Vec e = exp_in<kIsNear>(get(x + i, count, -kInfinity) - m, count);
+    put(e, keep + i, count);
     s[j] = s[j] + e;
   });
   return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-// The offset of a row: its max, or 0 when that is -inf, so that x - offset is no NaN of our own making. The sum of such
-// a row is 0, and 1 / 0 gives it the NaN of torch.
-inline float offset_of(float max) { return max == -kInfinity ? 0.0f : max; }
-
 // ---- Sums over a row.
 
 // Sum of exp(x - max).
 struct Sum {
-  float max = -kInfinity;
+  float max = -kInfinity, min = kInfinity;
   double sum = 0.0;
 
   // Makes `wanted` the offset if it is larger.
@@ -101,9 +146,13 @@ struct Sum {
   }
   void add(const Sum& other) {
     raise(other.max);
+    min = other.min < min ? other.min : min;
     const double apart = static_cast<double>(other.max) - static_cast<double>(max);
     sum += max == other.max ? other.sum : other.sum * std::exp(apart);
   }
+  // Of a row without a finite number 0, which makes NaN of every probability.
+  double total() const { return max == -kInfinity ? 0.0 : sum; }
+  bool is_near() const { return Range{max, min}.is_near(); }
 };
 
 // tile(begin, count) over a row of n, added up in order. `partials` has room for every tile when the tiles may run on

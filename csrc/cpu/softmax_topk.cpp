@@ -17,27 +17,46 @@ namespace {
 // Elements whose max is compared with the k-th best at once.
 constexpr int64_t kScanBlock = 1024;
 
+// The longest list into which entry by entry is the quicker way: vectors have to wait for what was just stored.
+constexpr int kShortList = 32;
+
 // The k best columns so far, best first.
 template <class V>
 struct BestColumns {
   int k;
   int count;
-  V value[kSoftmaxTopkLimit];
-  int32_t column[kSoftmaxTopkLimit];
+  // With room for what is moved by vectors; from `count` on values are NaN, or below the last.
+  V value[kSoftmaxTopkLimit + 2 * kLanes];
+  int32_t column[kSoftmaxTopkLimit + 2 * kLanes];
 
   void reset(int wanted) {
     k = wanted;
     count = 0;
+    for (V& v : value) v = std::numeric_limits<V>::quiet_NaN();
   }
   bool takes(V v) const { return count < k ? v == v : v > value[k - 1]; }
   void insert(V v, int32_t c) {
     int i = count < k ? count++ : k - 1;
+    if constexpr (std::is_same_v<V, float>) {
+      if (k > kShortList) return insert_by_vectors(v, c, i);
+    }
     for (; i > 0 && value[i - 1] < v; --i) {
       value[i] = value[i - 1];
       column[i] = column[i - 1];
     }
     value[i] = v;
     column[i] = c;
+  }
+  // In place of entry `last`, or of one before it.
+  void insert_by_vectors(float v, int32_t c, int last) {
+    int place = 0;
+    for (int i = 0; i < last; i += kLanes) place += __builtin_popcount((Vec::load(value + i) >= Vec::all(v)).lanes());
+    for (int i = last - 1 - (last - 1 - place) % kLanes; i >= place && last > place; i -= kLanes) {
+      Vec::load(value + i).store(value + i + 1);
+      Keys::load(column + i).store(column + i + 1);
+    }
+    value[place] = v;
+    column[place] = c;
   }
   void add(const BestColumns& other) {
     for (int i = 0; i < other.count && takes(other.value[i]); ++i) insert(other.value[i], other.column[i]);
@@ -70,10 +89,10 @@ Sum scan_tile(const T* x, int64_t n, int64_t column, Best& best) {
   Sum tile;
   for (int64_t i = 0; i < n; i += kScanBlock) {
     const int64_t size = n - i < kScanBlock ? n - i : kScanBlock;
-    const float max = block_max(x + i, size);
+    const float max = block_range<false>(x + i, size).max;
     if (best.count < best.k || max > best.value[best.k - 1]) scan(x + i, size, column + i, best);
     tile.raise(max);
-    tile.sum += block_sum<false>(x + i, size, offset_of(tile.max), nullptr);
+    tile.sum += block_sum(x + i, size, offset_of(tile.max));
   }
   return tile;
 }
@@ -117,7 +136,7 @@ void one_row(const SoftmaxTopkArgs& args, int64_t row, Best& best) {
   const Sum sum = over_tiles<Sum>(
       args.num_cols, nullptr, [&](int64_t begin, int64_t count) { return scan_tile(x + begin, count, begin, best); });
   if (best.count < best.k) fill_with_nan(x, args.num_cols, best);
-  write_row<T>(args, row, sum.max, sum.sum, best);
+  write_row<T>(args, row, sum.max, sum.total(), best);
 }
 
 // One row on all threads: worker w takes its run of tiles, with the list lists[w].
@@ -138,7 +157,7 @@ void shared_row(const SoftmaxTopkArgs& args, int64_t row, Best* lists, Sum* part
   for (int64_t w = 1; w < workers; ++w) lists[0].add(lists[w]);
   for (int64_t t = 1; t < tiles; ++t) partials[0].add(partials[t]);
   if (lists[0].count < lists[0].k) fill_with_nan(x, args.num_cols, lists[0]);
-  write_row<T>(args, row, partials[0].max, partials[0].sum, lists[0]);
+  write_row<T>(args, row, partials[0].max, partials[0].total(), lists[0]);
 }
 
 void one_double_row(const SoftmaxTopkArgs& args, int64_t row, BestColumns<double>& best) {

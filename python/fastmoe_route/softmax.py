@@ -73,8 +73,7 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
             if x.dim() == 2 and not x.requires_grad and forward_ad._current_level < 0:
                 if out is None:
                     return _softmax_forward_direct(x)  # type: ignore[no-any-return]
-                is_beside = (x.is_cpu and out.is_cpu) or x.device == out.device
-                if is_beside and not out.requires_grad:
+                if not out.requires_grad:
                     _softmax_out_direct(x, out)
                     return out
         except RuntimeError as error:
@@ -134,7 +133,9 @@ def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
 
 @torch.library.register_fake("fastmoe_route::softmax_out")
 def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
-    del x, out, method
+    del method
+    # A tensor without data beside one with data comes here, too.
+    check_device("softmax", "out", out, x)
 
 
 @torch.library.register_fake("fastmoe_route::softmax_backward")

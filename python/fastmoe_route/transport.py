@@ -76,7 +76,7 @@ def transport(
         iters: the number of iterations, at least 1.
         temperature: of `sinkhorn`, positive.
         marginal: of `sinkhorn`, `[E]`: the column sums, scaled so that they add up to the number of
-            tokens; None for even ones.
+            tokens; None for even ones. None may be negative, and a 0 gives its expert nothing.
         top_k: of `bip`, experts per token.
         k: of `ksparse`, experts per token at most.
         gamma: of `ksparse`, positive; the larger, the more even a row.
@@ -94,6 +94,7 @@ def transport(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or is out of range.
+        RuntimeError: `marginal` or `scope_ids` holds what it may not (checked on CPU).
 
     >>> scores = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
     >>> transport(scores, "sinkhorn", iters=50, temperature=0.25).round(decimals=2)
@@ -202,7 +203,7 @@ def _column_logsumexp(x: Tensor, scopes: _Scopes | None) -> Tensor:
 
 
 def _log_marginal(scores: Tensor, marginal: Tensor | None, scopes: _Scopes | None) -> Tensor:
-    """`[1, E]` or `[S, E]`, the logarithms of the wanted column sums."""
+    """`[1, E]` or `[S, E]`, the logarithms of the wanted column sums, -inf for 0."""
     num_tokens, num_experts = scores.shape
     if marginal is None:
         share = scores.new_full((num_experts,), 1.0 / num_experts)
@@ -220,7 +221,8 @@ def _sinkhorn_scalings(
     rows, columns = [x.new_zeros(x.shape[0], 1)], []
     for _ in range(iters):
         column = log_marginal - _column_logsumexp(x + rows[-1], scopes)
-        columns.append(torch.where(column.isinf(), 0.0, column))
+        column = torch.where(column == torch.inf, 0.0, column)  # one that is -inf throughout
+        columns.append(torch.where(log_marginal == -torch.inf, -torch.inf, column))
         row = -(x + _of_rows(columns[-1], scopes)).logsumexp(1, keepdim=True)
         rows.append(torch.where(row == torch.inf, 0.0, row))
     return rows, columns
@@ -309,6 +311,20 @@ def _sparse_rows(x: Tensor, k: int, gamma: float) -> Tensor:
 # ---- operators ---------------------------------------------------------------------------------
 
 
+def _check_values(marginal: Tensor | None, scope_ids: Tensor | None, num_scopes: int) -> None:
+    """What only a host can look at without waiting."""
+    if marginal is not None and marginal.is_cpu:
+        is_sum = marginal.isfinite().all() and (marginal >= 0).all() and (marginal > 0).any()
+        if not is_sum:
+            rule = "be finite and at least 0, and not 0 throughout"
+            fail(RuntimeError, "transport", "marginal", rule, marginal.tolist())
+    if num_scopes and scope_ids is not None and scope_ids.is_cpu:
+        outside = scope_ids[(scope_ids < 0) | (scope_ids >= num_scopes)]
+        if outside.numel():
+            rule = f"be in [0, {num_scopes})"
+            fail(RuntimeError, "transport", "scope_ids", rule, int(outside[0]))
+
+
 def _is_bias(method: int, scope_ids: Tensor | None) -> bool:
     """Whether the result is one bias `[E]` for all tokens."""
     return METHODS[method] == "bip" and scope_ids is None
@@ -326,6 +342,7 @@ def _transport(
     scope_ids: Tensor | None,
     num_scopes: int,
 ) -> Tensor:
+    _check_values(marginal, scope_ids, num_scopes)
     scopes = _by_scope(scope_ids, num_scopes)
     wide = scores.to(arithmetic_dtype(scores))
     wide = _sorted(wide, scopes).contiguous()
@@ -371,6 +388,7 @@ def _transport_backward(
         grad_x = grad_x - part
         grad_column = grad_column - _column_reduce(part, scopes, "sum")
         log_share = columns[step - 1] - log_marginal
+        log_share = torch.where(log_marginal == -torch.inf, -torch.inf, log_share)
         share = (x + rows[step - 1] + _of_rows(log_share, scopes)).exp()
         part = _of_rows(grad_column, scopes) * share
         grad_x = grad_x - part

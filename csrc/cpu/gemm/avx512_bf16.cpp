@@ -48,14 +48,18 @@ struct PairMath {
   using Packed = BFloat16;
   using Value = __m512i;
   static constexpr int64_t kStep = 32;
+  static constexpr int kVectors = 1;
+  static constexpr int64_t kSpread = 1;
+  static constexpr bool kWidens = false;
   static constexpr int64_t kMaxBlock = 2048;
 
-  static __m512i load(const BFloat16* p) { return _mm512_loadu_si512(p); }
-  static __m512i load(const BFloat16* p, int count) { return load_words(p, count); }
+  static __m512i load(const BFloat16* p, int) { return _mm512_loadu_si512(p); }
+  static __m512i load(const BFloat16* p, int, int count) { return load_words(p, count); }
   static __m512i load_packed(const BFloat16* p) { return _mm512_load_si512(p); }
   static Vec add_products(__m512i row, __m512i weight, Vec sum) { return {bf16::add_products(sum.v, row, weight)}; }
   static void keep(__m512i& value) { __asm__("" : "+v"(value)); }
-  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, BFloat16* to) {
+  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, BFloat16* to,
+                   int64_t) {
     const char* source = static_cast<const char*>(rows[i]) + q * 2;
     const float* factors = static_cast<const float*>(scales);
     _mm512_store_si512(to,

@@ -6,13 +6,15 @@
 // in order. Every tile shape follows it, so a row's result depends on nothing but its own elements. It also errs 3 to
 // 10 times less than one running sum.
 //
-// `Math` is what a vector holds: WidenedMath below, floats; or pairs of bfloat16 (avx512_bf16.cpp).
+// `Math` is what a vector holds: floats, or 2-byte elements widened to them as they are loaded (below); or pairs of
+// bfloat16 (avx512_bf16.cpp).
 //
 // Tiles of up to kDotRows rows by 4 weights. Rows are packed as [tile][vector of k][row][lane]: a tile's k block is
 // 24 KB that passes through L1 again and again while a panel of weights passes from L2. Few rows are one tile and go
 // through the weights once, in two to four long streams, at the speed of memory.
 #pragma once
 
+#include "common/workspace.h"
 #include "cpu/gemm/tile.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
@@ -24,30 +26,75 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 // Weights whose block of k stays in L2 while all rows pass; half of it, two blocks. With the panel fetched meanwhile
 // that is a quarter of an L2 of 1 MB: pages of 4 KB lie in it by chance, and fuller it loses lines before their use.
 constexpr int64_t kDotPanel = 32;
-constexpr int64_t kDotSegment = 16;    // steps of k between two fetches of what is multiplied later
+constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
+// Rows from which a widened copy of a panel costs less than widening in every tile.
+constexpr int64_t kDotWidenRows = 72;
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
 // page's address, so pages are touched ahead. Where rows take arithmetic as well, every line is fetched.
 constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
 constexpr int64_t kDotStreamAhead = 2048;
 
-// Elements of T widened to floats as they are loaded.
+// Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, one after the
+// other in a lane; packed rows are [step][vector][row][lane].
 template <class T>
 struct WidenedMath {
   using Element = T;
   using Packed = float;
   using Value = Vec;
-  static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a vector
+  static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a step
+  static constexpr int kVectors = 1;
+  static constexpr int64_t kSpread = 1;   // steps of weights lie kSpread kStep elements apart
+  static constexpr bool kWidens = false;  // whether many rows want their weights widened before
   static constexpr int64_t kMaxBlock = 1024;
 
-  static Vec load(const T* p) { return Vec::load(p); }
-  static Vec load(const T* p, int count) { return Vec::load(p, count); }
+  static Vec load(const T* p, int) { return Vec::load(p); }
+  static Vec load(const T* p, int, int count) { return Vec::load(p, count); }
   static Vec load_packed(const float* p) { return Vec::load(p); }
   static Vec add_products(Vec row, Vec weight, Vec sum) { return fma(row, weight, sum); }
   static void keep(Vec& value) { keep_in_register(value); }
-  // The count elements of row i from q on, the rest zero.
-  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, float* to) {
+  // The count elements of row i from q on, the rest zero; the vectors of a step `apart` elements from each other.
+  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, float* to, int64_t) {
     RowReader<T>(rows, scales, i).load(q, count).store(to);
+  }
+};
+
+// Widened weights of a panel: [kDotCols columns][step][column][lane], one run for a tile.
+struct PanelMath : WidenedMath<float> {
+  static constexpr int64_t kSpread = kDotCols;
+};
+
+// A vector of bfloat16 pairs is two of floats, first the odd elements, then the even ones: one instruction each, where
+// neighbours would take two. Many rows would repeat it for every tile, so panels of weights are widened before.
+template <>
+struct WidenedMath<BFloat16> {
+  using Element = BFloat16;
+  using Packed = float;
+  using Value = Vec;
+  static constexpr int64_t kStep = 2 * Vec::kLanes;
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kSpread = 1;
+  static constexpr bool kWidens = true;
+  static constexpr int64_t kMaxBlock = 1024;
+
+  static Vec load(const BFloat16* p, int vector) { return Vec::load_alternate(p, 1 - vector); }
+  static Vec load(const BFloat16* p, int vector, int count) { return Vec::load_alternate(p, 1 - vector, count); }
+  static Vec load_packed(const float* p) { return Vec::load(p); }
+  static Vec add_products(Vec row, Vec weight, Vec sum) { return fma(row, weight, sum); }
+  static void keep(Vec& value) { keep_in_register(value); }
+  static void pack(const void* const* rows, const void* scales, int64_t i, int64_t q, int count, float* to,
+                   int64_t apart) {
+    const RowReader<BFloat16> row(rows, scales, i);
+    const BFloat16* elements = row.row + q;
+    BFloat16 scaled[kStep];
+    if (row.scaled) {
+      constexpr int L = Vec::kLanes;
+      row.load(q, count < L ? count : L).store(scaled);
+      if (count > L) row.load(q + L, count - L).store(scaled + L);
+      elements = scaled;
+    }
+    for (int v = 0; v < kVectors; ++v)
+      (count == kStep ? load(elements, v) : load(elements, v, count)).store(to + v * apart);
   }
 };
 
@@ -117,58 +164,6 @@ inline __attribute__((always_inline)) void touch_pages(const char* first, int64_
   }
 }
 
-// Fetches rows of weights that are multiplied later into L2, line by line, in runs: a row, or all of them where they
-// have no gaps. A line that goes to L2 had better find its page known (prefetch_later), so pages are touched one at a
-// time, kAhead pages or rows before their lines: then finding them costs nothing.
-struct LineFetcher {
-  static constexpr int64_t kPage = 4096, kAhead = 4;
-  const char* line;
-  int64_t run_lines, left;  // of every run, and of the current one
-  int64_t row_bytes, stride;
-  int64_t runs;         // left
-  const char* touched;  // what lies before it is known
-  const char* end;      // of all that may be touched
-
-  // The first `count` of `all` rows; is_touched: the fetcher of the rows before has touched the first pages of these.
-  template <class T>
-  LineFetcher(const T* first, int64_t count, int64_t all, int64_t w_stride, int64_t k, bool is_touched)
-      : line(reinterpret_cast<const char*>(first)), row_bytes(k * static_cast<int64_t>(sizeof(T))),
-        stride(w_stride * static_cast<int64_t>(sizeof(T))), runs(count), touched(line), end(line + all * stride) {
-    run_lines = ((is_whole() ? row_bytes * count : row_bytes) + 63) / 64;
-    left = run_lines;
-    if (is_whole() && count > 0) runs = 1;
-    if (is_touched) touched += kAhead * (is_whole() ? kPage : stride);
-  }
-  bool is_whole() const { return row_bytes == stride; }
-  int64_t num_lines() const { return runs * run_lines; }
-
-  inline __attribute__((always_inline)) void touch() {
-    if (is_whole()) {
-      for (; touched < line + kAhead * kPage && touched < end; touched += kPage) prefetch_soon(touched);
-    } else {
-      for (; touched < line + kAhead * stride && touched < end; touched += stride) {
-        for (int64_t at = 0; at < row_bytes; at += kPage) prefetch_soon(touched + at);
-        prefetch_soon(touched + row_bytes - 1);
-      }
-    }
-  }
-  // Few branches: this runs between the products, hundreds of times a panel.
-  inline __attribute__((always_inline)) void fetch(int64_t lines) {
-    if (runs == 0) return;
-    touch();
-    while (lines > 0) {
-      const int64_t count = lines < left ? lines : left;
-      for (const char* const stop = line + count * 64; line < stop; line += 64) prefetch_later(line);
-      lines -= count;
-      left -= count;
-      if (left > 0) return;
-      if (--runs == 0) return;
-      line += stride - run_lines * 64;
-      left = run_lines;
-    }
-  }
-};
-
 // What a tile asks for before it is needed.
 enum class DotFetch {
   kPanel,  // `lines` lines of `later` per kDotSegment steps of k, because one burst would fill the queue to memory; and
@@ -181,8 +176,8 @@ template <int R, int C, DotFetch kFetch, class Math>
 inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed* a,
                                                     const typename Math::Element* const* w, int64_t k,
                                                     LineFetcher& later, int64_t lines, const DotOutput& out) {
-  constexpr int64_t L = Math::kStep;
-  const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q); };
+  constexpr int64_t L = Math::kStep, kLane = L / Math::kVectors;
+  const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q * Math::kSpread); };
   if (kFetch == DotFetch::kPanel)
     for (int i = 0; i < R; ++i) __builtin_prefetch(out.c[0] + i * out.stride, 1, 3);
   Vec sums[R][C];
@@ -194,7 +189,7 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
                         __attribute__((always_inline)) {
 #pragma GCC unroll 12
                           for (int i = 0; i < R; ++i) {
-                            typename Math::Value row = Math::load_packed(rows + i * L);
+                            typename Math::Value row = Math::load_packed(rows + i * kLane);
                             Math::keep(row);
 #pragma GCC unroll 4
                             for (int j = 0; j < C; ++j) sums[i][j] = Math::add_products(row, weights[j], sums[i][j]);
@@ -206,19 +201,25 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
     const int64_t end = k - q < kDotSegment * L ? k / L * L : q + kDotSegment * L;
     for (; q < end; q += L) {
       typename Math::Value weights[C];
+#pragma GCC unroll 2
+      for (int v = 0; v < Math::kVectors; ++v) {
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) {
-        weights[j] = Math::load(w[j] + q);
-        Math::keep(weights[j]);
-        if (kFetch == DotFetch::kStream) prefetch_later(bytes(j, q) + kDotStreamAhead);
+        for (int j = 0; j < C; ++j) {
+          weights[j] = Math::load(w[j] + q * Math::kSpread, v);
+          Math::keep(weights[j]);
+          if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + kDotStreamAhead);
+        }
+        step(weights, a + (q + v * kLane) * R);
       }
-      step(weights, a + q * R);
     }
   }
   if (q < k) {
     typename Math::Value weights[C];
-    for (int j = 0; j < C; ++j) weights[j] = Math::load(w[j] + q, static_cast<int>(k - q));
-    step(weights, a + q * R);
+#pragma GCC unroll 2
+    for (int v = 0; v < Math::kVectors; ++v) {
+      for (int j = 0; j < C; ++j) weights[j] = Math::load(w[j] + q * Math::kSpread, v, static_cast<int>(k - q));
+      step(weights, a + (q + v * kLane) * R);
+    }
   }
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
@@ -328,14 +329,41 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   }
 }
 
-// One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
-// `next_lines` lines of what comes next are fetched into L2 meanwhile.
+// The weights of a panel as tiles read them: those of column j, a multiple of kDotCols, start at first + j * column,
+// its neighbours' lie `neighbour` elements further each.
 template <class Math>
-void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
-               LineFetcher& later, int64_t next_lines) {
+struct DotColumns {
+  const typename Math::Element* first;
+  int64_t column, neighbour;
+};
+
+// `columns` weights over `depth` elements of k, widened: a copy.
+template <class Math>
+DotColumns<PanelMath> widen_panel(const typename Math::Element* w, int64_t w_stride, int64_t columns, int64_t depth) {
+  constexpr int L = Vec::kLanes;
+  const int64_t padded = round_up(depth, Math::kStep);
+  float* const panel = static_cast<float*>(scratch(Scratch::kMicroKernel, kDotPanel * Math::kMaxBlock * sizeof(float)));
+  for (int64_t j = 0; j < columns; ++j, w += w_stride) {
+    float* to = panel + j / kDotCols * kDotCols * padded + j % kDotCols * L;
+    int64_t q = 0;
+    for (; q + Math::kStep <= depth; q += Math::kStep)
+#pragma GCC unroll 2
+      for (int v = 0; v < Math::kVectors; ++v, to += kDotCols * L) Math::load(w + q, v).store(to);
+    if (q < depth)
+      for (int v = 0; v < Math::kVectors; ++v, to += kDotCols * L)
+        Math::load(w + q, v, static_cast<int>(depth - q)).store(to);
+  }
+  return {panel, padded, int64_t{L}};
+}
+
+// One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
+// `next_lines` lines of what comes next are fetched into L2 meanwhile. Tile: how tiles read the panel.
+template <class Tile, class Math>
+void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64_t m, int64_t q, int64_t depth,
+               int64_t panel, int64_t columns, LineFetcher& later, int64_t next_lines) {
   const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
   const int64_t row_segments = m * ((columns + kDotCols - 1) / kDotCols) *
-                               ((depth + kDotSegment * Math::kStep - 1) / (kDotSegment * Math::kStep));
+                               ((depth + kDotSegment * Tile::kStep - 1) / (kDotSegment * Tile::kStep));
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     const int64_t lines = (next_lines * rows + row_segments - 1) / row_segments;
@@ -343,14 +371,14 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
     with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
-        const typename Math::Element* w[kDotCols];
+        const typename Tile::Element* w[kDotCols];
         DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), R, q > 0};
         for (int i = 0; i < kDotCols; ++i) {
-          const int64_t column = panel + j + (i < out.count ? i : 0);
-          w[i] = p.w + column * p.w_stride + q;
-          out.c[i] = p.c + first * p.c_stride + column;
+          const int64_t neighbour = i < out.count ? i : 0;
+          w[i] = weights.first + j * weights.column + neighbour * weights.neighbour;
+          out.c[i] = p.c + first * p.c_stride + panel + j + neighbour;
         }
-        dot_tile<R, kDotCols, DotFetch::kPanel, Math>(a, w, depth, later, lines, out);
+        dot_tile<R, kDotCols, DotFetch::kPanel, Tile>(a, w, depth, later, lines, out);
       }
     });
   }
@@ -387,7 +415,16 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
     const int64_t next_lines = later.num_lines();
     for (int64_t q = begin; q < end; q += p.block) {
       const int64_t block = end - q < p.block ? end - q : p.block;
-      dot_panel(p, m, q, block, panel, columns, later, (next_lines * block + depth - 1) / depth);
+      const int64_t lines = (next_lines * block + depth - 1) / depth;
+      const typename Math::Element* w = p.w + panel * p.w_stride + q;
+      if constexpr (Math::kWidens) {
+        if (m >= kDotWidenRows) {
+          const DotColumns<PanelMath> widened = widen_panel<Math>(w, p.w_stride, columns, block);
+          dot_panel(p, widened, m, q, round_up(block, Math::kStep), panel, columns, later, lines);
+          continue;
+        }
+      }
+      dot_panel(p, DotColumns<Math>{w, p.w_stride, p.w_stride}, m, q, block, panel, columns, later, lines);
     }
   }
 }
@@ -435,10 +472,11 @@ template <class Math>
 void dot_pack_tile(const void* const* rows_of, const void* scale, int64_t first, int64_t end, int64_t rows, int64_t k,
                    typename Math::Packed* to) {
   constexpr int64_t L = Math::kStep;
-  for (int64_t i = 0; i < rows; ++i, to += L)
+  constexpr int64_t kLane = L / Math::kVectors;
+  for (int64_t i = 0; i < rows; ++i, to += kLane)
     for (int64_t q = 0; q < k; q += L)
       Math::pack(rows_of, scale, first + i < end ? first + i : end - 1, q, static_cast<int>(k - q < L ? k - q : L),
-                 to + q * rows);
+                 to + q * rows, rows * kLane);
 }
 
 template <class Math>

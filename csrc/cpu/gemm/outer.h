@@ -4,10 +4,12 @@
 // Order of summation: blocks of 128 elements of k, each summed one fma at a time, ascending, from +0; block sums are
 // added in order. Nothing else enters.
 //
-// Tiles of kOuterRows rows by kOuterVecs vectors. Rows are packed, widened to float, as [tile][k][row]. For more rows
-// than a tile holds, 128 by 64 weights are copied to a 32 KB panel first: rows of a weight matrix lie a power of two
-// apart and would evict each other from the caches. Few rows read the weights once, in place, in runs as long as their
-// rows: 8 elements of k at a time sweep over 512 outputs whose sums wait in L1.
+// Tiles of up to kOuterRows rows by kOuterVecs vectors. Rows are packed, widened to float, as [tile][k][row]. For more
+// rows than a tile holds, 128 by 64 weights become a 32 KB panel first: rows of a weight matrix lie a power of two
+// apart and would evict each other from the caches. The first tile writes the panel from the vectors it multiplies, in
+// the shadow of its products. Meanwhile the weights of the next block of k come to L2, kOuterSpan outputs at a time:
+// rows as long as that let the processor fetch ahead by itself, too. Few rows read the weights once, in place, in runs
+// as long as their rows: 8 elements of k at a time sweep over 512 outputs whose sums wait in L1.
 #pragma once
 
 #include "cpu/gemm/tile.h"
@@ -18,6 +20,8 @@ constexpr int kOuterRows = kVectorRegisters == 8 ? 2 : 6;
 constexpr int kOuterVecs = Vec::kLanes == 16 ? 4 : 2;
 constexpr int64_t kOuterBlock = 128;  // elements of k summed before they join the result
 constexpr int64_t kOuterPanel = 64;   // outputs of a panel
+constexpr int64_t kOuterSpan = 384;   // outputs whose weights of a block of k are fetched together
+constexpr int64_t kOuterSegment = 8;  // steps of k between two fetches
 constexpr int64_t kOuterSweep = 512;  // outputs whose sums wait in L1 while few rows go through the weights
 constexpr int64_t kOuterStep = 8;     // elements of k of one sweep
 
@@ -28,12 +32,18 @@ enum class OuterEnd {
   kContinue,  // the running sums themselves are in c
 };
 
+// What a tile does at each of its steps of k beside the products.
+struct OuterNothing {
+  template <class Weights>
+  inline __attribute__((always_inline)) void operator()(int64_t, const Weights&) const {}
+};
+
 // The products of a[k][kStep], its first R, with w[k][V vectors], added to c if they continue; end(sums) takes them.
-// kPrefetch asks for the same columns of the rows `k` further on.
-template <int R, int V, bool kPrefetch, int kStep, class T, class End>
+// step(q, weights) is called with the vectors of every step.
+template <int R, int V, int kStep, class T, class Step, class End>
 inline __attribute__((always_inline)) void outer_sums(const float* a, const T* w, int64_t w_stride, int64_t k,
-                                                      const float* c, int64_t c_stride, bool continues, NextPanel next,
-                                                      const End& end) {
+                                                      const float* c, int64_t c_stride, bool continues,
+                                                      const Step& step, const End& end) {
   constexpr int L = Vec::kLanes;
   Vec sums[R][V];
 #pragma GCC unroll 8
@@ -41,18 +51,13 @@ inline __attribute__((always_inline)) void outer_sums(const float* a, const T* w
 #pragma GCC unroll 16
     for (int j = 0; j < V; ++j) sums[i][j] = continues ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
   for (int64_t q = 0; q < k; ++q, w += w_stride, a += kStep) {
-    if (!kPrefetch) next.fetch();
-    if (kPrefetch) {
-      const char* line = reinterpret_cast<const char*>(w + k * w_stride);
-#pragma GCC unroll 16
-      for (int p = 0; p < V * L * static_cast<int>(sizeof(T)); p += 64) prefetch_later(line + p);
-    }
     Vec weights[V];
 #pragma GCC unroll 16
     for (int j = 0; j < V; ++j) {
       weights[j] = Vec::load(w + j * L);
       keep_in_register(weights[j]);
     }
+    step(q, weights);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       Vec row = Vec::all(a[i]);
@@ -65,14 +70,13 @@ inline __attribute__((always_inline)) void outer_sums(const float* a, const T* w
 }
 
 // Sums of `count` outputs to c; the last may end inside a vector, unless the sums continue.
-template <int R, int V, bool kPrefetch, int kStep, class T>
+template <int R, int V, int kStep, class T, class Step>
 inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
-                                                      int64_t c_stride, int64_t count, OuterEnd end,
-                                                      NextPanel next = {}) {
+                                                      int64_t c_stride, int64_t count, OuterEnd end, const Step& step) {
   constexpr int L = Vec::kLanes;
   const bool add = end == OuterEnd::kAdd;
-  outer_sums<R, V, kPrefetch, kStep>(
-      a, w, w_stride, k, c, c_stride, end == OuterEnd::kContinue, next,
+  outer_sums<R, V, kStep>(
+      a, w, w_stride, k, c, c_stride, end == OuterEnd::kContinue, step,
       [&](const Vec(&sums)[R][V]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
@@ -103,11 +107,9 @@ struct OuterProblem {
 template <class T>
 void outer_fill_panel(const T* w, int64_t w_stride, int64_t k, int64_t columns, float* panel) {
   constexpr int L = Vec::kLanes;
-  constexpr int64_t kWidth = kOuterVecs * L, kAhead = 8;
+  constexpr int64_t kWidth = kOuterVecs * L;
   for (int64_t q = 0; q < k; ++q) {
     const T* row = w + q * w_stride;
-    for (int64_t p = 0; p < kOuterPanel * static_cast<int64_t>(sizeof(T)); p += 64)
-      prefetch_soon(reinterpret_cast<const char*>(row + kAhead * w_stride) + p);
     for (int64_t j = 0; j < kOuterPanel; j += L) {
       const int64_t left = columns - j;
       const Vec value = left >= L  ? Vec::load(row + j)
@@ -118,26 +120,69 @@ void outer_fill_panel(const T* w, int64_t w_stride, int64_t k, int64_t columns, 
   }
 }
 
-// All rows against columns [first, first + columns) of one block of k, by way of a panel.
+// Row tiles: tile t of n holds rows [m t / n, m (t + 1) / n). Even tiles, because a tile of one or two rows would wait
+// for its sums.
+inline int64_t outer_tiles(int64_t m) { return (m + kOuterRows - 1) / kOuterRows; }
+
+// All rows against columns [first, first + columns) of one block of k, by way of a panel; `lines` lines of `later` are
+// fetched per kOuterSegment steps.
 template <class T>
 void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t first, int64_t columns,
-                 const T* after) {
-  constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
-  constexpr int64_t kLines = kOuterPanel * static_cast<int64_t>(sizeof(T)) / 64;
-  const NextPanel next{reinterpret_cast<const char*>(after), p.w_stride * static_cast<int64_t>(sizeof(T)), 0};
-  const int64_t tiles = (m + kOuterRows - 1) / kOuterRows * ((columns + kWidth - 1) / kWidth);
-  int64_t tile = 0;
+                 LineFetcher& later, int64_t lines) {
+  constexpr int L = Vec::kLanes;
+  constexpr int64_t kWidth = kOuterVecs * L, kRowBytes = kWidth * static_cast<int64_t>(sizeof(T)), kAhead = 8;
   alignas(64) float panel[kOuterBlock * kOuterPanel];
-  outer_fill_panel(p.w + q * p.w_stride + first, p.w_stride, depth, columns, panel);
-  for (int64_t row = 0; row < m; row += kOuterRows) {
-    const int64_t rows = m - row < kOuterRows ? m - row : kOuterRows;
+  const T* const weights = p.w + q * p.w_stride + first;
+  const bool is_whole = columns == kOuterPanel;
+  if (!is_whole) outer_fill_panel(weights, p.w_stride, depth, columns, panel);
+  const OuterEnd end = q > 0 ? OuterEnd::kAdd : OuterEnd::kStore;
+  const auto fetch = [&](int64_t s) __attribute__((always_inline)) {
+    if (s % kOuterSegment == 0) later.fetch(lines);
+  };
+  const int64_t tiles = outer_tiles(m);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = m * tile / tiles, rows = m * (tile + 1) / tiles - row;
     with_rows<kOuterRows>(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
-      for (int64_t j = 0; j < columns; j += kWidth)
-        outer_tile<R, kOuterVecs, false, R>(
-            p.a + row * p.k + q * R, panel + j * depth, kWidth, depth, p.c + row * p.c_stride + first + j, p.c_stride,
-            columns - j, q > 0 ? OuterEnd::kAdd : OuterEnd::kStore, next.share(tile++, tiles, kLines));
+      const float* a = p.a + row * p.k + q * R;
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        float* const c = p.c + row * p.c_stride + first + j;
+        float* const to = panel + j * depth;
+        for (int i = 0; q > 0 && i < R; ++i)
+          for (int64_t v = 0; v < kWidth; v += 16) __builtin_prefetch(c + i * p.c_stride + v, 1, 3);
+        const auto copy = [&](int64_t s, const Vec(&vectors)[kOuterVecs]) __attribute__((always_inline)) {
+          fetch(s);
+          const char* ahead = reinterpret_cast<const char*>(weights + j + (s + kAhead) * p.w_stride);
+          for (int64_t at = 0; at < kRowBytes; at += 64) prefetch_soon(ahead + at);
+#pragma GCC unroll 16
+          for (int v = 0; v < kOuterVecs; ++v) vectors[v].store(to + s * kWidth + v * L);
+        };
+        if (tile == 0 && is_whole)
+          outer_tile<R, kOuterVecs, R>(a, weights + j, p.w_stride, depth, c, p.c_stride, kWidth, end, copy);
+        else
+          outer_tile<R, kOuterVecs, R>(a, to, kWidth, depth, c, p.c_stride, columns - j, end,
+                                       [&](int64_t s, const Vec(&)[kOuterVecs])
+                                           __attribute__((always_inline)) { fetch(s); });
+      }
     });
+  }
+}
+
+// Columns [begin, end), at most kOuterSpan, of all rows; `after`: the weights multiplied next, or null.
+template <class T>
+void outer_span(const OuterProblem<T>& p, int64_t m, int64_t begin, int64_t end, const T* after) {
+  constexpr int64_t kTiles = kOuterPanel / (kOuterVecs * Vec::kLanes);
+  const int64_t columns = end - begin, panels = (columns + kOuterPanel - 1) / kOuterPanel;
+  const auto block = [&](int64_t q) { return p.k - q < kOuterBlock ? p.k - q : kOuterBlock; };
+  for (int64_t q = 0; q < p.k; q += kOuterBlock) {
+    const bool is_last = q + kOuterBlock >= p.k;
+    const T* const next = is_last ? after : p.w + (q + kOuterBlock) * p.w_stride + begin;
+    const int64_t next_depth = next == nullptr ? 0 : block(is_last ? 0 : q + kOuterBlock), depth = block(q);
+    LineFetcher later(next, next_depth, next_depth, p.w_stride, columns, false);
+    const int64_t segments = outer_tiles(m) * panels * kTiles * ((depth + kOuterSegment - 1) / kOuterSegment);
+    const int64_t lines = (later.num_lines() + segments - 1) / segments;
+    for (int64_t first = begin; first < end; first += kOuterPanel)
+      outer_panel(p, m, q, depth, first, end - first < kOuterPanel ? end - first : kOuterPanel, later, lines);
   }
 }
 
@@ -152,8 +197,14 @@ void outer_few_rows(const OuterProblem<T>& p, int64_t q, int64_t depth, int64_t 
     const int64_t steps = depth - step < kOuterStep ? depth - step : kOuterStep;
     const T* w = p.w + (q + step) * p.w_stride + first;
     for (int64_t j = 0; j < columns; j += kWidth)
-      outer_tile<R, kOuterVecs, true, R>(p.a + (q + step) * R, w + j, p.w_stride, steps, sums + j, kOuterSweep, kWidth,
-                                         step > 0 ? OuterEnd::kContinue : OuterEnd::kStore);
+      outer_tile<R, kOuterVecs, R>(p.a + (q + step) * R, w + j, p.w_stride, steps, sums + j, kOuterSweep, kWidth,
+                                   step > 0 ? OuterEnd::kContinue : OuterEnd::kStore,
+                                   [&](int64_t s, const Vec(&)[kOuterVecs]) __attribute__((always_inline)) {
+                                     const char* line = reinterpret_cast<const char*>(w + j + (s + steps) * p.w_stride);
+#pragma GCC unroll 16
+                                     for (int b = 0; b < kWidth * static_cast<int>(sizeof(T)); b += 64)
+                                       prefetch_later(line + b);
+                                   });
   }
   for (int64_t i = 0; i < R; ++i) {
     float* c = p.c + i * p.c_stride + first;
@@ -170,24 +221,21 @@ void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stri
   const OuterProblem<T> p{
       static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k, static_cast<float*>(c), c_stride};
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
-  for (int64_t q = 0; q < k; q += kOuterBlock) {
-    const int64_t depth = k - q < kOuterBlock ? k - q : kOuterBlock;
-    int64_t first = 0;
-    if (m <= kOuterRows) {
-      const int64_t whole = n / kWidth * kWidth;
-      with_rows<kOuterRows>(m, [&](auto count) {
-        for (; first < whole; first += kOuterSweep)
-          outer_few_rows<decltype(count)::value>(p, q, depth, first,
-                                                 whole - first < kOuterSweep ? whole - first : kOuterSweep);
-      });
-      first = whole;
-    }
-    for (; first < n; first += kOuterPanel) {
-      const T* next = first + kOuterPanel < n ? p.w + q * w_stride + first + kOuterPanel
-                      : q + kOuterBlock < k   ? p.w + (q + kOuterBlock) * w_stride
-                                              : static_cast<const T*>(after);
-      outer_panel(p, m, q, depth, first, n - first < kOuterPanel ? n - first : kOuterPanel, next);
-    }
+  int64_t swept = 0;
+  if (m <= kOuterRows) {
+    const int64_t whole = n / kWidth * kWidth;
+    with_rows<kOuterRows>(m, [&](auto count) {
+      for (int64_t q = 0; q < k; q += kOuterBlock)
+        for (swept = 0; swept < whole; swept += kOuterSweep)
+          outer_few_rows<decltype(count)::value>(p, q, k - q < kOuterBlock ? k - q : kOuterBlock, swept,
+                                                 whole - swept < kOuterSweep ? whole - swept : kOuterSweep);
+    });
+    swept = whole;
+  }
+  for (int64_t begin = swept; begin < n; begin += kOuterSpan) {
+    const bool is_last = begin + kOuterSpan >= n;
+    outer_span(p, m, begin, is_last ? n : begin + kOuterSpan,
+               is_last ? static_cast<const T*>(after) : p.w + begin + kOuterSpan);
   }
 }
 
@@ -196,8 +244,9 @@ inline int64_t outer_packed_bytes(int64_t m, int64_t k) { return m * k * static_
 template <class T>
 void outer_pack(const void* const* rows, const void* scale, int64_t m, int64_t k, void* packed) {
   constexpr int L = Vec::kLanes;
-  for (int64_t first = 0; first < m; first += kOuterRows) {
-    const int64_t count = m - first < kOuterRows ? m - first : kOuterRows;
+  const int64_t tiles = outer_tiles(m);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = m * tile / tiles, count = m * (tile + 1) / tiles - first;
     float* to = static_cast<float*>(packed) + first * k;
     for (int64_t q = 0; q < k; q += L) {
       const int lanes = static_cast<int>(k - q < L ? k - q : L);

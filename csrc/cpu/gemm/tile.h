@@ -48,6 +48,58 @@ inline __attribute__((always_inline)) void with_rows(int64_t rows, const F& f) {
 inline __attribute__((always_inline)) void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// Fetches rows of weights that are multiplied later into L2, line by line, in runs: a row, or all of them where they
+// have no gaps. A line that goes to L2 had better find its page known (prefetch_later), so pages are touched one at a
+// time, kAhead pages or rows before their lines: then finding them costs nothing.
+struct LineFetcher {
+  static constexpr int64_t kPage = 4096, kAhead = 4;
+  const char* line;
+  int64_t run_lines, left;  // of every run, and of the current one
+  int64_t row_bytes, stride;
+  int64_t runs;         // left
+  const char* touched;  // what lies before it is known
+  const char* end;      // of all that may be touched
+
+  // The first `count` of `all` rows; is_touched: the fetcher of the rows before has touched the first pages of these.
+  template <class T>
+  LineFetcher(const T* first, int64_t count, int64_t all, int64_t w_stride, int64_t k, bool is_touched)
+      : line(reinterpret_cast<const char*>(first)), row_bytes(k * static_cast<int64_t>(sizeof(T))),
+        stride(w_stride * static_cast<int64_t>(sizeof(T))), runs(count), touched(line), end(line + all * stride) {
+    run_lines = ((is_whole() ? row_bytes * count : row_bytes) + 63) / 64;
+    left = run_lines;
+    if (is_whole() && count > 0) runs = 1;
+    if (is_touched) touched += kAhead * (is_whole() ? kPage : stride);
+  }
+  bool is_whole() const { return row_bytes == stride; }
+  int64_t num_lines() const { return runs * run_lines; }
+
+  inline __attribute__((always_inline)) void touch() {
+    if (is_whole()) {
+      for (; touched < line + kAhead * kPage && touched < end; touched += kPage) prefetch_soon(touched);
+    } else {
+      for (; touched < line + kAhead * stride && touched < end; touched += stride) {
+        for (int64_t at = 0; at < row_bytes; at += kPage) prefetch_soon(touched + at);
+        prefetch_soon(touched + row_bytes - 1);
+      }
+    }
+  }
+  // Few branches: this runs between the products, hundreds of times a panel.
+  inline __attribute__((always_inline)) void fetch(int64_t lines) {
+    if (runs == 0) return;
+    touch();
+    while (lines > 0) {
+      const int64_t count = lines < left ? lines : left;
+      for (const char* const stop = line + count * 64; line < stop; line += 64) prefetch_later(line);
+      lines -= count;
+      left -= count;
+      if (left > 0) return;
+      if (--runs == 0) return;
+      line += stride - run_lines * 64;
+      left = run_lines;
+    }
+  }
+};
+
 // What the outer forms ask for while a panel is multiplied: of every row of the weights of the next panel, `lines`
 // lines from `at` on. The tiles of a panel share its lines, each takes some of every row.
 struct NextPanel {

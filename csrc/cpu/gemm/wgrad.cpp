@@ -96,15 +96,14 @@ void multiply_panels(Panels* panels, int64_t count, int64_t in, int64_t j0, int6
         const float* y = panels->y + j * kBlockRows;
         float* sum = panels->sum + i * kGroupOut + j0 + j;
         if (!last)
-          outer_tile<R, kOuterVecs, false, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
-                                                    first ? OuterEnd::kStore : OuterEnd::kContinue);
+          outer_tile<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
+                                             first ? OuterEnd::kStore : OuterEnd::kContinue, OuterNothing{});
         else
-          outer_sums<R, kOuterVecs, false, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, {},
-                                                    [&](const Vec(&sums)[R][kOuterVecs])
-                                                        __attribute__((always_inline)) {
-                                                          store_tile<R>(sums, width - j, to.out + i * to.stride + j,
-                                                                        to.stride, to.streams && width - j >= kTileOut);
-                                                        });
+          outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, OuterNothing{},
+                                             [&](const Vec(&sums)[R][kOuterVecs]) __attribute__((always_inline)) {
+                                               store_tile<R>(sums, width - j, to.out + i * to.stride + j, to.stride,
+                                                             to.streams && width - j >= kTileOut);
+                                             });
       }
     });
 }

@@ -33,12 +33,45 @@ inline Vec exp_parts(Vec x, Vec& n) {
 // that gives 0 (a microcode assist, as for a subnormal result); here the power is -514.
 constexpr float kLowestExponent = -356.0f;
 
-// e^x for x <= 0: NaN gives NaN, below -103.98 (and for -inf) +0.
+// Neither e^x nor its share of a sum of up to 2^31 is subnormal for x from -kNear to 0.
+constexpr float kNear = 64.0f;
+
+// What the exponentials below know of x <= 0, or of what becomes of e^x; NaN gives NaN.
+enum class Below {
+  kAny,      // below -103.98 (and for -inf) +0
+  kGradual,  // the same bits as kAny, where results may be subnormal
+  kNear,     // x is at least -kNear
+  kAdded,    // e^x is added to a sum of at least 1, beside which 2^-126 stands for what is less
+};
+
+template <Below kBelow>
+inline Vec bounded(Vec x) {
+  // max returns its second operand on NaN.
+  if constexpr (kBelow == Below::kNear) return x;
+  return max(Vec::all(kBelow == Below::kAdded ? -87.33f : kLowestExponent), x);
+}
+
+// ldexp(a, n) for |a| in [0.5, 2] and n <= 0, NaN where a is. A subnormal number is its own bits as an integer, in
+// units of 2^-149: Intel's vscalefps takes 160 cycles to give one.
+inline Vec ldexp_gradual(Vec a, Vec n) {
+  n = max(Vec::all(-200.0f), n);
+  const Mask small = n < Vec::all(-125.0f);
+  const Vec scaled = ldexp(a, select(small, n + Vec::all(149.0f), n));
+  return select(small, integer_bits(scaled), scaled);
+}
+
+template <Below kBelow>
+inline Vec ldexp_of(Vec a, Vec n) {
+  if constexpr (kBelow == Below::kGradual) return ldexp_gradual(a, n);
+  return ldexp(a, n);
+}
+
+// e^x for x <= 0.
+template <Below kBelow = Below::kAny>
 inline Vec exp_nonpositive(Vec x) {
-  // max and min return their second operand on NaN, so NaN passes the bounds.
   Vec n;
-  const Vec p = exp_parts(max(Vec::all(kLowestExponent), x), n);
-  return ldexp(p, n);
+  const Vec p = exp_parts(bounded<kBelow>(x), n);
+  return ldexp_of<kBelow>(p, n);
 }
 
 // 2^(i / 16).
@@ -46,16 +79,16 @@ alignas(64) constexpr float kSixteenthPowers[16] = {
     1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
 
-// e^x for x <= 0 that is a rounded difference, with the limits of exp_nonpositive. That rounding costs up to |x| / 2
-// ulp, beside which the (1.2 + |x| / 20) ulp of this form count for little (every 37th float), and where the processor
-// looks up a table it takes 6 multiply-adds instead of 9.
+// e^x for x <= 0 that is a rounded difference. That rounding costs up to |x| / 2 ulp, beside which the (1.2 + |x| / 20)
+// ulp of this form count for little (every 37th float), and where the processor looks up a table it takes 6
+// multiply-adds instead of 9.
 // x = k ln 2 + r, k a multiple of 1/16, |r| <= ln 2 / 32; e^r by its Taylor polynomial of degree 3.
-template <class V>
+template <Below kBelow = Below::kAny, class V>
 inline V exp_of_difference(V x) {
   if constexpr (!V::kLooksUp) {
-    return exp_nonpositive(x);
+    return exp_nonpositive<kBelow>(x);
   } else {
-    x = max(V::all(kLowestExponent), x);
+    x = bounded<kBelow>(x);
     // Adding 1.5 * 2^19 rounds to a multiple of 1/16, whose fraction is then in the last four bits.
     const V shift = V::all(786432.0f);
     const V rounded = fma(x, V::all(1.44269504088896341f), shift);
@@ -63,7 +96,7 @@ inline V exp_of_difference(V x) {
     const V r = fma(k, V::all(-0.693147180559945309f), x);
     const V power = V::look_up(kSixteenthPowers, rounded);
     const V q = fma(fma(V::all(1.0f / 6.0f), r, V::all(0.5f)), r, V::all(1.0f));
-    return ldexp(fma(power * r, q, power), k);  // ldexp takes the whole part of k
+    return ldexp_of<kBelow>(fma(power * r, q, power), k);  // ldexp takes the whole part of k
   }
 }
 

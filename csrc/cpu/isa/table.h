@@ -44,8 +44,9 @@ struct KernelTable {
   MicroKernels micro;
 };
 
-// The table of the level in use. Levels, best first: amx, avx512_bf16, avx512, avx2, portable. The environment
-// variable FASTMOE_ROUTE_ISA lowers the level (tests); a level the processor lacks is an error at load.
+// The table of the level in use, the fastest of this processor. Levels, best first: amx, avx512_bf16, avx512, avx2,
+// portable. The environment variable FASTMOE_ROUTE_ISA names another (tests); one the processor lacks is an error at
+// load.
 const KernelTable& kernels();
 
 // The best level this processor offers, whatever FASTMOE_ROUTE_ISA asked for.

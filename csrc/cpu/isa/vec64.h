@@ -34,11 +34,11 @@ struct Vec64 {
   friend Vec64 max(Vec64 a, Vec64 b) { return {a.v > b.v ? a.v : b.v}; }
   friend Vec64 min(Vec64 a, Vec64 b) { return {a.v < b.v ? a.v : b.v}; }
   friend Vec64 sqrt(Vec64 a) { return {std::sqrt(a.v)}; }
-  friend Vec64 abs(Vec64 a) { return {std::fabs(a.v)}; }
+  friend Vec64 negative_abs(Vec64 a) { return {-std::fabs(a.v)}; }
   friend Vec64 reciprocal(Vec64 a) { return {1 / a.v}; }
   friend Vec64 exp(Vec64 a) { return {std::exp(a.v)}; }
   friend Vec64 exp_nonpositive(Vec64 a) { return {std::exp(a.v)}; }
-  friend Vec64 exp_of_difference(Vec64 a) { return {std::exp(a.v)}; }
+  friend Vec64 product_gradual(Vec64 a, Vec64 b) { return {a.v * b.v}; }
   friend Vec64 log_positive(Vec64 a) { return {std::log(a.v)}; }
   friend Vec64 log1p_positive(Vec64 a) { return {std::log1p(a.v)}; }
 
@@ -51,6 +51,11 @@ struct Vec64 {
   friend double reduce_max(Vec64 a) { return a.v; }
   friend double reduce_add(Vec64 a) { return a.v; }
 };
+
+template <Below = Below::kAny>
+inline Vec64 exp_of_difference(Vec64 a) {
+  return {std::exp(a.v)};
+}
 
 struct Keys64 {
   static constexpr int kLanes = 1;

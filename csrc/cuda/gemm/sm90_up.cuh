@@ -17,10 +17,10 @@
 //   staged_empty  of a consumer warp: the lanes of its finisher, each after its loads
 // An arrival releases what its own lane did, and a wait acquires it. That is all of the order here: a lane that stored
 // or loaded `staged` arrives itself. Between two arrivals at staged_full a lane waits for staged_empty, whose phase
-// needs all lanes of the finisher, and those have waited for all of the phase before; likewise the other way round, and
-// for the stages. So no phase takes an arrival of another, none is passed unseen, and its parity tells it from its
-// neighbours. Where tiles leave consumer warps without rows, nothing bounds how far a finisher is behind the producers:
-// of a tile it reads in shared memory only what lies with the staged rows.
+// needs all lanes of the finisher, and those have waited for all of the phase before; likewise the other way round,
+// and for the stages. So no phase takes an arrival of another, none is passed unseen, and its parity tells it from its
+// neighbours. Where tiles leave consumer warps without rows, nothing bounds how far a finisher is behind the
+// producers: of a tile it reads in shared memory only what lies with the staged rows.
 //
 // A row without a slot, or past the last, is not loaded: what its place in shared memory holds reaches that row of
 // accumulators alone, which is not stored, or zeros are. A consumer without rows multiplies all the same: it was 5 to

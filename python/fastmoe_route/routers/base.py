@@ -71,7 +71,9 @@ class Routed(NamedTuple):
     @property
     def aux_loss(self) -> Tensor:
         """The sum of the losses, a scalar to add to the loss of the task."""
-        first, *others = self.losses.values() or (self.routing.weights.new_zeros(()),)
+        if not self.losses:  # torch.compile takes the empty view of a dict for true, the dict not
+            return self.routing.weights.new_zeros(())
+        first, *others = self.losses.values()
         return sum(others, first)
 
 
