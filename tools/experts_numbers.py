@@ -3,7 +3,8 @@
     python tools/experts_numbers.py [bench/results/NAME.json ...]
 
 Rows of `moe_mlp` that were timed beside the kernels of others (`bench --peers`) go to the first
-table, the other ones to the second. Without names, from the reports that the page names already.
+table, the other ones to the second, one part for each processor. Without names, from the reports
+that the page names already.
 Nothing else in the page is touched; a report with a wrong row is refused.
 """
 
@@ -102,8 +103,9 @@ def source(paths: list[Path], reports: list[Row]) -> str:
 def filled(text: str, paths: list[Path] | None = None) -> str:
     """The page with the numbers of these reports, or of those it names already."""
     tables = {"peers": peer_table, "layers": layer_table}
-    kept: dict[str, tuple[list[Path], list[Row], list[Row]]] = {
-        name: ([], [], []) for name in tables
+    # Of each table, a part for every processor.
+    parts: dict[str, dict[str, tuple[list[Path], list[Row], list[Row]]]] = {
+        name: {} for name in tables
     }
     for path in paths or named(text):
         report = json.loads(path.read_text())
@@ -112,15 +114,19 @@ def filled(text: str, paths: list[Path] | None = None) -> str:
                 continue
             if not row.get("seconds"):
                 sys.exit(f"{path}: a row was not timed, because its result was wrong")
-            files, reports, rows = kept["peers" if set(PEERS) & set(row["ratios"]) else "layers"]
+            name = "peers" if set(PEERS) & set(row["ratios"]) else "layers"
+            files, reports, rows = parts[name].setdefault(report["machine"]["cpu"], ([], [], []))
             if path not in files:
                 files.append(path)
                 reports.append(report)
             rows.append(row)
-    for name, (files, reports, rows) in kept.items():
-        if rows:
-            table = tables[name](sorted(rows, key=key))
-            text = pages.fill(text, name, f"{source(files, reports)}\n\n{table}")
+    for name, table in tables.items():
+        content = [
+            f"{source(files, reports)}\n\n{table(sorted(rows, key=key))}"
+            for files, reports, rows in parts[name].values()
+        ]
+        if content:
+            text = pages.fill(text, name, "\n\n".join(content))
     return text
 
 
