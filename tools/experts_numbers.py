@@ -58,6 +58,8 @@ def standing(rows: list[Row]) -> str:
     middle = statistics.median(share for share, _, _ in lost)
     share, name, row = max(lost, key=lambda entry: entry[0])
     where = f"{row['shape']['name']}, T = {row['tokens']}, {row['dtype']}"
+    if len(lost) == 1:
+        return f"Of {len(rows)} cells, one is lost: {name} takes {share:.0%} less time ({where})."
     return (
         f"Of {len(rows)} cells, {len(lost)} are lost to a peer: it takes {middle:.0%} less time in "
         f"the median,\nand {share:.0%} at most ({name}: {where})."
