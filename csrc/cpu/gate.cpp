@@ -310,7 +310,8 @@ class Gate {
 
   template <int kWidth>
   void select_by_list(int64_t t, int64_t count) {
-    needs_.logits_only&& padded_ <= kWidth ? rank_rows<kWidth>(t, count) : select_short<kWidth>(t, count);
+    if (needs_.logits_only && padded_ <= kWidth) rank_rows<kWidth>(t, count);
+    else select_short<kWidth>(t, count);
   }
 
   // Where a short list holds every column.

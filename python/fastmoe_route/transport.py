@@ -76,7 +76,7 @@ def transport(
         iters: the number of iterations, at least 1.
         temperature: of `sinkhorn`, positive.
         marginal: of `sinkhorn`, `[E]`: the column sums, scaled so that they add up to the number of
-            tokens; None for even ones. None may be negative, and a 0 gives its expert nothing.
+            tokens; None for even ones. No sum may be negative, and a 0 gives its expert nothing.
         top_k: of `bip`, experts per token.
         k: of `ksparse`, experts per token at most.
         gamma: of `ksparse`, positive; the larger, the more even a row.

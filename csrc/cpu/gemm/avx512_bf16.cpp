@@ -70,6 +70,25 @@ struct PairMath {
 
 // ---- Outer form and weight gradients: pairs of x broadcast against a panel of interleaved pairs [pair][4 vectors]
 
+// What the outer form asks for while a panel is multiplied: of every row of the weights of the next panel, `lines`
+// lines from `at` on. The tiles of a panel share its lines, each takes some of every row.
+struct NextPanel {
+  const char* at = nullptr;
+  int64_t stride = 0;  // bytes between rows
+  int64_t lines = 0;
+
+  inline __attribute__((always_inline)) void fetch() {
+    for (int64_t i = 0; i < lines; ++i) prefetch_later(at + i * 64);
+    at += stride;
+  }
+  // The lines of tile `tile` of `tiles`, of rows of row_lines lines.
+  NextPanel share(int64_t tile, int64_t tiles, int64_t row_lines) const {
+    const int64_t each = (row_lines + tiles - 1) / tiles, first = tile * each;
+    if (at == nullptr || first >= row_lines) return {};
+    return {at + first * 64, stride, first + each <= row_lines ? each : row_lines - first};
+  }
+};
+
 // Products of kM rows with 64 columns over `pairs` pairs, added to `sum` unless `first`; pair p of row i at
 // x[i * row_step + p * pair_step]. What becomes of them is up to end(acc).
 template <int kM, class End>
