@@ -63,7 +63,7 @@ void multiply_all(const GroupedMmArgs& args) {
 }  // namespace
 
 void grouped_mm(const GroupedMmArgs& args) {
-  dispatch_float(args.dtype, [&](auto type) { multiply_all<decltype(type)>(args); });
+  dispatch_element(args.dtype, [&](auto type) { multiply_all<decltype(type)>(args); });
 }
 
 FASTMOE_ROUTE_ISA_END

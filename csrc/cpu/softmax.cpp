@@ -365,12 +365,12 @@ void backward_row(const double* g, const double* y, double* grad_x, int64_t n, M
 }  // namespace
 
 void softmax(const SoftmaxArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) { softmax_rows(args, element); });
+  dispatch_element(args.dtype, [&](auto element) { softmax_rows(args, element); });
 }
 
 void softmax_backward(const SoftmaxBackwardArgs& args) {
   const int64_t n = args.num_cols;
-  dispatch_float(args.dtype, [&](auto element) {
+  dispatch_element(args.dtype, [&](auto element) {
     using T = decltype(element);
     const T* g = static_cast<const T*>(args.grad_y);
     const T* y = static_cast<const T*>(args.y);

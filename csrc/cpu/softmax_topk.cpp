@@ -233,11 +233,11 @@ void backward_row(const SoftmaxTopkBackwardArgs& args, int64_t row, bool split) 
 }  // namespace
 
 void softmax_topk(const SoftmaxTopkArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) { topk_rows(args, element); });
+  dispatch_element(args.dtype, [&](auto element) { topk_rows(args, element); });
 }
 
 void softmax_topk_backward(const SoftmaxTopkBackwardArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) {
+  dispatch_element(args.dtype, [&](auto element) {
     using T = decltype(element);
     if (splits_rows(args.num_rows, args.num_cols)) {
       for (int64_t row = 0; row < args.num_rows; ++row) backward_row<T>(args, row, true);
