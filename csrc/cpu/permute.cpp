@@ -154,7 +154,7 @@ void sum_rows(const Terms<T>& now, const Terms<T>& next, T* y, int64_t hidden, b
   }
 }
 
-void sum_rows(const Terms<double>& now, const Terms<double>&, double* y, int64_t hidden, bool) {
+inline void sum_rows(const Terms<double>& now, const Terms<double>&, double* y, int64_t hidden, bool) {
   for (int64_t c = 0; c < hidden; ++c) {
     double sum = 0.0;
     for (int64_t i = 0; i < now.count; ++i) sum += now.terms[i].weight * now.terms[i].row[c];
@@ -316,7 +316,8 @@ void backward_group(const SlotGroup<T>& now, const SlotGroup<T>& next, float* pr
   for (int i = 0; i < now.count; ++i) backward_slots<1>(now, next, i, products + i, hidden, is_streaming);
 }
 
-void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, double* products, int64_t hidden, bool) {
+inline void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, double* products, int64_t hidden,
+                           bool) {
   for (int i = 0; i < now.count; ++i) {
     products[i] = 0.0;
     for (int64_t c = 0; c < hidden; ++c) {
