@@ -353,12 +353,13 @@ DotColumns<PanelMath> widen_panel(const typename Math::Element* w, int64_t w_str
 // `next_lines` lines of what comes next are fetched into L2 meanwhile. Tile: how tiles read the panel.
 template <class Tile, class Math, class Later>
 void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64_t m, int64_t q, int64_t depth,
-               int64_t panel, int64_t columns, Later& later, int64_t next_lines) {
+               int64_t panel, int64_t columns, Later& fetcher, int64_t next_lines) {
   const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
   const int64_t across = (columns + kDotCols - 1) / kDotCols, steps = (depth + Tile::kStep - 1) / Tile::kStep;
   const int64_t row_segments = m * across * ((steps + kDotSegment - 1) / kDotSegment);
   const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
   DotLines lines{(tile_lines + steps - 1) / steps, tile_lines};
+  Later later = fetcher;  // a copy stays in registers
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     if (!Later::kAtEveryStep) lines.at_once = (next_lines * rows + row_segments - 1) / row_segments;
@@ -377,6 +378,7 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
       }
     });
   }
+  fetcher = later;
 }
 
 // Weights of a panel that is `depth` elements of k deep.

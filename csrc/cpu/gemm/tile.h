@@ -102,9 +102,10 @@ struct LineFetcher {
 };
 
 // The same where a prefetch does not stand still for its page (Intel): kRuns parts of the rows in turn, a line at each
-// step of a product. The processor follows every part ahead of the lines asked for, finds its next page in time, and
-// does most of the fetching: prefetches alone are no more than the level-1 cache may miss at a time, 16, and then its
-// own misses wait for theirs. Asks for up to kRuns - 1 rows past the last one.
+// step of a product. Slow enough for the processor to follow every part ahead of the lines asked for, and to find its
+// next page; it has more requests to memory under way than the level-1 cache's misses (16), which prefetches share with
+// the product's own loads. Measured with 30 rows: 82% of the arithmetic peak, one part at every step 66%, in bursts
+// 60%. Asks for up to kRuns - 1 rows past the last one.
 struct TurnFetcher {
   static constexpr bool kAtEveryStep = true;
   static constexpr int64_t kRuns = 4;
@@ -138,7 +139,8 @@ struct TurnFetcher {
       left = run_lines;
     }
     if (runs == 0) return 0;
-    const int64_t most = ((lines < left ? lines : left) + at_once - 1) / at_once;
+    int64_t most = lines < left ? lines : left;
+    if (at_once > 1) most = (most + at_once - 1) / at_once;
     const int64_t count = steps < most ? steps : most;
     left -= count * at_once;
     return count;
