@@ -16,6 +16,7 @@
 
 #include "common/cache.h"
 #include "common/workspace.h"
+#include "cpu/gemm/lane_sums.h"
 #include "cpu/gemm/tile.h"
 
 FASTMOE_ROUTE_ISA_BEGIN
@@ -103,46 +104,6 @@ struct WidenedMath<BFloat16> {
   }
 };
 
-// Lane sums of four accumulators. One tree for all widths of tile: (0 + 2) + (1 + 3) inside quads, then quads alike.
-#if defined(__AVX512F__)
-inline __m128 lane_sums(Vec a, Vec b, Vec c, Vec d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512 quads = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 pairs = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-}
-#elif defined(__AVX2__)
-inline __m128 lane_sums(Vec a, Vec b, Vec c, Vec d) {
-  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
-  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
-  const __m256 quads = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-  return _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1));
-}
-#else
-inline float lane_sum(Vec a) {
-  const float low = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
-  return low + ((a.v[4] + a.v[6]) + (a.v[5] + a.v[7]));
-}
-#endif
-
-// Writes (first block of k) or adds (later blocks) the lane sums of one row's accumulators; kAside: to neighbours.
-template <int C, bool kAside>
-inline void finish_dots(const Vec* sums, float* const* c, int count, bool add) {
-#if defined(__AVX2__)
-  const __m128 dots = lane_sums(sums[0], sums[C > 1 ? 1 : 0], sums[C > 2 ? 2 : 0], sums[C > 3 ? 3 : 0]);
-  if (C == 4 && kAside && count == 4) {
-    _mm_storeu_ps(c[0], add ? _mm_add_ps(_mm_loadu_ps(c[0]), dots) : dots);
-    return;
-  }
-  float values[4];
-  _mm_storeu_ps(values, dots);
-  for (int j = 0; j < count; ++j) *c[j] = add ? *c[j] + values[j] : values[j];
-#else
-  for (int j = 0; j < count; ++j) *c[j] = add ? *c[j] + lane_sum(sums[j]) : lane_sum(sums[j]);
-#endif
-}
-
 // C weights against the R rows of a tile over one block of k; the first `rows` rows and count <= C of the outputs exist
 // (the pointers of the others repeat a valid one).
 struct DotOutput {
@@ -169,18 +130,23 @@ inline __attribute__((always_inline)) void touch_pages(const char* first, int64_
   }
 }
 
+// Lines of the next panel that a tile fetches: `at_once` at every segment of k, or at every step until it has `all`.
+struct DotLines {
+  int64_t at_once, all;
+};
+
 // What a tile asks for before it is needed.
 enum class DotFetch {
-  kPanel,  // `lines` lines of `later` per kDotSegment steps of k, because one burst would fill the queue to memory; and
-           // the results' lines. The processor brings the tile's weights from L2 to L1 in time by itself.
+  kPanel,  // `lines` of `later`, not in one burst, which would fill the queue to memory; and the results' lines. The
+           // processor brings the tile's weights from L2 to L1 in time by itself.
   kNone,
   kStream  // every line, Math::kStreamAhead bytes on
 };
 
-template <int R, int C, DotFetch kFetch, class Math>
+template <int R, int C, DotFetch kFetch, class Math, class Later>
 inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed* a,
-                                                    const typename Math::Element* const* w, int64_t k,
-                                                    LineFetcher& later, int64_t lines, const DotOutput& out) {
+                                                    const typename Math::Element* const* w, int64_t k, Later& later,
+                                                    DotLines lines, const DotOutput& out) {
   constexpr int64_t L = Math::kStep, kLane = L / Math::kVectors;
   const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q * Math::kSpread); };
   if (kFetch == DotFetch::kPanel)
@@ -200,11 +166,11 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
                             for (int j = 0; j < C; ++j) sums[i][j] = Math::add_products(row, weights[j], sums[i][j]);
                           }
                         };
+  const int64_t whole = k / L * L;
   int64_t q = 0;
-  while (q + L <= k) {
-    if (kFetch == DotFetch::kPanel) later.fetch(lines);
-    const int64_t end = k - q < kDotSegment * L ? k / L * L : q + kDotSegment * L;
+  const auto steps_to = [&](int64_t end, const auto& fetch) __attribute__((always_inline)) {
     for (; q < end; q += L) {
+      fetch();
       typename Math::Value weights[C];
 #pragma GCC unroll 2
       for (int v = 0; v < Math::kVectors; ++v) {
@@ -217,6 +183,23 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
         step(weights, a + (q + v * kLane) * R);
       }
     }
+  };
+  const auto nothing = []() __attribute__((always_inline)) {};
+  if constexpr (kFetch == DotFetch::kPanel && !Later::kAtEveryStep) {
+    while (q < whole) {
+      later.fetch(lines.at_once);
+      steps_to(whole - q < kDotSegment * L ? whole : q + kDotSegment * L, nothing);
+    }
+  } else {
+    for (int64_t left = kFetch == DotFetch::kPanel ? lines.all : 0; left > 0 && q < whole;) {
+      const int64_t steps = later.begin((whole - q) / L, left, lines.at_once);
+      if (steps == 0) break;
+      left -= steps * lines.at_once;
+      steps_to(q + steps * L, [&]() __attribute__((always_inline)) {
+        for (int64_t i = 0; i < lines.at_once; ++i) later.next();
+      });
+    }
+    steps_to(whole, nothing);
   }
   if (q < k) {
     typename Math::Value weights[C];
@@ -226,12 +209,14 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
       step(weights, a + (q + v * kLane) * R);
     }
   }
+  if constexpr (kFetch == DotFetch::kPanel && C == kDotCols)
+    if (out.count == C) return finish_tile<R>(sums, out.c[0], out.stride, out.add);
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
     if (i >= out.rows) break;
     float* c[kDotCols];
     for (int j = 0; j < C; ++j) c[j] = out.c[j] + i * out.stride;
-    finish_dots<C, kFetch == DotFetch::kPanel>(sums[i], c, out.count, out.add);
+    finish_dots<C>(sums[i], c, out.count, out.add);
   }
 }
 
@@ -306,7 +291,7 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(typename Math::Element));
   const int64_t stride = p.w_stride * static_cast<int64_t>(sizeof(typename Math::Element));
   const int64_t group = row_bytes < kDotTouchBytes ? kDotTouchBytes / row_bytes : 1;  // rows touched together
-  LineFetcher none(p.w, 0, 0, p.w_stride, p.k, false);
+  TurnFetcher none(p.w, 0, 0, p.w_stride, p.k, false);
   const int64_t touch_after = p.after == nullptr ? -1 : apart > kTouchAfter ? apart - kTouchAfter : 0;
   const auto touch = [&](const typename Math::Element* weights, int64_t from, int64_t to)
                          __attribute__((always_inline)) {
@@ -331,7 +316,7 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
       const typename Math::Element* block[C];
       for (int i = 0; i < C; ++i) block[i] = w[i] + q;
       out.add = q > 0;
-      dot_tile<R, C, kFetch, Math>(p.a + q * R, block, depth, none, 0, out);
+      dot_tile<R, C, kFetch, Math>(p.a + q * R, block, depth, none, DotLines{}, out);
     }
   }
 }
@@ -366,15 +351,18 @@ DotColumns<PanelMath> widen_panel(const typename Math::Element* w, int64_t w_str
 
 // One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
 // `next_lines` lines of what comes next are fetched into L2 meanwhile. Tile: how tiles read the panel.
-template <class Tile, class Math>
+template <class Tile, class Math, class Later>
 void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64_t m, int64_t q, int64_t depth,
-               int64_t panel, int64_t columns, LineFetcher& later, int64_t next_lines) {
+               int64_t panel, int64_t columns, Later& fetcher, int64_t next_lines) {
   const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
-  const int64_t row_segments = m * ((columns + kDotCols - 1) / kDotCols) *
-                               ((depth + kDotSegment * Tile::kStep - 1) / (kDotSegment * Tile::kStep));
+  const int64_t across = (columns + kDotCols - 1) / kDotCols, steps = (depth + Tile::kStep - 1) / Tile::kStep;
+  const int64_t row_segments = m * across * ((steps + kDotSegment - 1) / kDotSegment);
+  const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
+  DotLines lines{(tile_lines + steps - 1) / steps, tile_lines};
+  Later later = fetcher;  // a copy stays in registers
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
-    const int64_t lines = (next_lines * rows + row_segments - 1) / row_segments;
+    if (!Later::kAtEveryStep) lines.at_once = (next_lines * rows + row_segments - 1) / row_segments;
     const typename Math::Packed* a = p.a + first * padded + q * rows;
     with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
@@ -390,6 +378,7 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
       }
     });
   }
+  fetcher = later;
 }
 
 // Weights of a panel that is `depth` elements of k deep.
@@ -411,7 +400,7 @@ inline int64_t dot_panel_depth(const DotProblem<Math>& p, int64_t q) {
 }
 
 // Panels of weights, elements [begin, begin + depth) of k, against all rows.
-template <class Math>
+template <class Later, class Math>
 void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t depth) {
   const int64_t most = dot_panel_columns(p, depth), end = begin + depth;
   for (int64_t panel = 0; panel < p.n; panel += most) {
@@ -425,7 +414,7 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
     }
     const int64_t next_depth = dot_panel_depth(p, next_begin), next_most = dot_panel_columns(p, next_depth);
     const bool is_touched = panel > 0 && panel + most < p.n;  // by the fetcher of the panel before
-    LineFetcher later(next, left < next_most ? left : next_most, left, p.w_stride, next_depth, is_touched);
+    Later later(next, left < next_most ? left : next_most, left, p.w_stride, next_depth, is_touched);
     const int64_t next_lines = later.num_lines();
     for (int64_t q = begin; q < end; q += p.block) {
       const int64_t block = end - q < p.block ? end - q : p.block;
@@ -446,7 +435,9 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
 // Blocks of k, then panels of weights: the rows' blocks and the panel share L2.
 template <class Math>
 void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
-  for (int64_t q = 0; q < p.k; q += p.panel_blocks * p.block) dot_panels(p, m, q, dot_panel_depth(p, q));
+  for (int64_t q = 0; q < p.k; q += p.panel_blocks * p.block)
+    if (prefetch_waits_for_page()) dot_panels<LineFetcher>(p, m, q, dot_panel_depth(p, q));
+    else dot_panels<TurnFetcher>(p, m, q, dot_panel_depth(p, q));
 }
 
 template <class Math>

@@ -52,6 +52,7 @@ inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __buil
 // have no gaps. A line that goes to L2 had better find its page known (prefetch_later), so pages are touched one at a
 // time, kAhead pages or rows before their lines: then finding them costs nothing.
 struct LineFetcher {
+  static constexpr bool kAtEveryStep = false;
   static constexpr int64_t kPage = 4096, kAhead = 4;
   const char* line;
   int64_t run_lines, left;  // of every run, and of the current one
@@ -97,6 +98,57 @@ struct LineFetcher {
       line += stride - run_lines * 64;
       left = run_lines;
     }
+  }
+};
+
+// The same where a prefetch does not stand still for its page (Intel): kRuns parts of the rows in turn, a line at each
+// step of a product. Slow enough for the processor to follow every part ahead of the lines asked for, and to find its
+// next page; it has more requests to memory under way than the level-1 cache's misses (16), which prefetches share with
+// the product's own loads. Measured with 30 rows: 82% of the arithmetic peak, one part at every step 66%, in bursts
+// 60%. Asks for up to kRuns - 1 rows past the last one.
+struct TurnFetcher {
+  static constexpr bool kAtEveryStep = true;
+  static constexpr int64_t kRuns = 4;
+  const char* row;   // of the first part, that is being fetched
+  const char* line;  // next
+  const char* wrap;  // end of the last part
+  int64_t apart;     // bytes from part to part
+  int64_t stride;
+  int64_t run_lines, left;  // of a row in every part (of all rows if they have no gaps), and of the current one
+  int64_t runs;             // left
+
+  template <class T>
+  TurnFetcher(const T* first, int64_t count, int64_t, int64_t w_stride, int64_t k, bool)
+      : row(reinterpret_cast<const char*>(first)), line(row), stride(w_stride * static_cast<int64_t>(sizeof(T))) {
+    const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T)), rows = (count + kRuns - 1) / kRuns;
+    const bool is_whole = row_bytes == stride;
+    apart = rows * stride;
+    wrap = row + kRuns * apart;
+    run_lines = kRuns * (((is_whole ? apart : row_bytes) + 63) / 64);
+    left = run_lines;
+    runs = is_whole && rows > 0 ? 1 : rows;
+  }
+  int64_t num_lines() const { return runs * run_lines; }
+
+  // How many of the next `steps` steps call next() `at_once` times each, for about `lines` lines in all.
+  int64_t begin(int64_t steps, int64_t lines, int64_t at_once) {
+    if (left <= 0 && runs > 0) {
+      --runs;
+      row += stride;
+      line = row;
+      left = run_lines;
+    }
+    if (runs == 0) return 0;
+    int64_t most = lines < left ? lines : left;
+    if (at_once > 1) most = (most + at_once - 1) / at_once;
+    const int64_t count = steps < most ? steps : most;
+    left -= count * at_once;
+    return count;
+  }
+  inline __attribute__((always_inline)) void next() {
+    prefetch_later(line);
+    line += apart;
+    line = line >= wrap ? line - (kRuns * apart - 64) : line;
   }
 };
 
