@@ -250,7 +250,8 @@ def _plan_dispatch_fake(
 
 @torch.library.register_fake("fastmoe_route::plan_dispatch_plain_forward")
 def _plan_dispatch_plain_fake(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    return _plan_dispatch_fake(experts, num_experts)
+    plan: tuple[Tensor, ...] = _plan_dispatch_fake(experts, num_experts)
+    return plan
 
 
 # ---- permute -----------------------------------------------------------------------------------
