@@ -5,7 +5,7 @@ its weights are frozen, and adapters on attention, router and experts learn Pyth
 same steps are made with transformers' eager experts, from the same adapters and on the same
 batches, to show that the losses agree and how much faster the steps are.
 
-    pip install "transformers>=5" peft
+    pip install "transformers>=5.8" peft
     python examples/finetune_lora_experts.py --steps 60
 """
 

@@ -5,9 +5,9 @@ each implementation of its experts in turn: transformers' eager loop, its groupe
 package, with and without the fused gate. All runs share one set of weights. In float32 the logits
 must be equal, up to rounding, before anything is timed.
 
-    pip install "transformers>=5"
+    pip install "transformers>=5.8"
     python examples/speed_up_hf_model.py --model olmoe --layers 4 --hidden 1024
-    python examples/speed_up_hf_model.py --path /models/OLMoE-1B-7B --dtype bfloat16
+    python examples/speed_up_hf_model.py --path /models/OLMoE-1B-7B --dtype bfloat16 --device cuda
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512, help="tokens read")
     parser.add_argument("--decode", type=int, default=32, help="tokens written")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -76,6 +77,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--experts must be at least {top_k} for {given.model}, got {given.experts}")
     if given.width is not None and given.width < 1:
         parser.error(f"--width must be at least 1, got {given.width}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none")
     if given.path is not None and not (given.path / "config.json").is_file():
         parser.error(f"--path must be a folder with a config.json, got {given.path}")
     return given
@@ -88,7 +91,7 @@ def load(given: argparse.Namespace) -> nn.Module:
     dtype = DTYPES[given.dtype]
     if given.path:
         found = transformers.AutoModelForCausalLM.from_pretrained(given.path, dtype=dtype)
-        return found.eval()
+        return found.eval().to(given.device)
     sizes = dict(SIZES[given.model])
     for key in sizes:
         if given.experts and key in ("num_experts", "num_local_experts"):
@@ -111,7 +114,7 @@ def load(given: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=given.device)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "norm" in name:
@@ -121,6 +124,7 @@ def load(given: argparse.Namespace) -> nn.Module:
         for module in model.modules():  # buffers computed at construction
             if hasattr(module, "compute_default_rope_parameters"):
                 module.__init__(model.config)
+            module.to(given.device)
     return model.eval()
 
 
@@ -132,27 +136,37 @@ def use(model: nn.Module, run: str) -> None:
         patch_routers(model)
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def read_and_write(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float, Tensor]:
     """Seconds to read the prompt, seconds to write `decode` tokens greedily, prompt logits."""
-    start = time.perf_counter()
+    start = now(ids.device)
     out = model(ids, use_cache=True)
-    middle = time.perf_counter()
+    middle = now(ids.device)
     cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
     for _ in range(decode):
         step = model(last, past_key_values=cache, use_cache=True)
         cache, last = step.past_key_values, step.logits[:, -1:].argmax(-1)
-    return middle - start, time.perf_counter() - middle, out.logits
+    return middle - start, now(ids.device) - middle, out.logits
 
 
 class ExpertsClock:
-    """Seconds in a model's experts modules: of the prompt, and of tokens decoded one by one."""
+    """Seconds in a model's experts modules: of the prompt, and of tokens decoded one by one.
+
+    On a GPU it is the time of their launches.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Hooks on every experts module; a call costs about a microsecond more."""
         self.seconds, self._started = [0.0, 0.0], 0.0
         for module in model.modules():
-            if hasattr(module, "has_post_expert_norm"):
+            if hasattr(module, "is_transposed"):
                 module.register_forward_pre_hook(self._begin)
                 module.register_forward_hook(self._end)
 
@@ -172,9 +186,9 @@ def memory_rate(buffer: Tensor) -> float:
     """GB/s of reading a buffer that no cache holds: what bounds the decoding of one token."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = now(buffer.device)
         buffer.sum()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(buffer.device) - start)
     return buffer.numel() * buffer.element_size() / min(seconds) / 1e9
 
 
@@ -201,10 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     except ImportError as error:
         sys.exit(str(error))
     model = load(given)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(
-        2, vocabulary, (1, given.prompt), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, model.config.vocab_size, (1, given.prompt), generator=generator)
+    ids = ids.to(given.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {parameters / 1e6:.0f} M parameters, {given.dtype}")
     for how in sorted(set(explain(model).values())):
@@ -212,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     differences = check_logits(model, ids, given.dtype)
     times: dict[str, list[tuple[float, float]]] = {run: [] for run in RUNS}
     inside: dict[str, list[list[float]]] = {run: [] for run in RUNS}
-    clock, buffer = ExpertsClock(model), torch.ones(64 << 20)
+    clock, buffer = ExpertsClock(model), torch.ones(64 << 20, device=given.device)
     rates = []
     for _ in range(given.repeats):  # in turns, so that a slow minute hits all of them
         rates.append(memory_rate(buffer))
@@ -222,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             times[run].append((read, write))
             inside[run].append(clock.read())
     report = {
-        "machine": cpu_name(),
+        "machine": cpu_name() if given.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "model": type(model).__name__,
         "parameters": parameters,

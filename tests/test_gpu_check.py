@@ -57,8 +57,7 @@ def test_every_part_runs_even_if_others_fail(
         return result
 
     def pytest_run(arguments: list[str], prefix: list[str] | None = None, **given: str) -> bool:
-        plain = "nccl" if "nccl" in arguments else f"suite {given}"
-        return bool(note(" ".join(prefix[:3]) if prefix else plain, arguments != []))
+        return bool(note(" ".join(prefix[:3]) if prefix else f"suite {given}", arguments != []))
 
     monkeypatch.setattr(gpu_check, "find_no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
@@ -68,15 +67,24 @@ def test_every_part_runs_even_if_others_fail(
     monkeypatch.setattr(gpu_check, "check_races", lambda tool: note(f"{tool} --tool racecheck"))
     monkeypatch.setattr(gpu_check, "check_graphs", lambda shape: note("graphs"))
     monkeypatch.setattr(gpu_check, "check_products", lambda folder: note("products"))
+    monkeypatch.setattr(gpu_check, "check_routers", lambda device: note("routers"))
+    monkeypatch.setattr(gpu_check, "check_compile", lambda device: note("compile"))
+    monkeypatch.setattr(gpu_check, "check_nccl", lambda: note("nccl"))
     monkeypatch.setattr(gpu_check, "run_bench", lambda *_: note("bench", {}))
     assert run(monkeypatch) == 1
     tools = [f"{sanitizer} --tool {kind}" for kind in ("memcheck", "racecheck") if sanitizer]
     suites = ["suite {}", "suite {'FASTMOE_ROUTE_CUDA_GEMM': 'sm80'}"]
-    assert ran == ["dispatcher", *suites, *tools, "graphs", "nccl", "products", "bench"]
+    own = ["graphs", "routers", "compile", "nccl", "products", "bench"]
+    assert ran == ["dispatcher", *suites, *tools, *own]
     printed = capsys.readouterr().out
     assert "FAILED  dispatcher" in printed
     assert printed.count("passed  ") == len(ran) - 1
     assert ("compute-sanitizer is left out: not installed" in printed) == (sanitizer is None)
+
+
+def test_the_nccl_part_has_a_test_to_run() -> None:
+    """Which is skipped without a GPU; an error code would say that none was chosen."""
+    assert gpu_check.check_nccl()
 
 
 def test_rehearsal_on_the_processor(

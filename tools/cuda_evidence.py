@@ -59,8 +59,7 @@ over limits of an H100 that published work reaches (3.0 TB/s copied, 798 TFLOP/s
 
 The column *executed* says which kernels the ops' tests launched in the PTX virtual machine (*PTX
 VM*: nvcc's code for compute_80, instruction by instruction, `make test-cuda-vm`), which only the
-tests on a GPU did (*H200*; `docs/gpu.md` says what has changed since), and which were *compiled
-only*.
+tests on a GPU did (*H200*, see `docs/gpu.md`), and which were *compiled only*.
 
 `tests/test_cuda_build.py` holds every kernel to no spills, a register budget, wide loads, the
 instructions of its matrix products and an occupancy floor."""

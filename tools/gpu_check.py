@@ -11,6 +11,8 @@ In this order, each part even if one before it failed:
               under memcheck; a small call of every op, and its gradient, under racecheck
   graphs      every op, its other kernels and its gradients, captured in a CUDA graph and replayed
               on new inputs
+  routers     a layer of every router, evaluated and trained: results and gradients of the CPU
+  compile     fr.nn.MoE under torch.compile(fullgraph=True), forward and backward
   nccl        fr.distributed on NCCL, a process for each GPU: one, if there is one
   products    kernels for this GPU alone (FASTMOE_ROUTE_CUDA_GEMM=native) against the portable ones
   bench       every op beside plain PyTorch and Triton peers (tools/gpu_bench.py)
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -53,6 +56,10 @@ EXPERTS = [
 SANITIZED = ["tests/test_device_rules.py", "tests/test_moe_mlp.py", "tests/test_permute.py",
              "-k", "device_rules or sizes or holes or padding"]  # fmt: skip
 HOST_OPS = {"assign_balanced", "machine_read"}  # without a CUDA kernel
+ROUTER_LIMIT = 1e-4  # relative, of results and of gradients
+# Balance in training by prices that meet scores exactly: the last bit of a score, which devices
+# round differently, moves tokens.
+PRICED = {"base", "bip"}
 NO_GPU = """\
 gpu-check needs a CUDA GPU, and torch sees none here (torch {torch}, CUDA {cuda}).
 Run it where there is an NVIDIA GPU of compute capability 8.0 or later, its driver, and a CUDA build
@@ -115,17 +122,9 @@ def further(
 
 
 def pytest_run(arguments: list[str], prefix: list[str] | None = None, **variables: str) -> bool:
-    """Runs tests on the GPU, several processes at once where pytest-xdist is installed."""
-    command = [
-        *(prefix or []),
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--backend",
-        "cuda",
-        *arguments,
-    ]
+    """Runs tests of ops on the GPU, several at once where pytest-xdist is installed."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "--backend", "cuda"]
+    command = [*(prefix or []), *pytest, *arguments]
     if not prefix and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode == 0
@@ -210,6 +209,75 @@ for name, (function, value) in with_gradients('cuda', (96, 128, 64, 8, 2)).items
 """
 
 
+def check_routers(device: str) -> bool:
+    """A layer of every router on the device beside the same on the CPU.
+
+    In training PRICED, and those that draw from torch's generators, need only be finite.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    import router_cases
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def outcome(name: str, training: bool, where: str) -> list[Tensor]:
+        given = router_cases.inputs()
+        if where != "cpu":
+            given = {key: moved(value) for key, value in given.items()}
+            given["experts"] = type(given["experts"])(*map(moved, given["experts"]))
+        router = router_cases.make(name).train(training).to(where)
+        x = given["x"] = given["x"].requires_grad_()
+        y = router_cases.layer(router, given)
+        y.square().sum().backward()
+        return [y.detach().cpu(), x.grad.cpu()]
+
+    def error(wanted: list[Tensor], got: list[Tensor]) -> float:
+        pairs = zip(wanted, got, strict=True)
+        return max(float((b - a).norm() / a.norm().clamp(min=1e-6)) for a, b in pairs)
+
+    names, off = router_cases.names(), []
+    for name in names:
+        for training in (False, True):
+            wanted, got = (outcome(name, training, where) for where in ("cpu", device))
+            found = error(wanted, got)
+            differs = training and (name in PRICED or error(wanted, outcome(name, True, "cpu")) > 0)
+            if not (math.isfinite(found) if differs else found <= ROUTER_LIMIT):
+                off.append(f"{name}{' in training' if training else ''}: {found:.1e}")
+    print(f"  {len(names)} routers, off by more than {ROUTER_LIMIT}: {', '.join(off) or 'none'}")
+    return not off
+
+
+def check_compile(device: str) -> bool:
+    """A compiled layer, forward and backward, beside the same in eager mode."""
+    import fastmoe_route as fr
+
+    good = True
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = fr.nn.MoE(256, 128, 16, 4, dtype=dtype).to(device)
+        compiled = torch.compile(layer, fullgraph=True)
+        for tokens in (64, 200, 1000):
+            results = []
+            for call in (layer, compiled):
+                torch.manual_seed(1)
+                x = torch.randn(tokens, 256, device=device, dtype=dtype).requires_grad_()
+                layer.zero_grad()
+                y = call(x)
+                y.float().square().sum().backward()
+                grads = [p.grad.float() for p in layer.parameters()]
+                results.append([y.detach().float(), x.grad.float(), *grads])
+            limit = 1e-5 if dtype == torch.float32 else 2e-2
+            good &= all((a - b).norm() <= limit * a.norm() for a, b in zip(*results, strict=True))
+    print(f"  fr.nn.MoE compiled: {'as in eager mode' if good else 'DIFFERENT'}")
+    return bool(good)
+
+
+def check_nccl() -> bool:
+    """A test of processes of their own, which put their tensors on the GPUs themselves."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_distributed.py", "-k", "nccl"]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 def sanitized(sanitizer: str, tool: str) -> list[str]:
     return [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
 
@@ -279,7 +347,9 @@ def parts_of(
         )
         parts["sanitizer, racecheck"] = lambda: check_races(sanitizer)
     parts["graphs"] = lambda: check_graphs((512, 1024, 256, 16, 4))
-    parts["nccl"] = lambda: pytest_run(["tests/test_distributed.py", "-k", "nccl"])
+    parts["routers"] = lambda: check_routers(device)
+    parts["compile"] = lambda: check_compile(device)
+    parts["nccl"] = check_nccl
     parts["products"] = lambda: check_products(ROOT / "build")
     return parts | {"bench": bench}
 

@@ -593,7 +593,8 @@ void gate_rows(const GateArgs& args) {
 }  // namespace
 
 void gate(const GateArgs& args) {
-  if (args.dtype == DType::kFloat64) return gate_rows<Vec64>(args);
+  if constexpr (kHasFloat64)
+    if (args.dtype == DType::kFloat64) return gate_rows<Vec64>(args);
   gate_rows<Vec>(args);
 }
 

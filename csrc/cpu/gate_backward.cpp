@@ -348,12 +348,10 @@ void backward_rows(const GateBackwardArgs& args) {
 }  // namespace
 
 void gate_backward(const GateBackwardArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32: return backward_rows<Vec, float>(args);
-    case DType::kBFloat16: return backward_rows<Vec, BFloat16>(args);
-    case DType::kFloat16: return backward_rows<Vec, Float16>(args);
-    case DType::kFloat64: return backward_rows<Vec64, double>(args);
-  }
+  dispatch_element(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    backward_rows<vector_t<T>, T>(args);
+  });
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -27,7 +27,7 @@ void finish_row(const float* tile, const T* bias, int64_t n, T* to) {
     }
   }
 }
-void finish_row(const double* tile, const double* bias, int64_t n, double* to) {
+inline void finish_row(const double* tile, const double* bias, int64_t n, double* to) {
   for (int64_t j = 0; j < n; ++j) to[j] = bias == nullptr ? tile[j] : tile[j] + bias[j];
 }
 
@@ -63,7 +63,7 @@ void multiply_all(const GroupedMmArgs& args) {
 }  // namespace
 
 void grouped_mm(const GroupedMmArgs& args) {
-  dispatch_float(args.dtype, [&](auto type) { multiply_all<decltype(type)>(args); });
+  dispatch_element(args.dtype, [&](auto type) { multiply_all<decltype(type)>(args); });
 }
 
 FASTMOE_ROUTE_ISA_END

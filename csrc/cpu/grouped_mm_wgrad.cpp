@@ -117,8 +117,8 @@ void bias_gradient(const BiasGradient& g) {
   const int64_t parts = blocks(g.n, kBiasCols);
   parallel_for(g.num_experts * parts, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      dispatch_float(g.dtype,
-                     [&](auto type) { bias_block<decltype(type)>(g, task / parts, task % parts * kBiasCols); });
+      dispatch_element(g.dtype,
+                       [&](auto type) { bias_block<decltype(type)>(g, task / parts, task % parts * kBiasCols); });
   });
 }
 

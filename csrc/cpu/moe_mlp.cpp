@@ -110,7 +110,7 @@ struct Forward {
 }  // namespace
 
 void moe_mlp(const MoeMlpArgs& args) {
-  dispatch_float(args.shape.dtype, [&](auto type) { Forward<decltype(type)>(args).run(); });
+  dispatch_element(args.shape.dtype, [&](auto type) { Forward<decltype(type)>(args).run(); });
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -218,7 +218,7 @@ struct Backward {
 }  // namespace
 
 void moe_mlp_backward(const MoeMlpBackwardArgs& args) {
-  dispatch_float(args.shape.dtype, [&](auto type) { Backward<decltype(type)>(args).run(); });
+  dispatch_element(args.shape.dtype, [&](auto type) { Backward<decltype(type)>(args).run(); });
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -154,7 +154,7 @@ void sum_rows(const Terms<T>& now, const Terms<T>& next, T* y, int64_t hidden, b
   }
 }
 
-void sum_rows(const Terms<double>& now, const Terms<double>&, double* y, int64_t hidden, bool) {
+inline void sum_rows(const Terms<double>& now, const Terms<double>&, double* y, int64_t hidden, bool) {
   for (int64_t c = 0; c < hidden; ++c) {
     double sum = 0.0;
     for (int64_t i = 0; i < now.count; ++i) sum += now.terms[i].weight * now.terms[i].row[c];
@@ -162,32 +162,50 @@ void sum_rows(const Terms<double>& now, const Terms<double>&, double* y, int64_t
   }
 }
 
+// Weights are few beside the rows: their dtype is asked for one by one, not made a kernel of its own.
+template <class A>
+A weight_of(DType dtype, const void* weights, int64_t slot) {
+  switch (dtype) {
+    case DType::kFloat32: return static_cast<A>(static_cast<const float*>(weights)[slot]);
+    case DType::kBFloat16: return static_cast<A>(to_float(static_cast<const BFloat16*>(weights)[slot]));
+    case DType::kFloat16: return static_cast<A>(to_float(static_cast<const Float16*>(weights)[slot]));
+    default: return static_cast<A>(static_cast<const double*>(weights)[slot]);
+  }
+}
+
+template <class A>
+void set_weight(DType dtype, void* weights, int64_t slot, A value) {
+  dispatch_float(dtype, [&](auto sample) {
+    using W = decltype(sample);
+    static_cast<W*>(weights)[slot] = from_float<W>(value);
+  });
+}
+
 // The kept slots of one token, in slot order.
-template <class T, class W>
+template <class T>
 Terms<T> terms_of(const UnpermuteArgs& a, int64_t token, Term<T>* terms) {
+  using A = accumulate_t<T>;
   const T* rows = static_cast<const T*>(a.rows);
-  const W* weights = static_cast<const W*>(a.weights);
   int64_t count = 0;
   for (int64_t slot = token * a.top_k; slot < (token + 1) * a.top_k; ++slot) {
     const int64_t row = a.slot_to_row[slot];
     if (row < 0) continue;
-    const accumulate_t<T> weight =
-        weights != nullptr ? static_cast<accumulate_t<T>>(to_float(weights[slot])) : accumulate_t<T>{1};
+    const A weight = a.weights != nullptr ? weight_of<A>(a.weights_dtype, a.weights, slot) : A{1};
     terms[count++] = {rows + row * a.rows_stride, weight};
   }
   return {terms, count};
 }
 
 // Sums tokens [begin, end); `room` holds the terms of two tokens.
-template <class T, class W>
+template <class T>
 void sum_tokens(const UnpermuteArgs& a, int64_t begin, int64_t end, Term<T>* room, bool is_streaming) {
   if (begin >= end) return;
   T* y = static_cast<T*>(a.y);
   Term<T>* other = room + a.top_k;
-  Terms<T> now = terms_of<T, W>(a, begin, room);
+  Terms<T> now = terms_of(a, begin, room);
   for (int64_t token = begin; token < end; ++token) {
     Terms<T> next{other, 0};
-    if (token + 1 < end) next = terms_of<T, W>(a, token + 1, other);
+    if (token + 1 < end) next = terms_of(a, token + 1, other);
     sum_rows(now, next, y + token * a.hidden, a.hidden, is_streaming);
     other = now.terms;
     now = next;
@@ -195,21 +213,21 @@ void sum_tokens(const UnpermuteArgs& a, int64_t begin, int64_t end, Term<T>* roo
   Vec::stream_fence();
 }
 
-template <class T, class W>
+template <class T>
 void unpermute_as(const UnpermuteArgs& a) {
   const bool is_streaming = may_stream(a.y, a.num_tokens, a.hidden * sizeof(T));
   if (2 * a.top_k <= kStackRoom) {
     parallel_for(a.num_tokens, grain(a.top_k * a.hidden * sizeof(T)), [&](int64_t begin, int64_t end) {
       Term<T> room[kStackRoom];
-      sum_tokens<T, W>(a, begin, end, room, is_streaming);
+      sum_tokens(a, begin, end, room, is_streaming);
     });
     return;
   }
   const int64_t workers = num_threads();
   Term<T>* room = static_cast<Term<T>*>(scratch(Scratch::kReduction, 2 * workers * a.top_k * sizeof(Term<T>)));
   parallel_workers(workers, [&](int worker) {
-    sum_tokens<T, W>(a, a.num_tokens * worker / workers, a.num_tokens * (worker + 1) / workers,
-                     room + 2 * worker * a.top_k, is_streaming);
+    sum_tokens(a, a.num_tokens * worker / workers, a.num_tokens * (worker + 1) / workers, room + 2 * worker * a.top_k,
+               is_streaming);
   });
 }
 
@@ -225,22 +243,22 @@ struct SlotGroup {
 };
 
 // The next group among slots [slot, end); `slot` moves behind it. A slot without a row gets its weight gradient, zero.
-template <class T, class W>
+template <class T>
 SlotGroup<T> next_group(const UnpermuteBackwardArgs& a, int64_t& slot, int64_t end) {
-  const W* weights = static_cast<const W*>(a.weights);
+  using A = accumulate_t<T>;
   SlotGroup<T> group;
   for (; slot < end && group.count < kSlotsAtOnce; ++slot) {
     if (group.count > 0 && slot % a.top_k == 0) break;
     const int64_t row = a.slot_to_row[slot];
     if (row < 0) {
-      if (a.grad_weights != nullptr) static_cast<W*>(a.grad_weights)[slot] = from_float<W>(accumulate_t<T>{0});
+      if (a.grad_weights != nullptr) set_weight(a.weights_dtype, a.grad_weights, slot, A{0});
       continue;
     }
     const int i = group.count++;
     group.grad = static_cast<const T*>(a.grad_y) + slot / a.top_k * a.grad_y_stride;
     group.rows[i] = a.grad_weights != nullptr ? static_cast<const T*>(a.rows) + row * a.rows_stride : nullptr;
     group.grad_rows[i] = a.grad_rows != nullptr ? static_cast<T*>(a.grad_rows) + row * a.hidden : nullptr;
-    group.weights[i] = weights != nullptr ? static_cast<accumulate_t<T>>(to_float(weights[slot])) : accumulate_t<T>{1};
+    group.weights[i] = a.weights != nullptr ? weight_of<A>(a.weights_dtype, a.weights, slot) : A{1};
     group.slots[i] = slot;
   }
   return group;
@@ -298,7 +316,8 @@ void backward_group(const SlotGroup<T>& now, const SlotGroup<T>& next, float* pr
   for (int i = 0; i < now.count; ++i) backward_slots<1>(now, next, i, products + i, hidden, is_streaming);
 }
 
-void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, double* products, int64_t hidden, bool) {
+inline void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, double* products, int64_t hidden,
+                           bool) {
   for (int i = 0; i < now.count; ++i) {
     products[i] = 0.0;
     for (int64_t c = 0; c < hidden; ++c) {
@@ -308,20 +327,20 @@ void backward_group(const SlotGroup<double>& now, const SlotGroup<double>&, doub
   }
 }
 
-template <class T, class W>
+template <class T>
 void unpermute_backward_as(const UnpermuteBackwardArgs& a) {
   const int64_t row_bytes = a.hidden * sizeof(T);
   const bool is_streaming = a.grad_rows != nullptr && may_stream(a.grad_rows, a.num_rows, row_bytes);
   over_tokens_and_rows(a.num_tokens, a.num_rows, 2 * a.top_k * row_bytes,
                        [&](int64_t begin, int64_t end, int64_t first_row, int64_t last_row) {
                          int64_t slot = begin * a.top_k;
-                         SlotGroup<T> now = next_group<T, W>(a, slot, end * a.top_k);
+                         SlotGroup<T> now = next_group<T>(a, slot, end * a.top_k);
                          while (now.count > 0) {
-                           const SlotGroup<T> next = next_group<T, W>(a, slot, end * a.top_k);
+                           const SlotGroup<T> next = next_group<T>(a, slot, end * a.top_k);
                            accumulate_t<T> products[kSlotsAtOnce];
                            backward_group(now, next, products, a.hidden, is_streaming);
                            for (int i = 0; i < now.count && a.grad_weights != nullptr; ++i) {
-                             static_cast<W*>(a.grad_weights)[now.slots[i]] = from_float<W>(products[i]);
+                             set_weight(a.weights_dtype, a.grad_weights, now.slots[i], products[i]);
                            }
                            now = next;
                          }
@@ -389,16 +408,11 @@ void permute(const PermuteArgs& a) {
 }
 
 void unpermute(const UnpermuteArgs& args) {
-  dispatch_float(args.dtype, [&](auto value) {
-    dispatch_float(args.weights_dtype, [&](auto weight) { unpermute_as<decltype(value), decltype(weight)>(args); });
-  });
+  dispatch_element(args.dtype, [&](auto element) { unpermute_as<decltype(element)>(args); });
 }
 
 void unpermute_backward(const UnpermuteBackwardArgs& args) {
-  dispatch_float(args.dtype, [&](auto value) {
-    dispatch_float(args.weights_dtype,
-                   [&](auto weight) { unpermute_backward_as<decltype(value), decltype(weight)>(args); });
-  });
+  dispatch_element(args.dtype, [&](auto element) { unpermute_backward_as<decltype(element)>(args); });
 }
 
 FASTMOE_ROUTE_ISA_END

@@ -228,7 +228,7 @@ auto with_vecs(int64_t n, const F& one) {
 
 // ---- float64: three passes of scalars for every method.
 
-void double_row(const double* x, double* y, int64_t n) {
+inline void double_row(const double* x, double* y, int64_t n) {
   double max = -std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
   double sum = 0.0;
@@ -286,7 +286,7 @@ void softmax_rows(const SoftmaxArgs& args, T) {
   });
 }
 
-void softmax_rows(const SoftmaxArgs& args, double) {
+inline void softmax_rows(const SoftmaxArgs& args, double) {
   const double* x = static_cast<const double*>(args.x);
   double* y = static_cast<double*>(args.y);
   split_rows(args.num_rows, args.num_cols, [&](int64_t first, int64_t last, int) {
@@ -355,7 +355,7 @@ void register_backward_rows(const T* g, const T* y, T* grad_x, int64_t n, int64_
   }
 }
 
-void backward_row(const double* g, const double* y, double* grad_x, int64_t n, Moments*) {
+inline void backward_row(const double* g, const double* y, double* grad_x, int64_t n, Moments*) {
   Moments row;
   for (int64_t i = 0; i < n; ++i) row.add({g[i] * y[i], y[i]});
   const double mean = row.weighted / row.total;
@@ -365,12 +365,12 @@ void backward_row(const double* g, const double* y, double* grad_x, int64_t n, M
 }  // namespace
 
 void softmax(const SoftmaxArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) { softmax_rows(args, element); });
+  dispatch_element(args.dtype, [&](auto element) { softmax_rows(args, element); });
 }
 
 void softmax_backward(const SoftmaxBackwardArgs& args) {
   const int64_t n = args.num_cols;
-  dispatch_float(args.dtype, [&](auto element) {
+  dispatch_element(args.dtype, [&](auto element) {
     using T = decltype(element);
     const T* g = static_cast<const T*>(args.grad_y);
     const T* y = static_cast<const T*>(args.y);

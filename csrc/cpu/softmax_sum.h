@@ -155,28 +155,36 @@ struct Sum {
   bool is_near() const { return Range{max, min}.is_near(); }
 };
 
+// Calls of a tile's work, which is compiled once: a row is walked in more than one way, and tiles are long.
+template <class F>
+__attribute__((noinline)) auto one_tile(const F& tile, int64_t begin, int64_t count) {
+  return tile(begin, count);
+}
+
 // tile(begin, count) over a row of n, added up in order. `partials` has room for every tile when the tiles may run on
 // several threads, and is null when this thread takes them all: the sum has the same bits.
 template <class S, class F>
 S over_tiles(int64_t n, S* partials, const F& tile) {
   const int64_t tiles = (n + kTile - 1) / kTile;
-  const auto count = [&](int64_t t) { return n - t * kTile < kTile ? n - t * kTile : kTile; };
-  if (tiles == 1) return tile(int64_t{0}, n);
+  const auto sum_of = [&](int64_t t) {
+    return one_tile(tile, t * kTile, n - t * kTile < kTile ? n - t * kTile : kTile);
+  };
+  if (tiles == 1) return sum_of(0);
   if (partials != nullptr)
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) partials[t] = tile(t * kTile, count(t));
+      for (int64_t t = begin; t < end; ++t) partials[t] = sum_of(t);
     });
-  S total = partials != nullptr ? partials[0] : tile(int64_t{0}, kTile);
-  for (int64_t t = 1; t < tiles; ++t) total.add(partials != nullptr ? partials[t] : tile(t * kTile, count(t)));
+  S total = partials != nullptr ? partials[0] : sum_of(0);
+  for (int64_t t = 1; t < tiles; ++t) total.add(partials != nullptr ? partials[t] : sum_of(t));
   return total;
 }
 
 template <class F>
 void each_tile(int64_t n, bool parallel, const F& tile) {
-  if (!parallel) return tile(int64_t{0}, n);
+  if (!parallel) return one_tile(tile, 0, n);
   parallel_for((n + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = end * kTile < n ? end * kTile : n;
-    tile(begin * kTile, last - begin * kTile);
+    one_tile(tile, begin * kTile, last - begin * kTile);
     Vec::stream_fence();
   });
 }

@@ -189,7 +189,7 @@ void topk_rows(const SoftmaxTopkArgs& args, T) {
   });
 }
 
-void topk_rows(const SoftmaxTopkArgs& args, double) {
+inline void topk_rows(const SoftmaxTopkArgs& args, double) {
   split_rows(args.num_rows, args.num_cols, [&](int64_t first, int64_t last, int) {
     BestColumns<double> best;
     for (int64_t row = first; row < last; ++row) one_double_row(args, row, best);
@@ -209,7 +209,7 @@ void write_others(const T* x, T* grad_x, int64_t n, double max, double factor, b
   });
 }
 
-void write_others(const double* x, double* grad_x, int64_t n, double max, double factor, bool) {
+inline void write_others(const double* x, double* grad_x, int64_t n, double max, double factor, bool) {
   for (int64_t i = 0; i < n; ++i) grad_x[i] = probability(x[i], max, 1.0) * factor;
 }
 
@@ -233,11 +233,11 @@ void backward_row(const SoftmaxTopkBackwardArgs& args, int64_t row, bool split) 
 }  // namespace
 
 void softmax_topk(const SoftmaxTopkArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) { topk_rows(args, element); });
+  dispatch_element(args.dtype, [&](auto element) { topk_rows(args, element); });
 }
 
 void softmax_topk_backward(const SoftmaxTopkBackwardArgs& args) {
-  dispatch_float(args.dtype, [&](auto element) {
+  dispatch_element(args.dtype, [&](auto element) {
     using T = decltype(element);
     if (splits_rows(args.num_rows, args.num_cols)) {
       for (int64_t row = 0; row < args.num_rows; ++row) backward_row<T>(args, row, true);

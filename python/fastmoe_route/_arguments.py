@@ -233,7 +233,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What ``torch.autocast`` asks ``x`` and what meets it to be cast to; None for as they are."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # meta has none
+    if x.dtype == torch.float64 or device == "meta":  # which has no autocast
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

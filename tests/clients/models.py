@@ -202,5 +202,5 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if hasattr(module, "has_post_expert_norm"):
+        if hasattr(module, "is_transposed"):
             yield name, module

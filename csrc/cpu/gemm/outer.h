@@ -94,13 +94,18 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w
       });
 }
 
-template <class T>
-struct OuterProblem {
-  const float* a;  // packed
-  const T* w;
-  int64_t w_stride, n, k;
+// Packed rows and the results of their products.
+struct OuterRows {
+  const float* a;
+  int64_t k;
   float* c;
   int64_t c_stride;
+};
+
+template <class T>
+struct OuterProblem : OuterRows {
+  const T* w;
+  int64_t w_stride, n;
 };
 
 // Panel [kOuterPanel / width][k][width] of widened weights, width = kOuterVecs vectors; missing columns are zero.
@@ -124,46 +129,71 @@ void outer_fill_panel(const T* w, int64_t w_stride, int64_t k, int64_t columns, 
 // for its sums.
 inline int64_t outer_tiles(int64_t m) { return (m + kOuterRows - 1) / kOuterRows; }
 
-// All rows against columns [first, first + columns) of one block of k, by way of a panel; `lines` lines of `later` are
-// fetched per kOuterSegment steps.
+// One block of k, elements [q, q + depth), against columns [first, first + columns), by way of a panel; `lines` lines
+// of `later` are fetched per kOuterSegment steps.
+struct OuterPart {
+  int64_t q, depth, first, columns;
+  LineFetcher& later;
+  int64_t lines;
+
+  inline __attribute__((always_inline)) void fetch(int64_t step) const {
+    if (step % kOuterSegment == 0) later.fetch(lines);
+  }
+};
+
+// Rows [row, row + R), a tile, against a part. tile(j, a, c, end) multiplies the columns from j of it on.
+template <int R, class Tile>
+inline __attribute__((always_inline)) void outer_tile_columns(const OuterRows& rows, const OuterPart& part, int64_t row,
+                                                              const Tile& tile) {
+  constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
+  const float* a = rows.a + row * rows.k + part.q * R;
+  for (int64_t j = 0; j < part.columns; j += kWidth) {
+    float* const c = rows.c + row * rows.c_stride + part.first + j;
+    for (int i = 0; part.q > 0 && i < R; ++i)
+      for (int64_t v = 0; v < kWidth; v += 16) __builtin_prefetch(c + i * rows.c_stride + v, 1, 3);
+    tile(j, a, c, part.q > 0 ? OuterEnd::kAdd : OuterEnd::kStore);
+  }
+}
+
+// The same from a panel that is written: floats, whatever the weights are.
+template <int R>
+__attribute__((noinline)) void outer_tile_of_panel(const OuterRows& rows, const OuterPart& part, int64_t row,
+                                                   const float* panel) {
+  constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
+  outer_tile_columns<R>(
+      rows, part, row, [&](int64_t j, const float* a, float* c, OuterEnd end) __attribute__((always_inline)) {
+        outer_tile<R, kOuterVecs, R>(
+            a, panel + j * part.depth, kWidth, part.depth, c, rows.c_stride, part.columns - j, end,
+            [&](int64_t s, const Vec(&)[kOuterVecs]) __attribute__((always_inline)) { part.fetch(s); });
+      });
+}
+
+// All rows against a part.
 template <class T>
-void outer_panel(const OuterProblem<T>& p, int64_t m, int64_t q, int64_t depth, int64_t first, int64_t columns,
-                 LineFetcher& later, int64_t lines) {
+void outer_panel(const OuterProblem<T>& p, int64_t m, const OuterPart& part) {
   constexpr int L = Vec::kLanes;
   constexpr int64_t kWidth = kOuterVecs * L, kRowBytes = kWidth * static_cast<int64_t>(sizeof(T)), kAhead = 8;
   alignas(64) float panel[kOuterBlock * kOuterPanel];
-  const T* const weights = p.w + q * p.w_stride + first;
-  const bool is_whole = columns == kOuterPanel;
-  if (!is_whole) outer_fill_panel(weights, p.w_stride, depth, columns, panel);
-  const OuterEnd end = q > 0 ? OuterEnd::kAdd : OuterEnd::kStore;
-  const auto fetch = [&](int64_t s) __attribute__((always_inline)) {
-    if (s % kOuterSegment == 0) later.fetch(lines);
-  };
+  const T* const weights = p.w + part.q * p.w_stride + part.first;
+  const bool is_whole = part.columns == kOuterPanel;
+  if (!is_whole) outer_fill_panel(weights, p.w_stride, part.depth, part.columns, panel);
   const int64_t tiles = outer_tiles(m);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t row = m * tile / tiles, rows = m * (tile + 1) / tiles - row;
     with_rows<kOuterRows>(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
-      const float* a = p.a + row * p.k + q * R;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        float* const c = p.c + row * p.c_stride + first + j;
-        float* const to = panel + j * depth;
-        for (int i = 0; q > 0 && i < R; ++i)
-          for (int64_t v = 0; v < kWidth; v += 16) __builtin_prefetch(c + i * p.c_stride + v, 1, 3);
-        const auto copy = [&](int64_t s, const Vec(&vectors)[kOuterVecs]) __attribute__((always_inline)) {
-          fetch(s);
-          const char* ahead = reinterpret_cast<const char*>(weights + j + (s + kAhead) * p.w_stride);
-          for (int64_t at = 0; at < kRowBytes; at += 64) prefetch_soon(ahead + at);
+      if (tile > 0 || !is_whole) return outer_tile_of_panel<R>(p, part, row, panel);
+      outer_tile_columns<R>(
+          p, part, row, [&](int64_t j, const float* a, float* c, OuterEnd end) __attribute__((always_inline)) {
+            const auto copy = [&](int64_t s, const Vec(&vectors)[kOuterVecs]) __attribute__((always_inline)) {
+              part.fetch(s);
+              const char* ahead = reinterpret_cast<const char*>(weights + j + (s + kAhead) * p.w_stride);
+              for (int64_t at = 0; at < kRowBytes; at += 64) prefetch_soon(ahead + at);
 #pragma GCC unroll 16
-          for (int v = 0; v < kOuterVecs; ++v) vectors[v].store(to + s * kWidth + v * L);
-        };
-        if (tile == 0 && is_whole)
-          outer_tile<R, kOuterVecs, R>(a, weights + j, p.w_stride, depth, c, p.c_stride, kWidth, end, copy);
-        else
-          outer_tile<R, kOuterVecs, R>(a, to, kWidth, depth, c, p.c_stride, columns - j, end,
-                                       [&](int64_t s, const Vec(&)[kOuterVecs])
-                                           __attribute__((always_inline)) { fetch(s); });
-      }
+              for (int v = 0; v < kOuterVecs; ++v) vectors[v].store(panel + j * part.depth + s * kWidth + v * L);
+            };
+            outer_tile<R, kOuterVecs, R>(a, weights + j, p.w_stride, part.depth, c, p.c_stride, kWidth, end, copy);
+          });
     });
   }
 }
@@ -182,7 +212,7 @@ void outer_span(const OuterProblem<T>& p, int64_t m, int64_t begin, int64_t end,
     const int64_t segments = outer_tiles(m) * panels * kTiles * ((depth + kOuterSegment - 1) / kOuterSegment);
     const int64_t lines = (later.num_lines() + segments - 1) / segments;
     for (int64_t first = begin; first < end; first += kOuterPanel)
-      outer_panel(p, m, q, depth, first, end - first < kOuterPanel ? end - first : kOuterPanel, later, lines);
+      outer_panel(p, m, {q, depth, first, end - first < kOuterPanel ? end - first : kOuterPanel, later, lines});
   }
 }
 
@@ -219,7 +249,7 @@ template <class T>
 void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                     int64_t c_stride, const void* after) {
   const OuterProblem<T> p{
-      static_cast<const float*>(packed), static_cast<const T*>(w), w_stride, n, k, static_cast<float*>(c), c_stride};
+      {static_cast<const float*>(packed), k, static_cast<float*>(c), c_stride}, static_cast<const T*>(w), w_stride, n};
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
   int64_t swept = 0;
   if (m <= kOuterRows) {

@@ -84,6 +84,13 @@ inline __attribute__((always_inline)) void store_tile(const Vec (&sums)[R][kOute
   }
 }
 
+// A tile whose sums other rows continue: floats, whatever the gradients are.
+template <int R>
+__attribute__((noinline)) void add_to_sums(const float* x, const float* y, int64_t count, float* sum, bool first) {
+  outer_tile<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
+                                     first ? OuterEnd::kStore : OuterEnd::kContinue, OuterNothing{});
+}
+
 // One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
 template <class T>
 void multiply_panels(Panels* panels, int64_t count, int64_t in, int64_t j0, int64_t width, bool first, bool last,
@@ -95,9 +102,7 @@ void multiply_panels(Panels* panels, int64_t count, int64_t in, int64_t j0, int6
       for (int64_t j = 0; j < width; j += kTileOut) {
         const float* y = panels->y + j * kBlockRows;
         float* sum = panels->sum + i * kGroupOut + j0 + j;
-        if (!last)
-          outer_tile<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
-                                             first ? OuterEnd::kStore : OuterEnd::kContinue, OuterNothing{});
+        if (!last) add_to_sums<R>(x, y, count, sum, first);
         else
           outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, OuterNothing{},
                                              [&](const Vec(&sums)[R][kOuterVecs]) __attribute__((always_inline)) {

@@ -16,17 +16,6 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
-template <class A>
-struct VectorOf {
-  using type = Vec;
-};
-template <>
-struct VectorOf<double> {
-  using type = Vec64;
-};
-template <class T>
-using vector_t = typename VectorOf<accumulate_t<T>>::type;
-
 // The standard normal distribution function and density.
 inline void normal(Vec x, Vec& cumulative, Vec& density) {
   const Vec e = exp(Vec::all(-0.5f) * x * x);

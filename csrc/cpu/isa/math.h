@@ -53,7 +53,7 @@ inline Vec bounded(Vec x) {
 
 // ldexp(a, n) for |a| in [0.5, 2] and n <= 0, NaN where a is. A subnormal number is its own bits as an integer, in
 // units of 2^-149: Intel's vscalefps takes 160 cycles to give one.
-inline Vec ldexp_gradual(Vec a, Vec n) {
+FASTMOE_ROUTE_OUTLINED inline Vec ldexp_gradual(Vec a, Vec n) {
   n = max(Vec::all(-200.0f), n);
   const Mask small = n < Vec::all(-125.0f);
   const Vec scaled = ldexp(a, select(small, n + Vec::all(149.0f), n));
@@ -68,7 +68,7 @@ inline Vec ldexp_of(Vec a, Vec n) {
 
 // e^x for x <= 0.
 template <Below kBelow = Below::kAny>
-inline Vec exp_nonpositive(Vec x) {
+FASTMOE_ROUTE_OUTLINED inline Vec exp_nonpositive(Vec x) {
   Vec n;
   const Vec p = exp_parts(bounded<kBelow>(x), n);
   return ldexp_of<kBelow>(p, n);

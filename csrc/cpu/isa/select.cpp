@@ -101,9 +101,36 @@ const KernelTable& kernels() {
 
 const char* best_level_name() { return kLevelNames[best_level()]; }
 
+namespace {
+
+// The table for elements of a dtype: float64 is the portable level's alone (dispatch_element in isa/vec.h). It takes
+// the matrix products of the level in use, as others do.
+const KernelTable& kernels_of(DType dtype) {
+  if (dtype != DType::kFloat64) return kernels();
+  static const KernelTable table = portable::table();
+  return table;
+}
+
+// Of arguments: their own dtype, that of their shape, or none that matters.
+template <class Args>
+auto table_of(const Args& args, int) -> decltype(args.dtype, kernels()) {
+  return kernels_of(args.dtype);
+}
+template <class Args>
+auto table_of(const Args& args, int) -> decltype(args.shape.dtype, kernels()) {
+  return kernels_of(args.shape.dtype);
+}
+template <class Args>
+const KernelTable& table_of(const Args&, long) {
+  return kernels();
+}
+const KernelTable& table_of(const PermuteArgs&, int) { return kernels(); }  // moves bytes
+
+}  // namespace
+
 namespace cpu {
 #define X(name, Args) \
-  void name(const Args& args) { kernels().name(args); }
+  void name(const Args& args) { table_of(args, 0).name(args); }
 FASTMOE_ROUTE_KERNELS(X)
 #undef X
 }  // namespace cpu

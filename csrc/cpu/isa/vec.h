@@ -11,6 +11,14 @@
 #include <cstring>
 #include <type_traits>
 
+// Functions of a few instructions that take hundreds where vectors are lowered to what the target has: there they are
+// calls, or a quarter of the time to compile that level would be theirs.
+#if defined(__AVX2__)
+#define FASTMOE_ROUTE_OUTLINED
+#else
+#define FASTMOE_ROUTE_OUTLINED __attribute__((noinline))
+#endif
+
 #if defined(__AVX512F__)
 #include "cpu/isa/vec_avx512.h"
 #elif defined(__AVX2__)
@@ -24,5 +32,18 @@ FASTMOE_ROUTE_ISA_BEGIN
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 inline Vec operator-(Vec a) { return Vec::zero() - a; }
+
+// The dtype switch of kernels of this level: calls body(T{}) with the storage type of `dtype`. float64, for gradient
+// checks, is compiled at the portable level alone, and select.cpp sends it there whatever level is in use.
+template <class F>
+inline void dispatch_element(DType dtype, F&& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat16: return body(Float16{});
+    case DType::kFloat64:
+      if constexpr (kHasFloat64) body(double{});
+  }
+}
 
 FASTMOE_ROUTE_ISA_END

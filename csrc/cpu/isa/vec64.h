@@ -86,4 +86,16 @@ struct Keys64 {
   }
 };
 
+// What a kernel on elements T computes with.
+template <class A>
+struct VectorOf {
+  using type = Vec;
+};
+template <>
+struct VectorOf<double> {
+  using type = Vec64;
+};
+template <class T>
+using vector_t = typename VectorOf<accumulate_t<T>>::type;
+
 FASTMOE_ROUTE_ISA_END

@@ -11,6 +11,8 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+constexpr bool kHasFloat64 = false;  // see dispatch_element
+
 struct Mask {
   __m256 bits;
   friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }

@@ -10,6 +10,8 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+constexpr bool kHasFloat64 = false;  // see dispatch_element
+
 struct Mask {
   __mmask16 bits;
   friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits & b.bits)}; }

@@ -10,6 +10,8 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+constexpr bool kHasFloat64 = true;  // see dispatch_element
+
 typedef float Float8 __attribute__((vector_size(32)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
 
@@ -34,7 +36,7 @@ struct Vec {
   static Vec zero() { return all(0.0f); }
   static Vec all(float x) { return {Float8{x, x, x, x, x, x, x, x}}; }
   template <class T>
-  static Vec load(const T* p) {
+  FASTMOE_ROUTE_OUTLINED static Vec load(const T* p) {
     Vec result;
     for (int i = 0; i < kLanes; ++i) result.v[i] = to_float(p[i]);
     return result;
@@ -45,12 +47,12 @@ struct Vec {
     return result;
   }
   template <class T>
-  static Vec load(const T* p, int n, float fill = 0.0f) {
+  FASTMOE_ROUTE_OUTLINED static Vec load(const T* p, int n, float fill = 0.0f) {
     Vec result;
     for (int i = 0; i < kLanes; ++i) result.v[i] = i < n ? to_float(p[i]) : fill;
     return result;
   }
-  static Vec load_alternate(const BFloat16* p, int odd, int n = 2 * kLanes) {
+  FASTMOE_ROUTE_OUTLINED static Vec load_alternate(const BFloat16* p, int odd, int n = 2 * kLanes) {
     Vec result;
     for (int i = 0; i < kLanes; ++i) result.v[i] = 2 * i + odd < n ? to_float(p[2 * i + odd]) : 0.0f;
     return result;
@@ -61,7 +63,7 @@ struct Vec {
     store(p, kLanes);
   }
   template <class T>
-  void store(T* p, int n) const {
+  FASTMOE_ROUTE_OUTLINED void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(static_cast<float>(v[i]));
   }
   static constexpr bool kStreams = false;

@@ -1,13 +1,13 @@
 """The experts backend: one function that runs any experts module of transformers 5.
 
-A module says how its weights lie (`is_transposed`, `is_concatenated`), whether it has biases, a
-gate, a norm after each expert, and how gate and up projection meet (`_apply_gate`). Weights and
-biases are used in place in either layout. The activation is recognised by what it computes: the
-module's own function is evaluated once on a grid of numbers, values and gradients, and compared
-with each activation of `moe_mlp`. What matches, and has no tensors of its own that could be
-learned or loaded, runs fused in `moe_mlp`. Everything else runs the module's own function, between
-two grouped products. So a custom activation is never replaced by a similar one, and a known formula
-under a new name is still fast.
+A module says how its weights lie (`is_transposed`), whether it has biases, a gate, a norm after
+each expert, and how gate and up projection meet (`_apply_gate`). Weights and biases are used in
+place in either layout. The activation is recognised by what it computes: the module's own function
+is evaluated once on a grid of numbers, values and gradients, and compared with each activation of
+`moe_mlp`. What matches, and has no tensors of its own that could be learned or loaded, runs fused
+in `moe_mlp`. Everything else runs the module's own function, between two grouped products. So a
+custom activation is never replaced by a similar one, and a known formula under a new name is still
+fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastmoe_route.grouped_mm import grouped_mm
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS, moe_mlp
 from fastmoe_route.reference.experts import activate
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_TRAITS = ("has_bias", "is_transposed", "_apply_gate")  # whatever the version of transformers 5
 _CACHE = "_fastmoe_route_activation"
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "parametrizations.")
 _SIMPLE = frozenset((bool, float, int, str))
@@ -55,8 +55,7 @@ def experts_forward(
         TypeError: the module's weights are no plain floating-point tensors, or it lacks a trait;
             the message says what to use instead.
     """
-    has_gate = module.has_gate
-    w_up = module.gate_up_proj if has_gate else module.up_proj
+    has_gate, w_up = _up_of(module)
     w_down = module.down_proj
     if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
         _refuse(module, w_up, w_down)
@@ -88,7 +87,7 @@ def experts_forward(
         rows = grouped_mm(permute(x, plan), w_up, plan.offsets, bias=bias_up)
         rows = module._apply_gate(rows) if has_gate else module.act_fn(rows)
         rows = grouped_mm(rows, w_down, plan.offsets, bias=bias_down)
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
         y = unpermute(rows, plan, top_k_weights)
     return y if y.dtype == dtype else y.to(dtype)
@@ -107,14 +106,14 @@ def explain(model: nn.Module) -> dict[str, str]:
     check_module("explain", "model", model)
     found = {}
     for name, module in model.named_modules():
-        if all(hasattr(module, flag) for flag in _FLAGS):
+        if all(hasattr(module, trait) for trait in _TRAITS):
             found[name] = _explain(module)
     return found
 
 
 def _explain(module: Any) -> str:
     try:
-        w_up = module.gate_up_proj if module.has_gate else module.up_proj
+        w_up = _up_of(module)[1]
         w_down = module.down_proj
         if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
             _refuse(module, w_up, w_down)
@@ -124,6 +123,12 @@ def _explain(module: Any) -> str:
     if activation == OWN:
         return "own activation"
     return f"fused {activation}" + (", interleaved" if interleaved else "")
+
+
+def _up_of(module: Any) -> tuple[bool, Tensor]:
+    """Whether there is a gate, and the up projection; the first transformers 5 knew no other."""
+    has_gate = getattr(module, "has_gate", True)
+    return has_gate, module.gate_up_proj if has_gate else module.up_proj
 
 
 def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
@@ -174,10 +179,10 @@ def activation_of(module: Any) -> tuple[str, bool]:
 
 def _trace_what_is_read(module: Any) -> None:
     """Runs the activation on no rows: the compiler then guards all it reads, and drops the rest."""
-    w_up = module.gate_up_proj if module.has_gate else module.up_proj
+    has_gate, w_up = _up_of(module)
     shape = (0, w_up.shape[-1 if module.is_transposed else 1])
     no_rows = torch.empty(shape, dtype=w_up.dtype, device=w_up.device)
-    if module.has_gate:
+    if has_gate:
         module._apply_gate(no_rows)
     else:
         module.act_fn(no_rows)
@@ -185,7 +190,8 @@ def _trace_what_is_read(module: Any) -> None:
 
 @torch.compiler.assume_constant_result
 def _recognise(module: Any) -> tuple[str, bool]:
-    if module.has_post_expert_norm or _has_learned_activation(module):
+    has_gate = _up_of(module)[0]
+    if getattr(module, "has_post_expert_norm", False) or _has_learned_activation(module):
         return OWN, False
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -197,9 +203,9 @@ def _recognise(module: Any) -> tuple[str, bool]:
         halves = torch.cartesian_prod(numbers, numbers).t()  # every gate beside every up
         for name in ACTIVATIONS:
             if name not in GATED_ACTIVATIONS:
-                if not module.has_gate and _agree(module.act_fn, numbers, name):
+                if not has_gate and _agree(module.act_fn, numbers, name):
                     return name, False
-            elif module.has_gate:
+            elif has_gate:
                 for interleaved in (False, True):
                     joined = (halves.t() if interleaved else halves).reshape(1, -1)
                     if _agree(module._apply_gate, joined, name, interleaved):

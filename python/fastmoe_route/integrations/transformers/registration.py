@@ -9,6 +9,7 @@ from fastmoe_route._environment import logger
 from fastmoe_route.integrations.transformers.experts import experts_forward
 
 NAME = "fastmoe_route"
+_OLDEST = (5, 8)  # the first transformers whose models accept any registered name
 
 
 def register() -> str:
@@ -20,16 +21,17 @@ def register() -> str:
         The name, for `experts_implementation=` and `DistributedConfig(ep_implementation=...)`.
 
     Raises:
-        ImportError: transformers is missing or older than 5.
+        ImportError: transformers is missing, older than 5.8, or does not import.
     """
+    installed = _installed_version()
+    needs = "fastmoe_route.integrations.transformers needs transformers 5.8 or newer, got "
+    install = "; install it with: pip install 'transformers>=5.8'"
     try:
-        moe = import_module("transformers.integrations.moe")
-        interface = moe.ExpertsInterface
-    except (ImportError, AttributeError):
-        raise ImportError(
-            "fastmoe_route.integrations.transformers needs transformers 5, got "
-            f"{_installed_version()}; install it with: pip install 'transformers>=5'"
-        ) from None
+        interface = import_module("transformers.integrations.moe").ExpertsInterface
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{needs}{installed} ({error}){install}") from error
+    if tuple(map(int, installed.split(".")[:2])) < _OLDEST:
+        raise ImportError(f"{needs}{installed}{install}")
     try:
         parallel = import_module("transformers.distributed.expert_parallel")
         from fastmoe_route.integrations.transformers.expert_parallel import implementation
