@@ -557,8 +557,7 @@ template <class V>
 void gate_rows(const GateArgs& args) {
   using Float = typename Arithmetic<V>::Float;
   const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
-  const int64_t tile = rows_per_tile(num_tokens);
-  const int64_t num_tiles = (num_tokens + tile - 1) / tile;
+  const int64_t tile = rows_per_tile(num_tokens), num_tiles = (num_tokens + tile - 1) / tile;
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
   const int64_t gate_bytes = Gate<V>::bytes(args.shape);
   const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64) + 128;  // apart
