@@ -35,8 +35,10 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("gate_plain_stats_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
 
-  // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no limit
+  // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no
+  // limit; the plain one has no options
   m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity=0, int drop_policy=0, Tensor? weights=None, Tensor? scope_ids=None, SymInt num_scopes=1, SymInt align=1, SymInt max_rows=-1, bool allow_unrouted=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("plan_dispatch_plain_forward(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // which of its candidate experts each token gets under a capacity: (choice, granted, demand)
   m.def("reroute(Tensor experts, Tensor? weights, int num_experts, int top_k, SymInt capacity, int overflow, int fill, int drop_policy, Tensor? scope_ids, SymInt num_scopes, Tensor? rank_of_expert, Tensor? rank_of_token) -> (Tensor, Tensor, Tensor)");
@@ -65,10 +67,12 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("machine_read(Tensor buffer, int passes) -> float");
   m.def("machine_info() -> str");
 
-  // softmax over the last dimension; method: auto, three_pass, online, two_pass
+  // softmax over the last dimension; method: auto, three_pass, online, two_pass; the plain ones are auto
   m.def("softmax(Tensor x, int method=0) -> Tensor");
   m.def("softmax_forward(Tensor x, int method=0) -> Tensor");
+  m.def("softmax_plain_forward(Tensor x) -> Tensor");
   m.def("softmax_out(Tensor x, Tensor(a!) out, int method=0) -> ()");
+  m.def("softmax_plain_out(Tensor x, Tensor(a!) out) -> ()");
   m.def("softmax_backward(Tensor grad_y, Tensor y) -> Tensor");
 
   // the k best softmax probabilities of wide rows: (values, statistics, indices), bare (values, indices)

@@ -305,6 +305,14 @@ def test_opcheck(backend: str, options: dict) -> None:
     )
 
 
+def test_opcheck_of_the_plain_op(backend: str) -> None:
+    torch.library.opcheck(
+        torch.ops.fastmoe_route.plan_dispatch_plain_forward.default,
+        op_arguments()[:2],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(backend: str, dynamic: bool) -> None:
     def plan(experts: Tensor, weights: Tensor) -> DispatchPlan:

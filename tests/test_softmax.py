@@ -139,7 +139,9 @@ def test_opcheck(backend: str) -> None:
         x = logits(4, 9, dtype=dtype).to(backend)
         torch.library.opcheck(ops.softmax, (x.clone().requires_grad_(), 0))
         torch.library.opcheck(ops.softmax_forward, (x, 2))
+        torch.library.opcheck(ops.softmax_plain_forward, (x,))
         torch.library.opcheck(ops.softmax_out, (x, torch.empty_like(x), 1))
+        torch.library.opcheck(ops.softmax_plain_out, (x[None], torch.empty_like(x[None])))
         torch.library.opcheck(ops.softmax_backward, (x, x.clone()))
 
 
@@ -372,5 +374,10 @@ def test_raw_op_checks_its_own_arguments(backend: str) -> None:
         ops.softmax_forward(torch.ones(3, device=backend), 0)
     with pytest.raises(RuntimeError, match=r"softmax: method must be in \[0, 3\], got 4"):
         ops.softmax_forward(torch.ones(3, 3, device=backend), 4)
+    x = torch.ones(2, 3, device=backend)
+    with pytest.raises(RuntimeError, match="softmax: out must have 2 dimensions"):
+        ops.softmax_plain_out(x, torch.ones(6, device=backend))
+    with pytest.raises(RuntimeError, match="softmax: out must have size 2 in dimension 0"):
+        ops.softmax_plain_out(x, torch.ones(3, 2, device=backend))
     with pytest.raises(RuntimeError, match="softmax_backward: grad_y must have size 3"):
         ops.softmax_backward(torch.ones(3, 2, device=backend), torch.ones(3, 3, device=backend))

@@ -2,8 +2,6 @@
 // Everything is checked before anything is allocated.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -11,11 +9,10 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/torch_tensor.h"
 
 namespace fastmoe_route {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // A part of a message, and how it is printed.
@@ -106,8 +103,8 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& tens
 
 inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* like_name,
                              const Tensor& like) {
-  check(tensor.scalar_type() == like.scalar_type(), op, ": ", argument, " must have the dtype of ", like_name, ", got ",
-        dtype_of(tensor));
+  check(tensor.dtype_number() == like.dtype_number(), op, ": ", argument, " must have the dtype of ", like_name,
+        ", got ", dtype_of(tensor));
 }
 
 // int32 [size], if given.

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/check.h"
+#include "common/box.h"
 #include "common/huge_pages.h"
 
 namespace fastmoe_route {
@@ -24,16 +24,30 @@ inline ScalarType arithmetic_type(DType dtype) {
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : Tensor(torch::stable::contiguous(tensor.stable()));
+}
+
+// The elements in order: the memory of the tensor, or of `copy`, which is made if it takes one.
+inline const void* contiguous_data(const Tensor& tensor, OptionalTensor& copy) {
+  if (tensor.is_contiguous()) return tensor.const_data_ptr();
+  copy = as_contiguous(tensor);
+  return copy->const_data_ptr();
 }
 
 inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
+inline bool has_dense_columns(const Tensor& matrix) { return matrix.size(1) <= 1 || matrix.stride(1) == 1; }
+
 // A matrix whose columns are contiguous, rows at any distance: itself if it can, else a copy.
 inline Tensor with_dense_columns(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+  return has_dense_columns(matrix) ? matrix : Tensor(torch::stable::contiguous(matrix.stable()));
+}
+
+inline void set_zero(const Tensor& tensor) {
+  torch::stable::Tensor stable = tensor.stable();
+  torch::stable::zero_(stable);
 }
 
 // Bytes of an element of a result: the float types, integers and bool.
@@ -60,8 +74,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     num_elements *= shape.begin()[d];
     stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
   }
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t device_type = like.device_type();
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,

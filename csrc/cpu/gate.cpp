@@ -65,7 +65,8 @@ class Gate {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
       if (needs_.logits_only) needs_.carry_scores ? load_rows<true>(t, count) : load_rows<false>(t, count);
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
+      bool has_scores = false;  // that are not carried
+      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum), has_scores |= !rows_[r].is_carried;
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(t, count);
@@ -75,7 +76,7 @@ class Gate {
         for (int64_t r = 0; r < count; ++r) keep_logsumexp(rows_[r]);
         if (num_logs_ == kLogs || t + count == end) write_logsumexp(t + count);
       }
-      if (score_sum != nullptr) add_scores(count, score_sum);
+      if (score_sum != nullptr && has_scores) add_scores(count, score_sum);
     }
     if (needs_.carry_scores) add_carried(score_sum);
   }
@@ -120,9 +121,10 @@ class Gate {
   // next to nothing there, and one row of exponentials is all that the first-level cache has to hold.
   Float carry(const GateRow<V>& row, Float* score_sum) {
     const V factor = V::all(carried_factor_);
-    const Float sum = each_exponential<V, Below::kNear>(row.z, num_columns_, row.max, false, [&](V e, int64_t i, int) {
-      fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
-      e.store(carried_ + i);
+    Float* const carried = carried_;  // by value: no store to it can change it
+    const Float sum = each_exponential<V, Below::kNear>(row.z, num_columns_, row.max, false, [=](V e, int64_t i, int) {
+      fma(V::load(carried + i), factor, V::load(score_sum + i)).store(score_sum + i);
+      e.store(carried + i);
     });
     carried_factor_ = inverse_of(sum);
     return sum;
@@ -554,10 +556,8 @@ class Gate {
 template <class V>
 void gate_rows(const GateArgs& args) {
   using Float = typename Arithmetic<V>::Float;
-  const int64_t num_tokens = args.shape.num_tokens;
-  const int64_t num_experts = args.shape.num_experts;
-  const int64_t tile = rows_per_tile(num_tokens);
-  const int64_t num_tiles = (num_tokens + tile - 1) / tile;
+  const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
+  const int64_t tile = rows_per_tile(num_tokens), num_tiles = (num_tokens + tile - 1) / tile;
   const int64_t workers = num_tiles < num_threads() ? num_tiles : num_threads();
   const int64_t gate_bytes = Gate<V>::bytes(args.shape);
   const int64_t worker_bytes = gate_bytes + round_up(num_experts * sizeof(int32_t), 64) + 128;  // apart

@@ -25,6 +25,6 @@ Tensor assign_balanced(const Tensor& scores) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("assign_balanced", TORCH_BOX(&assign_balanced)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("assign_balanced", &boxed<&assign_balanced>); }
 
 }  // namespace fastmoe_route

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t c
   Tensor weights = empty(scores, {tokens, experts}, arithmetic_type(dtype));
   Tensor choice = empty(scores, {tokens, experts}, ScalarType::Int);
   Tensor demand = empty(scores, {experts}, ScalarType::Int);
-  if (experts == 0) return {weights, choice, demand};
+  if (experts == 0) return {std::move(weights), std::move(choice), std::move(demand)};
   ExpertChoiceArgs args{};
   args.num_tokens = tokens;
   args.num_experts = experts;
@@ -45,14 +45,14 @@ std::tuple<Tensor, Tensor, Tensor> expert_choice(const Tensor& scores, int64_t c
   args.experts = static_cast<int32_t*>(choice.mutable_data_ptr());
   args.demand = static_cast<int32_t*>(demand.mutable_data_ptr());
   launch("expert_choice", &kernels::expert_choice, args, scores);
-  return {weights, choice, demand};
+  return {std::move(weights), std::move(choice), std::move(demand)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("expert_choice", TORCH_BOX(&expert_choice));
-  m.impl("expert_choice_forward", TORCH_BOX(&expert_choice));
+  m.impl("expert_choice", &boxed<&expert_choice>);
+  m.impl("expert_choice_forward", &boxed<&expert_choice>);
 }
 
 }  // namespace fastmoe_route

@@ -155,14 +155,15 @@ struct Operators {
     GateArgs args = read(logits, top_k, score, normalize, scale, fields...);
     const ScalarType arithmetic = arithmetic_type(args.dtype);
     const int64_t num_tokens = args.shape.num_tokens, num_experts = args.shape.num_experts;
-    const Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
-    const Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
-    const Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, num_experts}, arithmetic);
+    Tensor score_sum = empty(logits, {stats ? num_experts : 0}, arithmetic);
+    Tensor logsumexp = empty(logits, {stats ? num_tokens : 0}, arithmetic);
+    Tensor scores = empty(logits, {keep_scores ? num_tokens : 0, num_experts}, arithmetic);
     args.score_sum = stats ? score_sum.mutable_data_ptr() : nullptr;
     args.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
     args.scores = keep_scores ? scores.mutable_data_ptr() : nullptr;
-    const auto [weights, experts, demand] = choose(logits, args);
-    return {weights, score_sum, logsumexp, scores, experts, demand};
+    auto [weights, experts, demand] = choose(logits, args);
+    return {std::move(weights), std::move(score_sum), std::move(logsumexp),
+            std::move(scores),  std::move(experts),   std::move(demand)};
   }
 };
 using Gate = Operators<const OptionalTensor&, int64_t, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&,
@@ -208,8 +209,9 @@ const void* checked_grad(const char* name, OptionalTensor& grad, std::initialize
 }
 
 Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum, OptionalTensor grad_logsumexp,
-                     OptionalTensor grad_scores, Tensor logits, Tensor experts, OptionalTensor logsumexp, int64_t score,
-                     bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize, double scale) {
+                     OptionalTensor grad_scores, const Tensor& logits, Tensor experts, OptionalTensor logsumexp,
+                     int64_t score, bool softmax_over_group, int64_t num_groups, int64_t num_null, bool normalize,
+                     double scale) {
   check_dim("gate_backward", "experts", experts, 2);
   check_dtype("gate_backward", "experts", experts, ScalarType::Int);
   GateBackwardArgs args{};
@@ -229,7 +231,7 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
   args.grad_scores = checked_grad("grad_scores", grad_scores, {num_tokens, num_experts}, arithmetic);
   args.logsumexp = checked_grad("logsumexp", logsumexp, {num_tokens}, arithmetic);
   check_devices("gate_backward", logits, grad_weights, grad_score_sum, grad_logsumexp, grad_scores, experts, logsumexp);
-  const Tensor grad_logits = empty(logits, {num_tokens, num_experts + num_null}, logits.scalar_type());
+  Tensor grad_logits = empty(logits, {num_tokens, num_experts + num_null}, logits.scalar_type());
   args.grad_logits = grad_logits.mutable_data_ptr();
   launch("gate_backward", &kernels::gate_backward, args, logits);
   return grad_logits;
@@ -239,10 +241,10 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
 }  // namespace fastmoe_route
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("gate", TORCH_BOX(&fastmoe_route::Gate::gate));
-  m.impl("gate_forward", TORCH_BOX(&fastmoe_route::Gate::gate_forward));
-  m.impl("gate_plain_forward", TORCH_BOX(&fastmoe_route::gate_plain_forward));
-  m.impl("gate_plain_stats_forward", TORCH_BOX(&fastmoe_route::gate_plain_stats_forward));
-  m.impl("gate_stats_forward", TORCH_BOX(&fastmoe_route::Gate::gate));
-  m.impl("gate_backward", TORCH_BOX(&fastmoe_route::gate_backward));
+  m.impl("gate", &fastmoe_route::boxed<&fastmoe_route::Gate::gate>);
+  m.impl("gate_forward", &fastmoe_route::boxed<&fastmoe_route::Gate::gate_forward>);
+  m.impl("gate_plain_forward", &fastmoe_route::boxed<&fastmoe_route::gate_plain_forward>);
+  m.impl("gate_plain_stats_forward", &fastmoe_route::boxed<&fastmoe_route::gate_plain_stats_forward>);
+  m.impl("gate_stats_forward", &fastmoe_route::boxed<&fastmoe_route::Gate::gate>);
+  m.impl("gate_backward", &fastmoe_route::boxed<&fastmoe_route::gate_backward>);
 }

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
                              : empty_kept(x, {w_experts, args.in, args.out}, x.scalar_type());
   Tensor grad_bias = empty(x, {bias_experts, args.out}, x.scalar_type());
   const bool has_w = w_experts * args.in * args.out > 0, has_bias = bias_experts * args.out > 0;
-  if (!has_w && !has_bias) return {grad_w, grad_bias};
+  if (!has_w && !has_bias) return {std::move(grad_w), std::move(grad_bias)};
   const Tensor rows = with_dense_columns(x), grads = with_dense_columns(grad_y);
   args.x = rows.const_data_ptr();
   args.x_stride = rows.stride(0);
@@ -95,15 +95,15 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   args.transposed = transposed;
   args.grad_bias = has_bias ? grad_bias.mutable_data_ptr() : nullptr;
   launch(kOp, &kernels::grouped_mm_wgrad, args, x);
-  return {grad_w, grad_bias};
+  return {std::move(grad_w), std::move(grad_bias)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("grouped_mm", TORCH_BOX(&grouped_mm));
-  m.impl("grouped_mm_forward", TORCH_BOX(&grouped_mm));
-  m.impl("grouped_mm_wgrad", TORCH_BOX(&grouped_mm_wgrad));
+  m.impl("grouped_mm", &boxed<&grouped_mm>);
+  m.impl("grouped_mm_forward", &boxed<&grouped_mm>);
+  m.impl("grouped_mm_wgrad", &boxed<&grouped_mm_wgrad>);
 }
 
 }  // namespace fastmoe_route

@@ -44,10 +44,10 @@ std::string machine_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CompositeExplicitAutograd, m) {
-  m.impl("machine_peak", TORCH_BOX(&machine_peak));
-  m.impl("machine_info", TORCH_BOX(&machine_info));
+  m.impl("machine_peak", &boxed<&machine_peak>);
+  m.impl("machine_info", &boxed<&machine_info>);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("machine_read", TORCH_BOX(&machine_read)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, CPU, m) { m.impl("machine_read", &boxed<&machine_read>); }
 
 }  // namespace fastmoe_route

@@ -29,12 +29,13 @@ bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) !
 // The gradient [E, A, B] of `w`, uninitialised, in the memory layout of `w`.
 Tensor empty_gradient(const Tensor& w) {
   if (!is_column_major(w)) return empty_kept(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
-  return torch::stable::transpose(empty_kept(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type()), 1, 2);
+  const Tensor rows = empty_kept(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type());
+  return Tensor(torch::stable::transpose(rows.stable(), 1, 2));
 }
 
 // The maps index memory: a plan that was not made for these sizes must not be believed.
 void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot, const Tensor& slot_to_row) {
-  const int32_t* bounds = offsets.const_data_ptr<int32_t>();
+  const int32_t* bounds = static_cast<const int32_t*>(offsets.const_data_ptr());
   const int64_t num_experts = offsets.size(0) - 1, num_rows = row_to_slot.size(0);
   const int64_t num_slots = slot_to_row.size(0) * slot_to_row.size(1);
   bool good = bounds[0] == 0 && bounds[num_experts] <= num_rows;
@@ -45,10 +46,10 @@ void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot
     for (int64_t i = 0; i < count; ++i) bad |= (values[i] < -1) | (values[i] >= limit);
     return bad == 0;
   };
-  const int32_t* slots = row_to_slot.const_data_ptr<int32_t>();
+  const int32_t* slots = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
   check(in_range(slots, num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ", num_slots,
         "), got a value outside");
-  const int32_t* rows = slot_to_row.const_data_ptr<int32_t>();
+  const int32_t* rows = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
   check(in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
         bounds[num_experts], "), got a value outside");
   int32_t astray = 0;
@@ -129,9 +130,9 @@ struct Prepared {
     return {shape,
             x.const_data_ptr(),
             x.stride(0),
-            offsets.const_data_ptr<int32_t>(),
-            row_to_slot.const_data_ptr<int32_t>(),
-            slot_to_row.const_data_ptr<int32_t>(),
+            static_cast<const int32_t*>(offsets.const_data_ptr()),
+            static_cast<const int32_t*>(row_to_slot.const_data_ptr()),
+            static_cast<const int32_t*>(slot_to_row.const_data_ptr()),
             static_cast<const float*>(weights.const_data_ptr()),
             expert_matrix(w_up),
             expert_matrix(w_down),
@@ -141,8 +142,8 @@ struct Prepared {
 
 void run_forward(const Arguments& in, const MoeMlpShape& shape, Tensor& y, Tensor* preactivation) {
   if (is_empty(shape)) {
-    torch::stable::zero_(y);
-    if (preactivation != nullptr) torch::stable::zero_(*preactivation);
+    set_zero(y);
+    if (preactivation != nullptr) set_zero(*preactivation);
     return;
   }
   const Prepared p(in);
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
   Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
   Tensor preactivation = empty(x, {shape.num_rows, w_up.size(2)}, x.scalar_type());
   run_forward(in, shape, y, &preactivation);
-  return {y, preactivation};
+  return {std::move(y), std::move(preactivation)};
 }
 
 Tensor moe_mlp_forward(const Tensor& x, const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
@@ -218,11 +219,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   Tensor grad_bias_up = make(kBiasUp, {shape.num_experts, w_up.size(2)}, dtype);
   Tensor grad_bias_down = make(kBiasDown, {shape.num_experts, shape.hidden}, dtype);
   const auto results = [&] {
-    return std::make_tuple(grad_x, grad_weights, grad_w_up, grad_w_down, grad_bias_up, grad_bias_down);
+    return std::make_tuple(std::move(grad_x), std::move(grad_weights), std::move(grad_w_up), std::move(grad_w_down),
+                           std::move(grad_bias_up), std::move(grad_bias_down));
   };
   if (is_empty(shape)) {
     for (Tensor* result : {&grad_x, &grad_weights, &grad_w_up, &grad_w_down, &grad_bias_up, &grad_bias_down})
-      torch::stable::zero_(*result);
+      set_zero(*result);
     return results();
   }
 
@@ -247,10 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("moe_mlp", TORCH_BOX(&moe_mlp));
-  m.impl("moe_mlp_forward", TORCH_BOX(&moe_mlp_forward));
-  m.impl("moe_mlp_routed_forward", TORCH_BOX(&moe_mlp_routed_forward));
-  m.impl("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward));
+  m.impl("moe_mlp", &boxed<&moe_mlp>);
+  m.impl("moe_mlp_forward", &boxed<&moe_mlp_forward>);
+  m.impl("moe_mlp_routed_forward", &boxed<&moe_mlp_routed_forward>);
+  m.impl("moe_mlp_backward", &boxed<&moe_mlp_backward>);
 }
 
 }  // namespace fastmoe_route

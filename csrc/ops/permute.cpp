@@ -8,15 +8,14 @@ namespace fastmoe_route {
 namespace {
 
 struct PlanMaps {
-  Tensor row_to_slot;  // [R], contiguous
-  Tensor slot_to_row;  // [T, K], contiguous
+  const int32_t* slots;  // [R], row_to_slot
+  const int32_t* rows;   // [T, K], slot_to_row
   int64_t num_tokens;
   int64_t top_k;
   int64_t num_rows;
+  OptionalTensor row_to_slot, slot_to_row;  // copies of those that were not contiguous
 
   PermuteShape shape(int64_t hidden, DType dtype) const { return {num_tokens, top_k, num_rows, hidden, dtype}; }
-  const int32_t* slots() const { return static_cast<const int32_t*>(row_to_slot.const_data_ptr()); }
-  const int32_t* rows() const { return static_cast<const int32_t*>(slot_to_row.const_data_ptr()); }
 };
 
 PlanMaps plan_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot_to_row) {
@@ -24,20 +23,22 @@ PlanMaps plan_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot
   check_dim(op, "plan.slot_to_row", slot_to_row, 2);
   check_dtype(op, "plan.row_to_slot", row_to_slot, ScalarType::Int);
   check_dtype(op, "plan.slot_to_row", slot_to_row, ScalarType::Int);
-  return {as_contiguous(row_to_slot), as_contiguous(slot_to_row), slot_to_row.size(0), slot_to_row.size(1),
-          row_to_slot.size(0)};
+  PlanMaps maps{nullptr, nullptr, slot_to_row.size(0), slot_to_row.size(1), row_to_slot.size(0), {}, {}};
+  maps.slots = static_cast<const int32_t*>(contiguous_data(row_to_slot, maps.row_to_slot));
+  maps.rows = static_cast<const int32_t*>(contiguous_data(slot_to_row, maps.slot_to_row));
+  return maps;
 }
 
 // Every row is written through its slot, so the two maps of a plan made by hand must agree.
 void check_maps_agree(const char* op, const PlanMaps& maps) {
   if (!kReadsOnHost) return;
-  check(maps_agree(maps.slots(), maps.num_rows, maps.rows(), maps.num_tokens * maps.top_k), op,
+  check(maps_agree(maps.slots, maps.num_rows, maps.rows, maps.num_tokens * maps.top_k), op,
         ": plan must come from plan_dispatch, got a row_to_slot and a slot_to_row that disagree");
 }
 
 void check_rows_in_range(const char* op, const PlanMaps& maps) {
   if (!kReadsOnHost) return;
-  check(rows_in_range(maps.rows(), maps.num_tokens * maps.top_k, maps.num_rows), op,
+  check(rows_in_range(maps.rows, maps.num_tokens * maps.top_k, maps.num_rows), op,
         ": plan.slot_to_row must be in [-1, ", maps.num_rows, "), got a row outside it");
 }
 
@@ -62,8 +63,8 @@ Tensor permute(const Tensor& x, const Tensor& row_to_slot, const Tensor& slot_to
   Tensor rows = empty(x, {shape.num_rows, shape.hidden}, x.scalar_type());
   if (shape.num_rows == 0 || shape.hidden == 0) return rows;
   const Tensor source = with_dense_columns(x);
-  const PermuteArgs args{shape,       source.const_data_ptr(), source.stride(0), maps.slots(),
-                         maps.rows(), rows.mutable_data_ptr()};
+  const PermuteArgs args{shape,     source.const_data_ptr(), source.stride(0), maps.slots,
+                         maps.rows, rows.mutable_data_ptr()};
   launch("permute", &kernels::permute, args, x);
   return rows;
 }
@@ -84,7 +85,7 @@ Tensor unpermute(const Tensor& rows, const OptionalTensor& weights, const Tensor
   const Tensor source = with_dense_columns(rows);
   args.rows = source.const_data_ptr();
   args.rows_stride = source.stride(0);
-  args.slot_to_row = maps.rows();
+  args.slot_to_row = maps.rows;
   args.weights = data_or_null<void>(dense_weights);
   args.y = y.mutable_data_ptr();
   launch("unpermute", &kernels::unpermute, args, rows);
@@ -119,8 +120,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
   }
   args.grad_y = grad.const_data_ptr();
   args.grad_y_stride = grad.stride(0);
-  args.row_to_slot = maps.slots();
-  args.slot_to_row = maps.rows();
+  args.row_to_slot = maps.slots;
+  args.slot_to_row = maps.rows;
   args.weights = data_or_null<void>(dense_weights);
   Tensor grad_rows = empty(grad_y, {needs_rows ? args.num_rows : 0, args.hidden}, grad_y.scalar_type());
   Tensor grad_weights =
@@ -128,17 +129,17 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y, const Option
   args.grad_rows = needs_rows ? grad_rows.mutable_data_ptr() : nullptr;
   args.grad_weights = needs_weights ? grad_weights.mutable_data_ptr() : nullptr;
   launch(kOp, &kernels::unpermute_backward, args, grad_y);
-  return {grad_rows, grad_weights};
+  return {std::move(grad_rows), std::move(grad_weights)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("permute", TORCH_BOX(&permute));
-  m.impl("permute_forward", TORCH_BOX(&permute));
-  m.impl("unpermute", TORCH_BOX(&unpermute));
-  m.impl("unpermute_forward", TORCH_BOX(&unpermute));
-  m.impl("unpermute_backward", TORCH_BOX(&unpermute_backward));
+  m.impl("permute", &boxed<&permute>);
+  m.impl("permute_forward", &boxed<&permute>);
+  m.impl("unpermute", &boxed<&unpermute>);
+  m.impl("unpermute_forward", &boxed<&unpermute>);
+  m.impl("unpermute_backward", &boxed<&unpermute_backward>);
 }
 
 }  // namespace fastmoe_route

@@ -95,11 +95,11 @@ std::tuple<Tensor, Tensor, Tensor> reroute(const Tensor& experts, const Optional
   args.status = &status;
   launch(kOp, &kernels::reroute, args, experts);
   check_status(status, args);
-  return {choice, granted, demand};
+  return {std::move(choice), std::move(granted), std::move(demand)};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) { m.impl("reroute", TORCH_BOX(&reroute)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) { m.impl("reroute", &boxed<&reroute>); }
 
 }  // namespace fastmoe_route

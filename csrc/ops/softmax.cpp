@@ -6,53 +6,71 @@ namespace fastmoe_route {
 namespace {
 
 DType check_input(const Tensor& x, int64_t method) {
-  check_dim("softmax", "x", x, 2);
   check(method >= 0 && method <= static_cast<int64_t>(SoftmaxMethod::kTwoPass),
         "softmax: method must be in [0, 3], got ", method);
   return float_dtype("softmax", "x", x);
 }
 
-void run(const Tensor& x, DType dtype, int64_t method, void* y) {
-  const Tensor rows = with_dense_columns(x);
-  const SoftmaxArgs args{rows.size(0),          rows.size(1),   dtype, static_cast<SoftmaxMethod>(method),
-                         rows.const_data_ptr(), rows.stride(0), y};
-  launch("softmax", &kernels::softmax, args, x);
+// All but y: the rows of x [..., C], which lie at one distance from each other.
+SoftmaxArgs rows_of(const Tensor& x, DType dtype, int64_t method) {
+  const int64_t dims = x.dim();
+  const int64_t columns = dims > 0 ? x.size(dims - 1) : 1;
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) rows *= x.size(d);
+  const int64_t stride = dims == 2 ? x.stride(0) : columns;
+  return {rows, columns, dtype, static_cast<SoftmaxMethod>(method), x.const_data_ptr(), stride, nullptr};
 }
+
+bool are_rows_in_place(const Tensor& x) { return x.dim() == 2 ? has_dense_columns(x) : x.is_contiguous(); }
 
 // x [R, C] -> [R, C]
 Tensor softmax(const Tensor& x, int64_t method) {
+  check_dim("softmax", "x", x, 2);
   const DType dtype = check_input(x, method);
   Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-  if (x.numel() == 0) return y;
-  run(x, dtype, method, y.mutable_data_ptr());
+  if (x.size(0) == 0 || x.size(1) == 0) return y;
+  const auto run = [&](const Tensor& rows) {
+    SoftmaxArgs args = rows_of(rows, dtype, method);
+    args.y = y.mutable_data_ptr();
+    launch("softmax", &kernels::softmax, args, rows);
+  };
+  has_dense_columns(x) ? run(x) : run(as_contiguous(x));
   return y;
 }
 
+Tensor softmax_plain(const Tensor& x) { return softmax(x, 0); }
+
 // A row is read while it is written, so `out` is x itself or apart from every element of it.
-void check_apart(const Tensor& x, const Tensor& out) {
-  const int64_t itemsize = element_size(float_dtype("softmax", "x", x));
-  const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const auto to = reinterpret_cast<uintptr_t>(out.const_data_ptr());
-  const int64_t last = (x.size(0) - 1) * x.stride(0) + x.size(1) - 1;
-  const bool is_apart = to + out.numel() * itemsize <= from || from + (last + 1) * itemsize <= to;
-  check(is_apart || (from == to && x.is_contiguous()), "softmax: out must be x itself or share no memory with it, ",
-        "got ", static_cast<int64_t>(to - from), " bytes between them");
+void check_apart(const SoftmaxArgs& args) {
+  const int64_t itemsize = element_size(args.dtype);
+  const auto from = reinterpret_cast<uintptr_t>(args.x);
+  const auto to = reinterpret_cast<uintptr_t>(args.y);
+  const int64_t end = (args.num_rows - 1) * args.x_stride + args.num_cols;
+  const bool is_apart = to + args.num_rows * args.num_cols * itemsize <= from || from + end * itemsize <= to;
+  const bool is_contiguous = args.num_rows == 1 || args.x_stride == args.num_cols;
+  check(is_apart || (from == to && is_contiguous), "softmax: out must be x itself or share no memory with it, ", "got ",
+        static_cast<int64_t>(to - from), " bytes between them");
 }
 
-// out [R, C], contiguous
-void softmax_out(const Tensor& x, Tensor out, int64_t method) {
+// x [..., C], out the same, contiguous
+void softmax_out(const Tensor& x, const Tensor& out, int64_t method) {
   const DType dtype = check_input(x, method);
-  check_dim("softmax", "out", out, 2);
-  check_size("softmax", "out", out, 0, x.size(0));
-  check_size("softmax", "out", out, 1, x.size(1));
+  check_dim("softmax", "out", out, x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) check_size("softmax", "out", out, d, x.size(d));
   check_same_dtype("softmax", "out", out, "x", x);
   check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
   check_devices("softmax", x, out);
-  if (x.numel() == 0) return;
-  const Tensor rows = with_dense_columns(x);
-  check_apart(rows, out);
-  run(rows, dtype, method, out.mutable_data_ptr());
+  const auto run = [&](const Tensor& rows) {
+    SoftmaxArgs args = rows_of(rows, dtype, method);
+    if (args.num_rows == 0 || args.num_cols == 0) return;
+    args.y = out.mutable_data_ptr();
+    check_apart(args);
+    launch("softmax", &kernels::softmax, args, rows);
+  };
+  are_rows_in_place(x) ? run(x) : run(as_contiguous(x));
 }
+
+void softmax_plain_out(const Tensor& x, const Tensor& out) { softmax_out(x, out, 0); }
 
 // grad_y [R, C], y [R, C] -> grad_x [R, C]
 Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
@@ -75,10 +93,12 @@ Tensor softmax_backward(const Tensor& grad_y, const Tensor& y) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("softmax", TORCH_BOX(&softmax));
-  m.impl("softmax_forward", TORCH_BOX(&softmax));
-  m.impl("softmax_out", TORCH_BOX(&softmax_out));
-  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("softmax", &boxed<&softmax>);
+  m.impl("softmax_forward", &boxed<&softmax>);
+  m.impl("softmax_plain_forward", &boxed<&softmax_plain>);
+  m.impl("softmax_out", &boxed<&softmax_out>);
+  m.impl("softmax_plain_out", &boxed<&softmax_plain_out>);
+  m.impl("softmax_backward", &boxed<&softmax_backward>);
 }
 
 }  // namespace fastmoe_route

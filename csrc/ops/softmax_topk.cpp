@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& x, int64_t k) {
   Tensor statistics = empty(x, {x.size(0), 2}, ScalarType::Double);
   Tensor indices = empty(x, {x.size(0), k}, ScalarType::Long);
   run(x, k, dtype, values, indices, static_cast<double*>(statistics.mutable_data_ptr()));
-  return {values, statistics, indices};
+  return {std::move(values), std::move(statistics), std::move(indices)};
 }
 
 // x [R, C] -> (values [R, k], indices [R, k])
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> softmax_topk_forward(const Tensor& x, int64_t k) {
   Tensor values = empty(x, {x.size(0), k}, x.scalar_type());
   Tensor indices = empty(x, {x.size(0), k}, ScalarType::Long);
   run(x, k, dtype, values, indices, nullptr);
-  return {values, indices};
+  return {std::move(values), std::move(indices)};
 }
 
 void check_saved(const char* argument, const Tensor& tensor, const Tensor& x, int64_t size) {
@@ -95,9 +95,9 @@ Tensor softmax_topk_backward(const Tensor& grad_values, const Tensor& x, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("softmax_topk", TORCH_BOX(&softmax_topk));
-  m.impl("softmax_topk_forward", TORCH_BOX(&softmax_topk_forward));
-  m.impl("softmax_topk_backward", TORCH_BOX(&softmax_topk_backward));
+  m.impl("softmax_topk", &boxed<&softmax_topk>);
+  m.impl("softmax_topk_forward", &boxed<&softmax_topk_forward>);
+  m.impl("softmax_topk_backward", &boxed<&softmax_topk_backward>);
 }
 
 }  // namespace fastmoe_route

@@ -35,6 +35,7 @@ _permute_forward = _ops.permute_forward.default
 _unpermute_forward = _ops.unpermute_forward.default
 _unpermute_gradients = _ops.unpermute_backward.default
 _plan_dispatch_direct = direct(_plan_dispatch)
+_plan_dispatch_plain_direct = direct(_ops.plan_dispatch_plain_forward.default)
 _permute_direct = direct(_permute_forward)
 _unpermute_direct = direct(_unpermute_forward)
 MAX_EXPERTS = 65536
@@ -157,7 +158,7 @@ def plan_dispatch(
     ):
         # The operator checks in a fifth of the time of what follows, which says more.
         try:
-            return tuple.__new__(DispatchPlan, _plan_dispatch_direct(experts, num_experts))
+            return tuple.__new__(DispatchPlan, _plan_dispatch_plain_direct(experts, num_experts))
         except RuntimeError as error:
             failed = error  # unless an argument is wrong
         except TypeError:
@@ -245,6 +246,12 @@ def _plan_dispatch_fake(
         experts.new_empty(size, dtype=torch.int32) for size in sizes
     )
     return offsets, row_to_slot, slot_to_row, kept, dropped
+
+
+@torch.library.register_fake("fastmoe_route::plan_dispatch_plain_forward")
+def _plan_dispatch_plain_fake(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    plan: tuple[Tensor, ...] = _plan_dispatch_fake(experts, num_experts)
+    return plan
 
 
 # ---- permute -----------------------------------------------------------------------------------

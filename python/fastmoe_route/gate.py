@@ -31,6 +31,9 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
 SOFTMAX_OVER = ("all", "group")
 GROUP_SCORES = ("max", "top2_sum")
 MAX_EXPERTS = 8192
+_SCORE_CODES = {score: code for code, score in enumerate(SCORES)}
+# Defaults, which are told by identity: True and 1.0 are no ints, and have their errors.
+_ZERO, _ONE = 0, 1
 
 _ops = torch.ops.fastmoe_route
 _gate = _ops.gate.default
@@ -52,15 +55,15 @@ def gate(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     noise: Tensor | None = None,
-    num_groups: int = 1,
+    num_groups: int = _ONE,
     topk_groups: int | None = None,
     group_score: str = "max",
     max_per_group: int | None = None,
     top_p: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
-    min_k: int = 1,
+    min_k: int = _ONE,
     k_per_token: Tensor | None = None,
-    num_null: int = 0,
+    num_null: int = _ZERO,
     normalize: bool = False,
     scale: float = 1.0,
     stats: bool = False,
@@ -118,11 +121,43 @@ def gate(
         >>> routing.experts, routing.weights
         (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
+    is_limited = (
+        (num_null is not _ZERO or softmax_over != "all" or min_k is not _ONE)
+        or (mask is not None or noise is not None or k_per_token is not None)
+        or (top_p is not None or threshold is not None or max_per_group is not None)
+    )
+    is_grouped = num_groups is not _ONE or topk_groups is not None
+    has_options = is_limited or is_grouped or bias is not None or group_score != "max"
+    failed = None
+    if (
+        not (has_options or keep_scores is not False or is_dynamo_compiling())
+        and (normalize is True or normalize is False)
+        and type(top_k) is int
+        and type(scale) is float
+        and scale == scale
+    ):
+        # The operator checks in less time than what follows, which says more.
+        try:
+            arguments = (logits, top_k, _SCORE_CODES[score], normalize, scale)
+            if stats is False:
+                few = _gate_plain_autograd if needs_grad(logits) else _gate_plain_direct
+                weights, experts, demand = few(*arguments)
+                return tuple.__new__(Routing, (experts, weights, demand, None, None, None))
+            if stats is True:
+                all_five = (
+                    _gate_plain_stats_autograd if needs_grad(logits) else _gate_plain_stats_direct
+                )
+                weights, score_sum, logsumexp, experts, demand = all_five(*arguments)
+                results = experts, weights, demand, score_sum, logsumexp, None
+                return tuple.__new__(Routing, results)
+        except RuntimeError as error:
+            failed = error  # unless an argument is wrong
+        except (TypeError, KeyError, AttributeError):
+            pass  # said below
     num_experts, num_null = _num_experts(logits, num_null)
     top_k = check_int("gate", "top_k", top_k, 1, num_experts)
     score_code = check_choice("gate", "score", score, SCORES)
-    if normalize is not True and normalize is not False:
-        check_flag("gate", "normalize", normalize)
+    check_flag("gate", "normalize", normalize)
     if type(scale) is not float or scale != 1.0:
         check_float("gate", "scale", scale)
     if stats is not False or keep_scores is not False:
@@ -130,13 +165,7 @@ def gate(
         check_flag("gate", "keep_scores", keep_scores)
     # Every argument that is passed on costs a tenth of a microsecond: trailing defaults are not.
     options: tuple[Any, ...] = ()
-    is_limited = (
-        (num_null != 0 or softmax_over != "all" or type(min_k) is not int or min_k != 1)
-        or (mask is not None or noise is not None or k_per_token is not None)
-        or (top_p is not None or threshold is not None or max_per_group is not None)
-    )
-    is_grouped = type(num_groups) is not int or num_groups != 1 or topk_groups is not None
-    if is_limited or is_grouped or bias is not None or group_score != "max":
+    if has_options:
         group_code = check_choice("gate", "group_score", group_score, GROUP_SCORES)
         counts = (1, 0, 0)
         if is_grouped or max_per_group is not None:
@@ -154,22 +183,16 @@ def gate(
             *_stop_rule("threshold", threshold, logits),
             *(min_k, _per_token_count(k_per_token, logits), num_null),
         )
+    if failed is not None:
+        raise failed
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
         if wants_grad:
-            few = _gate_forward_autograd if options else _gate_plain_autograd
-        elif is_dynamo_compiling():
-            few = _gate_forward
+            few = _gate_forward_autograd
         else:
-            few = _gate_forward_direct if options else _gate_plain_direct
+            few = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
         weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
-    if not (options or keep_scores or is_dynamo_compiling()):
-        plain = _gate_plain_stats_autograd if wants_grad else _gate_plain_stats_direct
-        weights, score_sum, logsumexp, experts, demand = plain(
-            logits, top_k, score_code, normalize, scale
-        )
-        return Routing(experts, weights, demand, score_sum, logsumexp)
     if wants_grad:
         op = _gate_autograd
     else:
@@ -283,8 +306,9 @@ def _gate_fake(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     del score, normalize, scale
-    num_null = options[14] if len(options) > 14 else 0
-    num_tokens, num_experts = logits.shape[0], logits.shape[1] - num_null
+    num_experts, _ = _num_experts(logits, options[14] if len(options) > 14 else 0)
+    check_int("gate", "top_k", top_k, 1, num_experts)
+    num_tokens = logits.shape[0]
     arithmetic = arithmetic_dtype(logits)
     return (
         logits.new_empty((num_tokens, top_k), dtype=arithmetic),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
@@ -24,17 +24,20 @@ from fastmoe_route._arguments import (
 )
 from fastmoe_route._autograd import direct, register_autograd
 
+_LAST = -1
 _METHODS = ("auto", "three_pass", "online", "two_pass")
 _MAX_K = 64
 _ops = torch.ops.fastmoe_route
 _softmax_forward = _ops.softmax_forward.default
 _softmax_out = _ops.softmax_out.default
-_softmax_forward_direct = direct(_softmax_forward)
-_softmax_out_direct = direct(_softmax_out)
+_softmax_plain_direct = direct(_ops.softmax_plain_forward.default)
+_softmax_plain_out_direct = direct(_ops.softmax_plain_out.default)
 _softmax_backward_op = _ops.softmax_backward.default
 
 
-def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | None = None) -> Tensor:
+def softmax(
+    x: Tensor, dim: int = _LAST, *, method: str = "auto", out: Tensor | None = None
+) -> Tensor:
     """Computes `exp(x - max) / sum(exp(x - max))` along `dim`.
 
     Same values and the same NaN/inf pattern as `torch.softmax`: a slice with a NaN or a +inf, and
@@ -66,16 +69,18 @@ def softmax(x: Tensor, dim: int = -1, *, method: str = "auto", out: Tensor | Non
         tensor([0.5000, 0.5000, 0.0000])
     """
     failed = None
-    if method == "auto" and type(dim) is int and dim == -1 and not is_dynamo_compiling():
+    if not is_dynamo_compiling() and dim is _LAST and method == "auto":
         # The operator checks in half the time of what follows, which says more; what needs_grad
         # asks first stands here without its call.
         try:
-            if x.dim() == 2 and not x.requires_grad and forward_ad._current_level < 0:
-                if out is None:
-                    return _softmax_forward_direct(x)  # type: ignore[no-any-return]
-                if not out.requires_grad:
-                    _softmax_out_direct(x, out)
+            if forward_ad._current_level >= 0:
+                pass
+            elif out is not None:
+                if not is_grad_enabled() or not (x.requires_grad or out.requires_grad):
+                    _softmax_plain_out_direct(x, out)
                     return out
+            elif x.dim() == 2 and not x.requires_grad:
+                return _softmax_plain_direct(x)  # type: ignore[no-any-return]
         except RuntimeError as error:
             failed = error  # unless an argument is wrong
         except (TypeError, AttributeError):
@@ -118,20 +123,20 @@ def _check_out(x: Tensor, out: Any) -> None:
 def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
     if dim not in (-1, x.dim() - 1) and x.dim() > 0:
         return out.copy_(softmax(x, dim, method=_METHODS[method_idx]))
-    if x.numel() > 0:
-        columns = x.shape[-1] if x.dim() > 0 else 1
-        _softmax_out(x.reshape(-1, columns), out.view(-1, columns), method_idx)
+    _softmax_out(x, out, method_idx)
     return out
 
 
 @torch.library.register_fake("fastmoe_route::softmax")
 @torch.library.register_fake("fastmoe_route::softmax_forward")
+@torch.library.register_fake("fastmoe_route::softmax_plain_forward")
 def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
     del method
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fastmoe_route::softmax_out")
+@torch.library.register_fake("fastmoe_route::softmax_plain_out")
 def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
     del method
     # A tensor without data beside one with data comes here, too.
