@@ -18,6 +18,18 @@ int64_t cache_bytes_kept() {
   return kept;
 }
 
+int64_t level1_cache_bytes() {
+  static const int64_t size = [] {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    constexpr int64_t kUnknown = int64_t{32} << 10;
+    return bytes <= 0 ? kUnknown : bytes;
+  }();
+  return size;
+}
+
 int64_t level2_cache_bytes() {
   static const int64_t size = [] {
     int64_t bytes = 0;

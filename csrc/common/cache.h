@@ -9,6 +9,9 @@ namespace fastmoe_route {
 // as 32 MB at most (larger ones serve many cores) and as 11 MB where its size is unknown.
 int64_t cache_bytes_kept();
 
+// Size of a core's first-level data cache, 32 KB where it is unknown.
+int64_t level1_cache_bytes();
+
 // Size of a core's second-level cache, 1 MB where it is unknown.
 int64_t level2_cache_bytes();
 

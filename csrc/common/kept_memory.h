@@ -3,8 +3,8 @@
 // clearing those costs as much as computing small experts.
 //
 // Bound: what is mapped is never more than what was in use at the same time before (in blocks of whole 2 MB); a free
-// block that many requests passed by is unmapped. While a block is free its pages are marked so (MADV_FREE): they are
-// used again as they are, unless the system takes them back first because it is short of memory.
+// block that many requests passed by is unmapped. While a block of huge pages is free they are marked so (MADV_FREE):
+// they are used again as they are, unless the system takes them back first because it is short of memory.
 #pragma once
 
 #include <cstddef>

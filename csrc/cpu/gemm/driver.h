@@ -117,10 +117,13 @@ inline int64_t block_rows(const GroupedProduct& product) {
 // Few rows stream weights at the speed of memory, and row-major weights in runs as long as a chunk is wide: wide
 // chunks, but enough of them for threads to end together. Many rows want small chunks, so that tiles stay in the
 // caches. Chunks are as even as their unit allows.
-inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t most_rows, int64_t workers) {
+inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t most_rows, int64_t workers,
+                             const MicroKernel& kernel) {
   const bool few_rows = most_rows <= kFewRows;
+  const int64_t span = kernel.span != nullptr ? kernel.span(most_rows) : 0;
   const int64_t tasks = (few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
-  const int64_t most = few_rows ? kMaxFewRowChunk : kMaxChunk, least = few_rows ? kMinFewRowChunk : kColumnUnit;
+  const int64_t many = span > kMaxChunk ? span : kMaxChunk;
+  const int64_t most = few_rows ? kMaxFewRowChunk : many, least = few_rows ? kMinFewRowChunk : kColumnUnit;
   int64_t pieces = (tasks + num_blocks - 1) / num_blocks;
   if (pieces > (n + least - 1) / least) pieces = (n + least - 1) / least;
   if (pieces < (n + most - 1) / most) pieces = (n + most - 1) / most;
@@ -147,7 +150,7 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
   const double cost = static_cast<double>(total_rows + 16 * num_blocks) * static_cast<double>(product.k + 1) *
                       static_cast<double>(product.n * widths);
   const int64_t threads = cost < 5e5 ? 1 : num_threads();
-  const int64_t chunk = chunk_columns(product.n, num_blocks, most, threads);
+  const int64_t chunk = chunk_columns(product.n, num_blocks, most, threads, product.weights.kernel);
   const int64_t chunks = (product.n + chunk - 1) / chunk, num_tasks = num_blocks * chunks;
   const int64_t workers = num_tasks < threads ? num_tasks : threads;
 

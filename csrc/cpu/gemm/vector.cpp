@@ -54,7 +54,7 @@ void double_outer(const void* packed, int64_t m, const void* w, int64_t w_stride
 template <class T>
 void fill(MicroKernels& micro, DType dtype) {
   micro.dot[static_cast<int>(dtype)] = dot_kernel<WidenedMath<T>>();
-  micro.outer[static_cast<int>(dtype)] = {outer_packed_bytes, outer_pack<T>, outer_multiply<T>};
+  micro.outer[static_cast<int>(dtype)] = {outer_packed_bytes, outer_pack<T>, outer_multiply<T>, outer_span_columns};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // Order of summation: one fma per row, ascending, from +0; a function of nothing else.
 #include <cstring>
 
+#include "common/cache.h"
 #include "common/workspace.h"
 #include "cpu/gemm/outer.h"
 
@@ -16,15 +17,26 @@ namespace {
 
 constexpr int kTileIn = kOuterRows;
 constexpr int kTileOut = kOuterVecs * Vec::kLanes;
-constexpr int kBlockIn = 144;   // inputs of a panel of x: whole tiles and whole vectors
 constexpr int kBlockOut = 64;   // outputs of a panel of y
 constexpr int kGroupOut = 256;  // outputs that share one copy of x
-constexpr int kBlockRows = 96;  // of a panel: 24 KB of y and 2 KB of x stay in an L1 of 32 KB
+
+// What a panel holds, at most.
+struct PanelSize {
+  int64_t rows;  // of x and y
+  int64_t in;    // inputs of x: whole tiles; a panel of y is copied once for so many
+};
+constexpr PanelSize kPanel{96, 144};        // 24 KB of y and 2 KB of x stay in an L1 of 32 KB
+constexpr PanelSize kLargePanel{144, 264};  // 36 and 3 in one of 48 KB; the panel of x and its sums take 400 KB of L2
+
+inline PanelSize panel_size() {
+  const bool is_large = level1_cache_bytes() >= int64_t{48} << 10 && level2_cache_bytes() >= int64_t{2} << 20;
+  return is_large ? kLargePanel : kPanel;
+}
 
 struct Panels {
-  alignas(64) float x[kBlockRows * kBlockIn];   // [input / kTileIn][row][kTileIn]
-  alignas(64) float y[kBlockRows * kBlockOut];  // [output / kTileOut][row][kTileOut]
-  alignas(64) float sum[kBlockIn * kGroupOut];  // [input][output]
+  alignas(64) float x[kLargePanel.rows * kLargePanel.in];  // [input / kTileIn][row][kTileIn]
+  alignas(64) float y[kLargePanel.rows * kBlockOut];       // [output / kTileOut][row][kTileOut]
+  alignas(64) float sum[kLargePanel.in * kGroupOut];       // [input][output]
 };
 
 // Copies `width` elements of each row, from column `first`, widened; columns up to `padded` become zeros.
@@ -43,16 +55,23 @@ void copy_rows(const void* const* rows, int64_t num_rows, int64_t first, int64_t
   }
 }
 
-// The same for inputs, whose tiles are narrower than a vector: a row is widened first and then dealt out.
+// The same for inputs, whose tiles are narrower than a vector: what needs widening, or a mask, by way of a line.
 template <class T>
-void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64_t width, float* panel) {
-  alignas(64) float line[kBlockIn];
-  const int64_t tiles = (width + kTileIn - 1) / kTileIn;
-  const int64_t padded = (tiles * kTileIn + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64_t width, float* panel,
+                 int64_t panel_rows) {
+  alignas(64) float line[kLargePanel.in + Vec::kLanes];
+  const int64_t tiles = (width + kTileIn - 1) / kTileIn, in_place = sizeof(T) == sizeof(float) ? width / kTileIn : 0;
+  const int64_t rest = width - in_place * kTileIn;
   for (int64_t r = 0; r < num_rows; ++r) {
-    copy_rows<T>(rows + r, 1, first, width, padded, line, kBlockIn, 0);
-    for (int64_t t = 0; t < tiles; ++t)
-      std::memcpy(panel + (t * kBlockRows + r) * kTileIn, line + t * kTileIn, kTileIn * sizeof(float));
+    const auto deal = [&](int64_t t, const void* from) {
+      std::memcpy(panel + (t * panel_rows + r) * kTileIn, from, kTileIn * sizeof(float));
+    };
+    const T* row = static_cast<const T*>(rows[r]) + first;
+    for (int64_t t = 0; t < in_place; ++t) deal(t, row + t * kTileIn);
+    if (rest == 0) continue;
+    copy_rows<T>(rows + r, 1, first + in_place * kTileIn, rest, round_up(rest + kTileIn, Vec::kLanes), line,
+                 sizeof(line), 0);
+    for (int64_t t = in_place; t < tiles; ++t) deal(t, line + (t - in_place) * kTileIn);
   }
 }
 
@@ -93,14 +112,14 @@ __attribute__((noinline)) void add_to_sums(const float* x, const float* y, int64
 
 // One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
 template <class T>
-void multiply_panels(Panels* panels, int64_t count, int64_t in, int64_t j0, int64_t width, bool first, bool last,
-                     const Destination<T>& to) {
+void multiply_panels(Panels* panels, int64_t panel_rows, int64_t count, int64_t in, int64_t j0, int64_t width,
+                     bool first, bool last, const Destination<T>& to) {
   for (int64_t i = 0; i < in; i += kTileIn)
     with_rows<kTileIn>(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
       constexpr int R = decltype(height)::value;
-      const float* x = panels->x + i * kBlockRows;
+      const float* x = panels->x + i * panel_rows;
       for (int64_t j = 0; j < width; j += kTileOut) {
-        const float* y = panels->y + j * kBlockRows;
+        const float* y = panels->y + j * panel_rows;
         float* sum = panels->sum + i * kGroupOut + j0 + j;
         if (!last) add_to_sums<R>(x, y, count, sum, first);
         else
@@ -118,22 +137,23 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
               int64_t out_stride, bool past_caches) {
   Panels* panels = static_cast<Panels*>(scratch(Scratch::kMicroKernel, sizeof(Panels)));
   const auto smaller = [](int64_t p, int64_t q) { return p < q ? p : q; };
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const PanelSize most = panel_size();
+  const int64_t blocks = (rows + most.rows - 1) / most.rows;
   const bool streams = past_caches && is_whole_lines(out, out_stride * static_cast<int64_t>(sizeof(T)));
-  for (int64_t i0 = 0; i0 < a; i0 += kBlockIn)
+  for (int64_t i0 = 0; i0 < a; i0 += most.in)
     for (int64_t g0 = 0; g0 < b; g0 += kGroupOut) {
-      const int64_t in = smaller(a - i0, kBlockIn), group = smaller(b - g0, kGroupOut);
+      const int64_t in = smaller(a - i0, most.in), group = smaller(b - g0, kGroupOut);
       T* result = static_cast<T*>(out) + i0 * out_stride + g0;
       int64_t r0 = 0;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t count = rows * (block + 1) / blocks - r0;
         if (g0 == 0 || blocks > 1)  // one block of rows: x is copied once for all outputs
-          copy_inputs<T>(x + r0, count, i0, in, panels->x);
+          copy_inputs<T>(x + r0, count, i0, in, panels->x, most.rows);
         for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
-          copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, int64_t{kBlockRows} * kTileOut);
-          multiply_panels<T>(panels, count, in, j0, width, block == 0, block + 1 == blocks,
+          copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, most.rows * kTileOut);
+          multiply_panels<T>(panels, most.rows, count, in, j0, width, block == 0, block + 1 == blocks,
                              {result + j0, out_stride, streams});
         }
         r0 += count;
