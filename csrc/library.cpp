@@ -35,8 +35,7 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("gate_plain_stats_forward(Tensor logits, int top_k, int score=0, bool normalize=False, float scale=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_backward(Tensor? grad_weights, Tensor? grad_score_sum, Tensor? grad_logsumexp, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? logsumexp, int score, bool softmax_over_group, int num_groups, int num_null, bool normalize, float scale) -> Tensor");
 
-  // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0 and max_rows -1 mean no
-  // limit; the plain one has no options
+  // where every slot goes: (offsets, row_to_slot, slot_to_row, kept, dropped); capacity 0, max_rows -1: no limit
   m.def("plan_dispatch(Tensor experts, int num_experts, SymInt capacity=0, int drop_policy=0, Tensor? weights=None, Tensor? scope_ids=None, SymInt num_scopes=1, SymInt align=1, SymInt max_rows=-1, bool allow_unrouted=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("plan_dispatch_plain_forward(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 

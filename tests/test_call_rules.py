@@ -362,3 +362,14 @@ def test_vectors_are_dense_and_on_the_device_of_the_call(name: str) -> None:
     ):
         with pytest.raises(error, match=f"^{name} must {rule}"):
             TAKE_VECTOR[name](value)
+
+
+def test_ids_without_data_are_checked_too():
+    for experts, kind in (
+        (torch.zeros(4, dtype=torch.int32, device="meta"), ValueError),
+        (torch.zeros(4, 2, device="meta"), TypeError),
+    ):
+        with pytest.raises(kind, match=r"^plan_dispatch: experts must"):
+            fr.plan_dispatch(experts, 3)
+    with pytest.raises(ValueError, match=r"^plan_dispatch: num_experts must"):
+        fr.plan_dispatch(torch.zeros(4, 2, dtype=torch.int32, device="meta"), 0)

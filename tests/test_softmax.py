@@ -381,3 +381,25 @@ def test_raw_op_checks_its_own_arguments(backend: str) -> None:
         ops.softmax_plain_out(x, torch.ones(3, 2, device=backend))
     with pytest.raises(RuntimeError, match="softmax_backward: grad_y must have size 3"):
         ops.softmax_backward(torch.ones(3, 2, device=backend), torch.ones(3, 3, device=backend))
+
+
+def test_rows_of_a_narrow_view_are_read_in_place_into_out():
+    whole = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(3))
+    x, out = whole[..., :20], torch.empty(2, 3, 20)
+    assert_exact(fr.softmax(x, out=out), fr.softmax(x.contiguous()))
+    apart = whole.transpose(0, 1)[..., :20]  # rows at more than one distance
+    assert_exact(fr.softmax(apart, out=torch.empty(3, 2, 20)), fr.softmax(apart.contiguous()))
+
+
+def test_out_is_checked_without_data_too():
+    x = torch.empty(2, 3, 4, device="meta")
+    assert fr.softmax(x, out=torch.empty_like(x)).shape == x.shape
+    for out, kind in (
+        (torch.empty(5, device="meta"), ValueError),
+        (torch.empty(2, 3, 4, device="meta", dtype=torch.float64), TypeError),
+        (torch.empty(2, 4, 3, device="meta").transpose(1, 2), ValueError),
+    ):
+        with pytest.raises(kind, match=r"^softmax: out must"):
+            fr.softmax(x, out=out)
+    with pytest.raises(TypeError, match=r"^softmax: x must"):
+        fr.softmax(x.int(), out=x.int())

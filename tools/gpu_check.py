@@ -233,7 +233,9 @@ def check_routers(device: str) -> bool:
 
     def error(wanted: list[Tensor], got: list[Tensor]) -> float:
         pairs = zip(wanted, got, strict=True)
-        return max(float((b - a).norm() / a.norm().clamp(min=1e-6)) for a, b in pairs)
+        return float(
+            torch.stack([(b - a).norm() / a.norm().clamp(min=1e-6) for a, b in pairs]).max()
+        )
 
     names, off = router_cases.names(), []
     for name in names:

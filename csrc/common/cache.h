@@ -14,6 +14,7 @@ int64_t level1_cache_bytes();
 
 // Size of a core's second-level cache, 1 MB where it is unknown.
 int64_t level2_cache_bytes();
+inline bool has_large_level2() { return level2_cache_bytes() >= int64_t{2} << 20; }
 
 // Whether a prefetch into the second-level cache stands still until the address of its page is found: Zen 4 does, Intel
 // goes on (both measured).

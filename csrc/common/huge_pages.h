@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include <cstdio>
+#include <cstring>
 #endif
 
 namespace fastmoe_route {
@@ -31,6 +32,23 @@ inline bool reports_free_pages() {
     return is_number && order >= 0 && order < 32;  // -1, perhaps as an unsigned number, while nothing is reported
   }();
   return reports;
+#else
+  return false;
+#endif
+}
+
+// Whether memory that asks for huge pages can get them.
+inline bool gives_huge_pages() {
+#if defined(__linux__)
+  static const bool gives = [] {
+    std::FILE* file = std::fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+    if (file == nullptr) return false;
+    char text[64] = {};
+    const size_t length = std::fread(text, 1, sizeof(text) - 1, file);
+    std::fclose(file);
+    return length > 0 && std::strstr(text, "[never]") == nullptr;
+  }();
+  return gives;
 #else
   return false;
 #endif

@@ -116,7 +116,7 @@ class Pool {
   // At once where they are cheap. Those that the host has to find first cost 1.5 to 3 s a GB: they are for a block that
   // has shown to be used again and again, whose small pages go. Intel gains 3 to 7 ms a GB in every use (measured).
   static void ask_for_huge_pages(KeptBlock* block) {
-    if (block->asked_for_huge_pages) return;
+    if (block->asked_for_huge_pages || !gives_huge_pages()) return;
     const bool are_dear = reports_free_pages();
     const int uses_that_pay = prefetch_waits_for_page() ? 4 : 256;
     if (are_dear && ++block->uses < uses_that_pay) return;

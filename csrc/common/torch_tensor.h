@@ -1,7 +1,7 @@
 // A tensor of a call: the owner of a handle of torch's stable ABI, which remembers what it was asked.
 //
 // torch::stable::Tensor counts references in memory of its own, asks torch for every size again and finds a dtype by
-// seven to thirteen calls: a tenth of a microsecond for each tensor of a call that takes one.
+// seven to thirteen calls: a tenth of a microsecond for every tensor of a call, where calls take one or two.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -65,8 +65,7 @@ class Gate {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
       if (needs_.logits_only) needs_.carry_scores ? load_rows<true>(t, count) : load_rows<false>(t, count);
-      bool has_scores = false;  // that are not carried
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum), has_scores |= !rows_[r].is_carried;
+      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(t, count);
@@ -76,7 +75,7 @@ class Gate {
         for (int64_t r = 0; r < count; ++r) keep_logsumexp(rows_[r]);
         if (num_logs_ == kLogs || t + count == end) write_logsumexp(t + count);
       }
-      if (score_sum != nullptr && has_scores) add_scores(count, score_sum);
+      if (score_sum != nullptr) add_scores(count, score_sum);
     }
     if (needs_.carry_scores) add_carried(score_sum);
   }

@@ -22,7 +22,7 @@ struct Arguments {
   const Tensor& slot_to_row;
 };
 
-bool are_rows_in_place(const Tensor& x) { return (x.size(1) <= 1 || x.stride(1) == 1) && x.stride(0) <= kMostStride; }
+bool are_rows_in_place(const Tensor& x) { return has_dense_columns(x) && x.stride(0) <= kMostStride; }
 
 bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 

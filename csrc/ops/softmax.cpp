@@ -11,17 +11,32 @@ DType check_input(const Tensor& x, int64_t method) {
   return float_dtype("softmax", "x", x);
 }
 
-// All but y: the rows of x [..., C], which lie at one distance from each other.
-SoftmaxArgs rows_of(const Tensor& x, DType dtype, int64_t method) {
-  const int64_t dims = x.dim();
-  const int64_t columns = dims > 0 ? x.size(dims - 1) : 1;
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < dims; ++d) rows *= x.size(d);
-  const int64_t stride = dims == 2 ? x.stride(0) : columns;
-  return {rows, columns, dtype, static_cast<SoftmaxMethod>(method), x.const_data_ptr(), stride, nullptr};
-}
+// The rows of x [..., C] without a copy: `stride` from each to the next, -1 if there is no such distance or columns are
+// apart.
+struct Rows {
+  int64_t count = 1, columns = 1, stride = 1;
 
-bool are_rows_in_place(const Tensor& x) { return x.dim() == 2 ? has_dense_columns(x) : x.is_contiguous(); }
+  explicit Rows(const Tensor& x) {
+    const int64_t last = x.dim() - 1;
+    if (last < 0) return;
+    columns = stride = x.size(last);
+    const bool is_dense = columns <= 1 || x.stride(last) == 1;
+    bool is_even = true;
+    for (int64_t d = last; d-- > 0;) {
+      if (x.size(d) == 1) continue;
+      if (count == 1) stride = x.stride(d);
+      else is_even = is_even && x.stride(d) == count * stride;
+      count *= x.size(d);
+    }
+    if (!is_dense || !is_even) stride = -1;
+  }
+};
+
+// All but y.
+SoftmaxArgs args_of(const Tensor& x, const Rows& rows, DType dtype, int64_t method) {
+  const auto kind = static_cast<SoftmaxMethod>(method);
+  return {rows.count, rows.columns, dtype, kind, x.const_data_ptr(), rows.stride, nullptr};
+}
 
 // x [R, C] -> [R, C]
 Tensor softmax(const Tensor& x, int64_t method) {
@@ -29,10 +44,10 @@ Tensor softmax(const Tensor& x, int64_t method) {
   const DType dtype = check_input(x, method);
   Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   if (x.size(0) == 0 || x.size(1) == 0) return y;
-  const auto run = [&](const Tensor& rows) {
-    SoftmaxArgs args = rows_of(rows, dtype, method);
+  const auto run = [&](const Tensor& from) {
+    SoftmaxArgs args = args_of(from, Rows(from), dtype, method);
     args.y = y.mutable_data_ptr();
-    launch("softmax", &kernels::softmax, args, rows);
+    launch("softmax", &kernels::softmax, args, from);
   };
   has_dense_columns(x) ? run(x) : run(as_contiguous(x));
   return y;
@@ -60,14 +75,17 @@ void softmax_out(const Tensor& x, const Tensor& out, int64_t method) {
   check_same_dtype("softmax", "out", out, "x", x);
   check(out.is_contiguous(), "softmax: out must be contiguous, got shape ", shape_of(out));
   check_devices("softmax", x, out);
-  const auto run = [&](const Tensor& rows) {
-    SoftmaxArgs args = rows_of(rows, dtype, method);
-    if (args.num_rows == 0 || args.num_cols == 0) return;
+  const auto run = [&](const Tensor& from, const Rows& rows) {
+    if (rows.count == 0 || rows.columns == 0) return;
+    SoftmaxArgs args = args_of(from, rows, dtype, method);
     args.y = out.mutable_data_ptr();
     check_apart(args);
-    launch("softmax", &kernels::softmax, args, rows);
+    launch("softmax", &kernels::softmax, args, from);
   };
-  are_rows_in_place(x) ? run(x) : run(as_contiguous(x));
+  const Rows rows(x);
+  if (rows.stride >= 0) return run(x, rows);
+  const Tensor dense = as_contiguous(x);
+  run(dense, Rows(dense));
 }
 
 void softmax_plain_out(const Tensor& x, const Tensor& out) { softmax_out(x, out, 0); }

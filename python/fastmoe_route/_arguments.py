@@ -225,6 +225,15 @@ def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> 
     return choices.index(value)
 
 
+def kept(error: RuntimeError) -> list[RuntimeError]:
+    """The error of an operator, to be raised by ``pop`` if no argument is found to be wrong.
+
+    Nothing in the frame that keeps it then belongs to a cycle, or arguments would stay in memory
+    until the garbage collector runs.
+    """
+    return [error.with_traceback(None)]
+
+
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What is computed in, and what weights and statistics are: float32, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

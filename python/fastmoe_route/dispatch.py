@@ -24,6 +24,7 @@ from fastmoe_route._arguments import (
     check_vector,
     describe,
     fail,
+    kept,
     needs_grad,
 )
 from fastmoe_route._autograd import direct, register_autograd
@@ -160,7 +161,7 @@ def plan_dispatch(
         try:
             return tuple.__new__(DispatchPlan, _plan_dispatch_plain_direct(experts, num_experts))
         except RuntimeError as error:
-            failed = error  # unless an argument is wrong
+            failed = kept(error)  # unless an argument is wrong
         except TypeError:
             pass  # said below
     check_tensor("plan_dispatch", "experts", experts, 2)
@@ -180,7 +181,7 @@ def plan_dispatch(
     if not isinstance(allow_unrouted, bool):
         fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
     if failed is not None:
-        raise failed
+        raise failed.pop()
     make_plan = _plan_dispatch if is_dynamo_compiling() else _plan_dispatch_direct
     return DispatchPlan(
         *make_plan(
@@ -250,6 +251,10 @@ def _plan_dispatch_fake(
 
 @torch.library.register_fake("fastmoe_route::plan_dispatch_plain_forward")
 def _plan_dispatch_plain_fake(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    # Calls with tensors without data come here unchecked.
+    check_tensor("plan_dispatch", "experts", experts, 2)
+    check_dtype("plan_dispatch", "experts", experts, ID_DTYPES)
+    check_int("plan_dispatch", "num_experts", num_experts, 1, MAX_EXPERTS)
     plan: tuple[Tensor, ...] = _plan_dispatch_fake(experts, num_experts)
     return plan
 

@@ -22,6 +22,7 @@ from fastmoe_route._arguments import (
     check_vector,
     describe,
     fail,
+    kept,
     needs_grad,
 )
 from fastmoe_route._autograd import differentiable, direct, register_autograd
@@ -151,7 +152,7 @@ def gate(
                 results = experts, weights, demand, score_sum, logsumexp, None
                 return tuple.__new__(Routing, results)
         except RuntimeError as error:
-            failed = error  # unless an argument is wrong
+            failed = kept(error)  # unless an argument is wrong
         except (TypeError, KeyError, AttributeError):
             pass  # said below
     num_experts, num_null = _num_experts(logits, num_null)
@@ -184,7 +185,7 @@ def gate(
             *(min_k, _per_token_count(k_per_token, logits), num_null),
         )
     if failed is not None:
-        raise failed
+        raise failed.pop()
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
         if wants_grad:

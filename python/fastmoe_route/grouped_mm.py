@@ -16,6 +16,7 @@ from fastmoe_route._arguments import (
     check_same_dtype,
     check_shape,
     check_tensor,
+    kept,
     needs_grad,
 )
 from fastmoe_route._autograd import direct, register_autograd
@@ -66,7 +67,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
             if not needs_grad(x, w, bias):
                 return _grouped_mm_direct(x, w, offsets, bias)  # type: ignore[no-any-return]
         except RuntimeError as error:
-            failed = error  # unless an argument is wrong
+            failed = kept(error)  # unless an argument is wrong
         except (TypeError, AttributeError):
             pass  # said below
     _check_tensors(x, w, offsets, bias)
@@ -76,7 +77,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
         bias = None if bias is None else bias.to(dtype)
     _check_fit(x, w, offsets, bias)
     if failed is not None:
-        raise failed
+        raise failed.pop()
     ops = torch.ops.fastmoe_route
     op = ops.grouped_mm if needs_grad(x, w, bias) else ops.grouped_mm_forward
     y: Tensor = op(x, w, offsets, bias)

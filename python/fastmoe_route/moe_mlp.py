@@ -23,6 +23,7 @@ from fastmoe_route._arguments import (
     check_tensor,
     describe,
     fail,
+    kept,
     needs_grad,
 )
 from fastmoe_route._autograd import direct, register_autograd
@@ -129,7 +130,7 @@ def moe_mlp(
                     x, experts, weights, w_up, w_down, bias_up, bias_down, *options
                 )
         except RuntimeError as error:
-            failed = error  # unless an argument is wrong
+            failed = kept(error)  # unless an argument is wrong
         except (TypeError, ValueError, AttributeError, LookupError):
             pass  # what follows says what is wrong
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
@@ -146,7 +147,7 @@ def moe_mlp(
         check_routing("moe_mlp", x, routing)
         _check_weights(x, w_up, w_down, bias_up, bias_down, is_gated)
     if failed is not None:
-        raise failed
+        raise failed.pop()
     experts, weights = routing[0], routing[1]
     if plan is None:
         plan = plan_dispatch(experts, w_up.shape[0])

@@ -20,11 +20,12 @@ from fastmoe_route._arguments import (
     check_tensor,
     describe,
     fail,
+    kept,
     needs_grad,
 )
 from fastmoe_route._autograd import direct, register_autograd
 
-_LAST = -1
+_LAST = -1  # the default, told by identity: -1.0 is no int, and has its error
 _METHODS = ("auto", "three_pass", "online", "two_pass")
 _MAX_K = 64
 _ops = torch.ops.fastmoe_route
@@ -82,7 +83,7 @@ def softmax(
             elif x.dim() == 2 and not x.requires_grad:
                 return _softmax_plain_direct(x)  # type: ignore[no-any-return]
         except RuntimeError as error:
-            failed = error  # unless an argument is wrong
+            failed = kept(error)  # unless an argument is wrong
         except (TypeError, AttributeError):
             pass  # said below
     check_tensor("softmax", "x", x)
@@ -93,7 +94,7 @@ def softmax(
     if out is not None:
         _check_out(x, out)
     if failed is not None:
-        raise failed
+        raise failed.pop()
     if out is not None:
         return _softmax_into(x, dim, method_idx, out)
     op: Callable[..., Any] = _differentiable_softmax if needs_grad(x) else _softmax_forward
@@ -110,14 +111,18 @@ def softmax(
 
 
 def _check_out(x: Tensor, out: Any) -> None:
+    _check_fits(x, out)
+    if needs_grad(x, out):
+        fail(RuntimeError, "softmax", "out", "not be given when a gradient is needed", describe(x))
+
+
+def _check_fits(x: Tensor, out: Any) -> None:
     check_tensor("softmax", "out", out)
     check_dtype("softmax", "out", out, (x.dtype,))
     check_shape("softmax", "out", out, x.shape)
     check_device("softmax", "out", out, x)
     if not out.is_contiguous():
         fail(ValueError, "softmax", "out", "be contiguous", f"strides {out.stride()}")
-    if needs_grad(x, out):
-        fail(RuntimeError, "softmax", "out", "not be given when a gradient is needed", describe(x))
 
 
 def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
@@ -139,8 +144,9 @@ def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
 @torch.library.register_fake("fastmoe_route::softmax_plain_out")
 def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
     del method
-    # A tensor without data beside one with data comes here, too.
-    check_device("softmax", "out", out, x)
+    # Calls with tensors without data, or with one beside one with data, come here unchecked.
+    check_dtype("softmax", "x", x, FLOAT_DTYPES)
+    _check_fits(x, out)
 
 
 @torch.library.register_fake("fastmoe_route::softmax_backward")

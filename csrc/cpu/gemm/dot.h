@@ -29,7 +29,6 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 // that is a quarter of an L2 of 1 MB: pages of 4 KB lie in it by chance, and fuller it loses lines before their use.
 // An L2 of 2 MB holds twice as many.
 constexpr int64_t kDotPanel = 32, kDotMaxPanel = 64;
-constexpr int64_t kDotLargeLevel2 = int64_t{2} << 20;
 constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
 // Rows from which a widened copy of a panel costs less than widening in every tile.
 constexpr int64_t kDotWidenRows = 72;
@@ -391,7 +390,7 @@ inline int64_t dot_panel_columns(const DotProblem<Math>& p, int64_t depth) {
 template <class Math>
 inline int64_t dot_panel_blocks(int64_t m, int64_t block) {
   const int64_t rows_bytes = 2 * m * block * static_cast<int64_t>(sizeof(typename Math::Packed));
-  return level2_cache_bytes() >= kDotLargeLevel2 && rows_bytes > level2_cache_bytes() / 4 ? 1 : 2;
+  return has_large_level2() && rows_bytes > level2_cache_bytes() / 4 ? 1 : 2;
 }
 // Elements of k, from q on, that a panel holds.
 template <class Math>
@@ -452,7 +451,7 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
                                  static_cast<float*>(c),
                                  c_stride,
                                  dot_block<Math>(k),
-                                 level2_cache_bytes() >= kDotLargeLevel2 ? kDotMaxPanel : kDotPanel,
+                                 has_large_level2() ? kDotMaxPanel : kDotPanel,
                                  2,
                                  static_cast<const Element*>(after)};
   if (dot_is_stream<Math>(m, k))

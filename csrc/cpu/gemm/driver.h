@@ -116,7 +116,7 @@ inline int64_t block_rows(const GroupedProduct& product) {
 
 // Few rows stream weights at the speed of memory, and row-major weights in runs as long as a chunk is wide: wide
 // chunks, but enough of them for threads to end together. Many rows want small chunks, so that tiles stay in the
-// caches. Chunks are as even as their unit allows.
+// caches, and no smaller ones than the kernel fetches together. Chunks are as even as their unit allows.
 inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t most_rows, int64_t workers,
                              const MicroKernel& kernel) {
   const bool few_rows = most_rows <= kFewRows;

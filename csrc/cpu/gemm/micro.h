@@ -23,7 +23,7 @@ struct MicroKernel {
   // `after`: weights of the same stride that this thread multiplies next, or null; a hint to fetch them in time.
   void (*multiply)(const void* packed, int64_t m, const void* w, int64_t w_stride, int64_t n, int64_t k, void* c,
                    int64_t c_stride, const void* after);
-  // Columns in which `multiply` takes the weights of m rows, where that is more than a chunk has; null where it is not.
+  // Columns whose weights `multiply` fetches together for m rows; chunks are at least as wide. Null: any width.
   int64_t (*span)(int64_t m) = nullptr;
 };
 

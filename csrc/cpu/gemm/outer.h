@@ -30,8 +30,8 @@ constexpr int64_t kOuterStep = 8;     // elements of k of one sweep
 // spans are faster (1.16 to 1.2x at 32 rows, 1.08x at 64), where two blocks of weights and the results of m rows stay
 // in L2; from some hundred rows on finding pages no longer counts.
 inline int64_t outer_span_columns(int64_t m) {
-  constexpr int64_t kLargeLevel2 = int64_t{2} << 20, kWideSpan = 1024, kMostRows = 128;
-  return m <= kMostRows && level2_cache_bytes() >= kLargeLevel2 ? kWideSpan : kOuterSpan;
+  constexpr int64_t kWideSpan = 1024, kMostRows = 128;
+  return m <= kMostRows && has_large_level2() ? kWideSpan : kOuterSpan;
 }
 
 // What a tile's sums start from and where they go.

@@ -29,7 +29,7 @@ constexpr PanelSize kPanel{96, 144};        // 24 KB of y and 2 KB of x stay in 
 constexpr PanelSize kLargePanel{144, 264};  // 36 and 3 in one of 48 KB; the panel of x and its sums take 400 KB of L2
 
 inline PanelSize panel_size() {
-  const bool is_large = level1_cache_bytes() >= int64_t{48} << 10 && level2_cache_bytes() >= int64_t{2} << 20;
+  const bool is_large = level1_cache_bytes() >= int64_t{48} << 10 && has_large_level2();
   return is_large ? kLargePanel : kPanel;
 }
 
@@ -59,7 +59,8 @@ void copy_rows(const void* const* rows, int64_t num_rows, int64_t first, int64_t
 template <class T>
 void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64_t width, float* panel,
                  int64_t panel_rows) {
-  alignas(64) float line[kLargePanel.in + Vec::kLanes];
+  constexpr int64_t kLine = kLargePanel.in + Vec::kLanes;
+  alignas(64) float line[kLine];
   const int64_t tiles = (width + kTileIn - 1) / kTileIn, in_place = sizeof(T) == sizeof(float) ? width / kTileIn : 0;
   const int64_t rest = width - in_place * kTileIn;
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -69,8 +70,7 @@ void copy_inputs(const void* const* rows, int64_t num_rows, int64_t first, int64
     const T* row = static_cast<const T*>(rows[r]) + first;
     for (int64_t t = 0; t < in_place; ++t) deal(t, row + t * kTileIn);
     if (rest == 0) continue;
-    copy_rows<T>(rows + r, 1, first + in_place * kTileIn, rest, round_up(rest + kTileIn, Vec::kLanes), line,
-                 sizeof(line), 0);
+    copy_rows<T>(rows + r, 1, first + in_place * kTileIn, rest, round_up(rest + kTileIn, Vec::kLanes), line, kLine, 0);
     for (int64_t t = in_place; t < tiles; ++t) deal(t, line + (t - in_place) * kTileIn);
   }
 }

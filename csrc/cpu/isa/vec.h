@@ -13,7 +13,7 @@
 
 // Functions of a few instructions that take hundreds where vectors are lowered to what the target has: there they are
 // calls, or a quarter of the time to compile that level would be theirs.
-#if defined(__AVX2__)
+#if defined(__AVX2__) || !defined(__x86_64__)  // where other levels are used
 #define FASTMOE_ROUTE_OUTLINED
 #else
 #define FASTMOE_ROUTE_OUTLINED __attribute__((noinline))
@@ -42,7 +42,8 @@ inline void dispatch_element(DType dtype, F&& body) {
     case DType::kBFloat16: return body(BFloat16{});
     case DType::kFloat16: return body(Float16{});
     case DType::kFloat64:
-      if constexpr (kHasFloat64) body(double{});
+      if constexpr (kHasFloat64) return body(double{});
+      __builtin_trap();
   }
 }
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers 5: experts, routers and expert parallelism on the package's ops.
+"""Hugging Face transformers 5.8 and newer: experts, routers and expert parallelism on our ops.
 
     from fastmoe_route.integrations.transformers import register
 

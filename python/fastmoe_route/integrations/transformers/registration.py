@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from importlib.metadata import version
 
@@ -30,7 +31,8 @@ def register() -> str:
         interface = import_module("transformers.integrations.moe").ExpertsInterface
     except (ImportError, AttributeError) as error:
         raise ImportError(f"{needs}{installed} ({error}){install}") from error
-    if tuple(map(int, installed.split(".")[:2])) < _OLDEST:
+    numbers = tuple(map(int, re.findall(r"\d+", installed)[:2]))
+    if numbers and numbers < _OLDEST:  # none: a transformers without its metadata
         raise ImportError(f"{needs}{installed}{install}")
     try:
         parallel = import_module("transformers.distributed.expert_parallel")
