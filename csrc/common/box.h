@@ -8,6 +8,10 @@
 
 #include "common/check.h"
 
+#ifdef FASTMOE_ROUTE_PTXVM
+extern "C" void ptxvm_returns(AtenTensorHandle result);  // tools/ptxvm/runtime/torch_tensors.cpp
+#endif
+
 namespace fastmoe_route {
 
 // An argument, taken from torch: tensors are ours from here on.
@@ -26,8 +30,14 @@ T unbox(StableIValue value) {
 // A result, given to torch.
 template <class T>
 StableIValue box(T value) {
-  if constexpr (std::is_same_v<T, Tensor>) return torch::stable::detail::from(value.release());
-  else return torch::stable::detail::from(value);
+  if constexpr (std::is_same_v<T, Tensor>) {
+#ifdef FASTMOE_ROUTE_PTXVM
+    ptxvm_returns(value.get());
+#endif
+    return torch::stable::detail::from(value.release());
+  } else {
+    return torch::stable::detail::from(value);
+  }
 }
 
 // What becomes of the results: their number, and their way to the stack.

@@ -1,10 +1,10 @@
-// Makes the tensors of a call device memory with exact bounds, without a change to the host files: the test library is
-// linked with `--wrap`, so that every call of these shims of torch comes here first.
+// Makes the tensors of a call device memory with exact bounds: the test library is linked with `--wrap`, so that every
+// call of these shims of torch comes here first, and csrc/common/box.h tells of results.
 //
 //   torch_get_const_data_ptr    the elements of the tensor, from its first to its last, may be read
 //   torch_get_mutable_data_ptr  and written
 //   aoti_torch_empty_strided    they are undefined until a kernel writes them
-//   aoti_torch_new_tensor_handle  the tensor is handed to the caller: every element must have been written
+//   ptxvm_returns               the tensor is handed to the caller: every element must have been written, and
 //   aoti_torch_delete_tensor_object  the pointers taken from this handle are invalid from now on
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -90,6 +90,13 @@ void hold(AtenTensorHandle tensor, void* base, bool is_writable) {
   mine.extents.push_back(extent);
 }
 
+void forget(AtenTensorHandle tensor) {
+  const auto found = held().find(tensor);
+  if (found == held().end()) return;
+  for (const Extent& extent : found->second.extents) Engine::get().memory.remove(extent.base, extent.bytes);
+  held().erase(found);
+}
+
 }  // namespace
 
 extern "C" {
@@ -97,7 +104,6 @@ extern "C" {
 AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
 AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
 AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
-AOTITorchError __real_aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* copy);
 AOTITorchError __real_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                                int32_t device, int32_t index, AtenTensorHandle* made);
 
@@ -118,7 +124,7 @@ AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes
   if (error == 0) held()[*made].is_fresh = true;
   return error;
 }
-AOTITorchError __wrap_aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* copy) {
+void ptxvm_returns(AtenTensorHandle tensor) {
   const auto found = held().find(tensor);
   if (found != held().end() && found->second.is_fresh) {
     for (const Extent& extent : found->second.extents) {
@@ -133,14 +139,10 @@ AOTITorchError __wrap_aoti_torch_new_tensor_handle(AtenTensorHandle tensor, Aten
       throw std::runtime_error(report);
     }
   }
-  return __real_aoti_torch_new_tensor_handle(tensor, copy);
+  forget(tensor);
 }
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  const auto found = held().find(tensor);
-  if (found != held().end()) {
-    for (const Extent& extent : found->second.extents) Engine::get().memory.remove(extent.base, extent.bytes);
-    held().erase(found);
-  }
+  forget(tensor);
   return __real_aoti_torch_delete_tensor_object(tensor);
 }
 
