@@ -6,39 +6,32 @@
 
 namespace fastmoe_route {
 
-int64_t cache_bytes_kept() {
-  static const int64_t kept = [] {
-    int64_t bytes = 0;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+namespace {
+
+// What the system says of a cache (glibc's names for sysconf), or `unknown`.
+int64_t size_of_cache([[maybe_unused]] int level, int64_t unknown) {
+  int64_t bytes = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  bytes = sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
 #endif
-    constexpr int64_t kUnknown = int64_t{11} << 20, kMost = int64_t{32} << 20;
-    return bytes <= 0 ? kUnknown : std::min(bytes, kMost) / 4 * 3;
-  }();
-  return kept;
+  return bytes <= 0 ? unknown : bytes;
+}
+
+}  // namespace
+
+int64_t cache_bytes_kept() {
+  constexpr int64_t kUnknown = int64_t{11} << 20, kMost = int64_t{32} << 20;
+  static const int64_t size = size_of_cache(3, 0);
+  return size == 0 ? kUnknown : std::min(size, kMost) / 4 * 3;
 }
 
 int64_t level1_cache_bytes() {
-  static const int64_t size = [] {
-    int64_t bytes = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-    constexpr int64_t kUnknown = int64_t{32} << 10;
-    return bytes <= 0 ? kUnknown : bytes;
-  }();
+  static const int64_t size = size_of_cache(1, int64_t{32} << 10);
   return size;
 }
 
 int64_t level2_cache_bytes() {
-  static const int64_t size = [] {
-    int64_t bytes = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    constexpr int64_t kUnknown = int64_t{1} << 20;
-    return bytes <= 0 ? kUnknown : bytes;
-  }();
+  static const int64_t size = size_of_cache(2, int64_t{1} << 20);
   return size;
 }
 

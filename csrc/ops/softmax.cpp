@@ -63,7 +63,7 @@ void check_apart(const SoftmaxArgs& args) {
   const int64_t end = (args.num_rows - 1) * args.x_stride + args.num_cols;
   const bool is_apart = to + args.num_rows * args.num_cols * itemsize <= from || from + end * itemsize <= to;
   const bool is_contiguous = args.num_rows == 1 || args.x_stride == args.num_cols;
-  check(is_apart || (from == to && is_contiguous), "softmax: out must be x itself or share no memory with it, ", "got ",
+  check(is_apart || (from == to && is_contiguous), "softmax: out must be x itself or share no memory with it, got ",
         static_cast<int64_t>(to - from), " bytes between them");
 }
 

@@ -87,15 +87,7 @@ struct Keys64 {
 };
 
 // What a kernel on elements T computes with.
-template <class A>
-struct VectorOf {
-  using type = Vec;
-};
-template <>
-struct VectorOf<double> {
-  using type = Vec64;
-};
 template <class T>
-using vector_t = typename VectorOf<accumulate_t<T>>::type;
+using vector_t = std::conditional_t<std::is_same<T, double>::value, Vec64, Vec>;
 
 FASTMOE_ROUTE_ISA_END
