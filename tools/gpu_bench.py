@@ -43,6 +43,8 @@ SHAPES = {
     "dsv3-quarter": (4096, 7168, 2048, 64, 8),
 }
 COLUMNS = 128256  # of the wide softmax rows, which are the same at every shape
+VLLM = "vllm (Triton)"  # forward only
+TURN = 5  # timed calls in a row
 Call = Callable[[Tensor], Any]
 
 
@@ -197,6 +199,11 @@ def peers(g: SimpleNamespace) -> dict[str, dict[str, Call]]:
 
         tuned = "" if os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1") == "1" else ", not tuned"
         found["moe_mlp"][f"liger_kernel (Triton{tuned})"] = liger
+    if importlib.util.find_spec("vllm") is not None:
+        from vllm.model_executor.layers.fused_moe import fused_experts
+
+        up, down = g.w_up.transpose(1, 2), g.w_down.transpose(1, 2)
+        found["moe_mlp"][VLLM] = lambda x: fused_experts(x, up, down, weights, ids)
     if importlib.util.find_spec("triton_kernels") is not None:
         found["moe_mlp, clamped"] = {"triton_kernels": triton_kernels_layer(g)}
     return found
@@ -232,6 +239,7 @@ def training_peers(g: SimpleNamespace) -> dict[str, dict[str, Call]]:
     found["moe_mlp"] = {
         peer: gradient(partial(function, w_up=w_up, w_down=w_down), w_up, w_down)
         for peer, function in forward["moe_mlp"].items()
+        if peer != VLLM
     }
     ends = g.plan.offsets[1:]
     found["grouped_mm"] = {"torch._grouped_mm": gradient(
@@ -242,29 +250,38 @@ def training_peers(g: SimpleNamespace) -> dict[str, dict[str, Call]]:
 # ---- time ---------------------------------------------------------------------------------------
 
 
-def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call; the caches are left as the call before left them."""
-    for _ in range(3):
-        function()
-    if device != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-    for begin, end in zip(marks[::2], marks[1::2], strict=True):
+def seconds_of(calls: list[Callable[[], object]], device: str, repeats: int) -> list[float]:
+    """Median time of each call, in turns of five: the clock that the power limit allows drifts."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(-(-repeats // TURN)):
+        for call, seen in zip(calls, times, strict=True):
+            call()  # the caches are as a call of this kind leaves them
+            seen += turn_on_gpu(call) if device == "cuda" else turn_on_cpu(call)
+    return [statistics.median(seen) for seen in times]
+
+
+def turn_on_gpu(call: Callable[[], object]) -> list[float]:
+    torch.cuda.synchronize()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TURN)]
+    for begin, end in marks:
         begin.record()
-        function()
+        call()
         end.record()
     torch.cuda.synchronize()
-    pairs = zip(marks[::2], marks[1::2], strict=True)
-    return statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in pairs)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
 
 
-def graph_seconds_of(function: Callable[[], object], repeats: int) -> float | None:
-    """Median time of a replay of the captured call, or None if it cannot be captured."""
+def turn_on_cpu(call: Callable[[], object]) -> list[float]:
+    times = []
+    for _ in range(TURN):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def captured(function: Callable[[], object]) -> Callable[[], object] | None:
+    """A replay of the call from a CUDA graph, or None if it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -272,18 +289,20 @@ def graph_seconds_of(function: Callable[[], object], repeats: int) -> float | No
     except Exception:
         torch.cuda.synchronize()
         return None
-    seconds = seconds_of(graph.replay, "cuda", repeats)
-    del kept
-    return seconds
+
+    def replay(_alive: object = kept) -> None:
+        graph.replay()
+
+    return replay
 
 
 def limits(device: str, size: int, repeats: int) -> tuple[float, float]:
     """Bytes copied a second, and bfloat16 operations a second of a square product."""
     source = torch.empty(4 * size * size, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * 2 / seconds_of(lambda: target.copy_(source), device, repeats)
+    copied = 2 * source.numel() * 2 / seconds_of([lambda: target.copy_(source)], device, repeats)[0]
     square = source[: size * size].view(size, size)
-    return copied, 2 * size**3 / seconds_of(lambda: square @ square, device, repeats)
+    return copied, 2 * size**3 / seconds_of([lambda: square @ square], device, repeats)[0]
 
 
 def distance(own: Tensor, other: Tensor) -> float:
@@ -304,10 +323,14 @@ def run_shape(
     for name, (function, value, num_bytes, flops) in own(g).items():
         if (only and name not in only) or name in skip:
             continue
-        row: dict[str, Any] = {"op": name, "backward": is_training, "others": {}}
-        row["eager"] = seconds_of(lambda f=function, v=value: f(v), device, repeats)
-        if device == "cuda":
-            row["graph"] = graph_seconds_of(lambda f=function, v=value: f(v), repeats)
+        failed, calls = {}, {"ours": partial(function, value)}
+        for peer, call in contenders.get(name, {}).items():
+            failed[peer] = why_unlike(name, call, function, value)
+            if not failed[peer]:
+                calls[peer] = partial(call, value)
+        times = time_calls(calls, device, repeats)
+        row: dict[str, Any] = {"op": name, "backward": is_training, **times.pop("ours")}
+        row["others"] = times | {peer: {"failed": why} for peer, why in failed.items() if why}
         limit = max(num_bytes / bandwidth, flops / peak)
         best = row.get("graph") or row["eager"]
         row |= {"limit": limit, "share_of_limit": limit / best}
@@ -315,8 +338,7 @@ def run_shape(
             f"  {name:<16}{row['eager'] * 1e6:9.1f} us, graph {best * 1e6:9.1f}, "
             f"{limit / best:4.0%} of the limit"
         )
-        for peer, call in contenders.get(name, {}).items():
-            row["others"][peer] = seen = time_peer(name, call, function, value, device, repeats)
+        for peer, seen in row["others"].items():
             text += f" | {peer} " + (seen["failed"][:70] if "failed" in seen else
                 f"{seen['eager'] / row['eager']:.2f}x, graph "
                 f"{seen['graph'] / best if seen.get('graph') else math.nan:.2f}x")  # fmt: skip
@@ -325,22 +347,31 @@ def run_shape(
     return rows
 
 
-def time_peer(
-    name: str, call: Call, own: Call, value: Tensor, device: str, repeats: int
-) -> dict[str, Any]:
-    """Its times, or why there are none."""
+def why_unlike(name: str, call: Call, own: Call, value: Tensor) -> str:
+    """Why a peer is not timed: its error, or how far its result is from ours; "" if it is."""
     try:
         theirs, ours = call(value), own(value)
-        if isinstance(theirs, Tensor) and theirs.shape == ours.shape and name != "plan_dispatch":
-            off = distance(ours, theirs)
-            if not off < 3e-2:
-                return {"failed": f"off by {off:.1e}", "distance": off}
-        seen: dict[str, Any] = {"eager": seconds_of(lambda: call(value), device, repeats)}
-        if device == "cuda":
-            seen["graph"] = graph_seconds_of(lambda: call(value), repeats)
-        return seen
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+        return f"{type(error).__name__}: {error}"
+    if isinstance(theirs, Tensor) and theirs.shape == ours.shape and name != "plan_dispatch":
+        off = distance(ours, theirs)
+        return "" if off < 3e-2 else f"off by {off:.1e}"
+    return ""
+
+
+def time_calls(
+    calls: dict[str, Callable[[], object]], device: str, repeats: int
+) -> dict[str, dict[str, float | None]]:
+    """`name -> {eager, graph}`: calls in turns, then, on a GPU, their replays in turns."""
+    eager = zip(calls, seconds_of([*calls.values()], device, repeats), strict=True)
+    found: dict[str, dict[str, float | None]] = {name: {"eager": time} for name, time in eager}
+    if device == "cuda":
+        replays = {name: replay for name, call in calls.items() if (replay := captured(call))}
+        times = seconds_of([*replays.values()], device, repeats)
+        graphs = dict(zip(replays, times, strict=True))
+        for name, entry in found.items():
+            entry["graph"] = graphs.get(name)
+    return found
 
 
 def run_bench(
