@@ -40,18 +40,18 @@ class Gate {
   Gate(const GateArgs& args, int32_t* demand, char* memory, Float* carried)
       : a_(args), shape_(args.shape), needs_(args), groups_(args), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(padded_columns<V>(shape_)), group_size_(shape_.num_experts / shape_.num_groups),
-        slots_(slots_of(shape_)), carried_(carried), demand_(demand) {
+        slots_(slots_of(shape_)), carried_(carried, needs_.carry_scores ? padded_ : 0), demand_(demand) {
     int64_t row_bytes = 0;
     for (int r = 0; r < kBatch && r < shape_.num_tokens; ++r) {
       GateRow<V>& row = rows_[r];
       row_bytes = row.carve(memory, shape_, r, kBatch);
       row.num_keys = padded_;
+      row.is_carried = false;
       for (int64_t i = 0; i < padded_; i += V::kLanes) row.first_columns[i / V::kLanes] = static_cast<int32_t>(i);
     }
     memory += kBatch * row_bytes;
     taken_keys_ = reinterpret_cast<Key*>(memory);
     taken_ = reinterpret_cast<int32_t*>(memory += round_up(num_taken(shape_) * sizeof(Key), 64));
-    for (int64_t i = 0; needs_.carry_scores && i < padded_; ++i) carried_[i] = 0;
     adds_plain_bias_ = shape_.score != Score::kSoftmax && !a_.noise.data && padded_ == num_columns_ && is_plain_bias();
   }
 
@@ -65,25 +65,26 @@ class Gate {
     for (int64_t t = begin; t < end; t += kBatch) {
       const int64_t count = end - t < kBatch ? end - t : kBatch;
       if (needs_.logits_only) needs_.carry_scores ? load_rows<true>(t, count) : load_rows<false>(t, count);
-      for (int64_t r = 0; r < count; ++r) prepare(rows_[r], t + r, score_sum);
+      const bool are_carried = needs_.carry_scores && carry_rows(count, score_sum);
+      for (int64_t r = 0; r < count && !are_carried; ++r)
+        if (!rows_[r].is_carried) prepare(rows_[r], t + r);
       if (a_.topk_groups < shape_.num_groups)
         for (int64_t r = 0; r < count; ++r) groups_.close(rows_[r]);
       select_rows(t, count);
       for (int64_t r = 0; r < count; ++r) choose(rows_[r], t + r, r * slots_);
       for (int64_t r = 0; r < count; ++r) weigh(rows_[r], t + r, r * slots_);
       if (a_.logsumexp != nullptr) {
-        for (int64_t r = 0; r < count; ++r) keep_logsumexp(rows_[r]);
-        if (num_logs_ == kLogs || t + count == end) write_logsumexp(t + count);
+        for (int64_t r = 0; r < count && !are_carried; ++r) keep_logsumexp(rows_[r], r);
+        logs_.close(count, t + count == end, static_cast<Float*>(a_.logsumexp) + t + count);
       }
-      if (score_sum != nullptr) add_scores(count, score_sum);
+      if (score_sum != nullptr && !are_carried) add_scores(count, score_sum);
     }
-    if (needs_.carry_scores) add_carried(score_sum);
+    if (needs_.carry_scores) carried_.add_to(score_sum);
   }
 
  private:
   static constexpr int kBatch = V::kLanes > 1 ? 4 : 1;
-  static constexpr int kLogs = kBatch > V::kLanes ? kBatch : V::kLanes;  // whole batches and vectors
-  static constexpr int kShortlist = 32;                                  // the longest
+  static constexpr int kShortlist = 32;  // the longest
 
   // Places for the columns taken of a row: whole vectors, so that what is stored as one is loaded as one.
   static int64_t slots_of(const GateShape& shape) { return round_up(shape.top_k, V::kLanes); }
@@ -102,38 +103,31 @@ class Gate {
 
   // Scores of row t, and keys unless its logits decide, with what may not be chosen disallowed. Where both are stored,
   // a row is loaded only now: four rows with all that belongs to them are too much for the first-level cache.
-  void prepare(GateRow<V>& row, int64_t t, Float* score_sum) {
+  void prepare(GateRow<V>& row, int64_t t) {
     if (!needs_.logits_only) prefetch(t + 2 * kBatch), load(row, t);
     row.is_direct = needs_.logits_only && row.is_plain;
-    row.is_carried = needs_.carry_scores && row.is_near;
     row.key_scores = row.scores;
     if (adds_plain_bias_ && row.is_plain) return form_biased_keys(row, t);
-    if (row.is_carried) row.sum = carry(row, score_sum);
-    else if (needs_.scores) row.sum = form_scores(row.z, row.max, row.has_nan, row.scores);
+    if (needs_.scores) row.sum = form_scores(row.z, row.max, row.has_nan, row.scores);
     else if (needs_.softmax_sum) row.sum = sum_of_exponentials<V>(row.z, num_columns_, row.max, row.has_nan);
     row.factor = needs_.softmax_sum && (needs_.late_scale || !needs_.scores) ? inverse_of(row.sum) : 1;
     if (!row.is_direct) form_keys(row, t);
     if (row.has_nan && needs_.scores && shape_.score == Score::kSoftmax) poison_scores(row);
   }
 
-  // The exponentials of a row, whose scores are added to score_sum while the next row's are formed: an addition costs
-  // next to nothing there, and one row of exponentials is all that the first-level cache has to hold.
-  Float carry(const GateRow<V>& row, Float* score_sum) {
-    const V factor = V::all(carried_factor_);
-    Float* const carried = carried_;  // by value: no store to it can change it
-    const Float sum = each_exponential<V, Below::kNear>(row.z, num_columns_, row.max, false, [=](V e, int64_t i, int) {
-      fma(V::load(carried + i), factor, V::load(score_sum + i)).store(score_sum + i);
-      e.store(carried + i);
-    });
-    carried_factor_ = inverse_of(sum);
-    return sum;
-  }
-
-  void add_carried(Float* score_sum) {
-    const V factor = V::all(carried_factor_);
-    for (int64_t i = 0; i < padded_; i += V::kLanes)
-      fma(V::load(carried_ + i), factor, V::load(score_sum + i)).store(score_sum + i);
-    carried_factor_ = 0;
+  // Rows that are near have all they need in one pass: their choice cannot fail. Returns whether all of the batch are.
+  bool carry_rows(int64_t count, Float* score_sum) {
+    int64_t num_carried = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      GateRow<V>& row = rows_[r];
+      row.is_direct = row.is_carried = row.is_near;
+      if (!row.is_carried) continue;
+      row.sum = carried_.take(row, num_columns_, score_sum);
+      row.factor = carried_.factor();
+      logs_.keep(r, row.max, row.sum);
+      ++num_carried;
+    }
+    return num_carried == count;
   }
 
   // The processor's own prefetching ends at each page: a few rows. Inlined, or GCC drops the call of a function that it
@@ -473,22 +467,14 @@ class Gate {
                                            : sum_of_exponentials<V>(row.z, num_columns_, row.max, row.has_nan);
   }
 
-  // logsumexp is max + log(sum), kept as those two until there are enough for whole vectors; where it is no number, as
-  // it and 1. A row without an allowed column takes no part in the statistics.
-  void keep_logsumexp(const GateRow<V>& row) {
+  // Where logsumexp is no number, it is kept as itself and 1. A row without an allowed column takes no part in the
+  // statistics.
+  void keep_logsumexp(const GateRow<V>& row, int64_t r) {
+    if (row.is_carried) return;
     const Float max = row.num_taken == 0 ? -static_cast<Float>(INFINITY)
                       : row.has_nan      ? static_cast<Float>(NAN)
                                          : row.max;
-    maxima_[num_logs_] = max;
-    sums_[num_logs_++] = std::isfinite(max) ? softmax_sum(row) : 1;
-  }
-
-  // Of the rows kept, which end before row `end`.
-  void write_logsumexp(int64_t end) {
-    Float* out = static_cast<Float*>(a_.logsumexp) + end - num_logs_;
-    for (int64_t i = 0; i < num_logs_; i += V::kLanes)
-      (V::load(maxima_ + i) + log_positive(V::load(sums_ + i))).store(out + i, lanes_at<V>(i, num_logs_));
-    num_logs_ = 0;
+    logs_.keep(r, max, std::isfinite(max) ? softmax_sum(row) : 1);
   }
 
   // The rows of the batch in order, together: score_sum is loaded and stored once for all of them.
@@ -543,10 +529,8 @@ class Gate {
   int64_t slots_;
   bool adds_plain_bias_;  // an elementwise score plus one row of finite numbers is the key
   GateRow<V> rows_[kBatch];
-  Float* carried_;            // [padded_], exponentials of the row before, always finite
-  Float carried_factor_ = 0;  // makes scores of them; 0 where they have been added
-  Float maxima_[kLogs] = {}, sums_[kLogs] = {};
-  int64_t num_logs_ = 0;
+  CarriedScores<V> carried_;
+  LogSumExps<V, kBatch> logs_;
   Key* taken_keys_;  // [kBatch, slots_]
   int32_t* taken_;   // [kBatch, slots_]
   int32_t* demand_;  // [E], of the rows this worker has seen

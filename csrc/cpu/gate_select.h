@@ -167,10 +167,12 @@ class Shortlist {
     if constexpr (KeyVec::kGathers) {
       if (n >= kGatherFrom) return collect_columns(row.z, n, bound);
     }
+    KeyVec columns = KeyVec::count();
     return collect_vectors(n, [&](int64_t i, KeyVec& key, KeyVec& column) {
       const V z = V::load(row.z + i);
       key = KeyVec::of_bits(z);
-      column = KeyVec::count() + KeyVec::all(static_cast<Key>(i));
+      column = columns;
+      columns = columns + KeyVec::all(kLanes);
       return (z >= bound).lanes();
     });
   }
@@ -274,10 +276,12 @@ class Shortlist {
   // The columns that reach the bound first, and then their logits all at once: half the moving of collect_vectors.
   bool collect_columns(const typename Arithmetic<V>::Float* z, int64_t n, V bound) {
     int64_t size = 0;
+    KeyVec columns = KeyVec::count();
     for (int64_t i = 0; i < n; i += kLanes) {
       const uint32_t lanes = (V::load(z + i) >= bound).lanes();
       const int64_t at = size < kWidth ? size : kWidth;
-      (KeyVec::count() + KeyVec::all(static_cast<Key>(i))).store_lanes(lanes, columns_ + at);
+      columns.store_lanes(lanes, columns_ + at);
+      columns = columns + KeyVec::all(kLanes);
       size += __builtin_popcount(lanes);
     }
     size_ = static_cast<int>(size);
