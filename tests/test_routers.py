@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 import fastmoe_route as fr
 import pytest
 import torch
+from cases import normal
 from fastmoe_route.invariance import INVARIANCE
 from fastmoe_route.methods import DECODE, methods
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, TOKENS, inputs, layer, make, names, rows
@@ -186,6 +188,52 @@ def test_fullgraph(name: str) -> None:
     wanted, got = router(**given), compiled(**given)
     assert same_bits(got.routing.experts, wanted.routing.experts)
     assert same_bits(got.routing.weights, wanted.routing.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ssr", {"plan_share": 0.5, "iters": 5, "temperature": 0.5}),
+        ("compete_smoe_v1", {"rate": 0.5}),
+        ("compete_smoe_v2", {"rate": 0.5}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "aux_coef"),
+    [(torch.float32, 0.0), (torch.bfloat16, 0.1)],
+    ids=["float32", "bfloat16, balanced"],
+)
+def test_steps_of_two_kinds_train_in_one_graph(
+    name: str, options: dict[str, Any], dtype: torch.dtype, aux_coef: float
+) -> None:
+    """A draw decides how a step routes: the graph holds both ways, and draws as eager does."""
+    given, router = inputs(dtype=dtype), make(name, dtype, aux_coef=aux_coef, **options).train()
+    if dtype == torch.float32:
+        factors = normal(EXPERTS, HIDDEN, 3, seed=1), normal(EXPERTS, 3, HIDDEN, seed=2)
+        given["experts"] = fr.adapters.LoraExperts(*factors, 0.7)
+    torch._dynamo.reset()
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    learned = (given["x"], given["experts"][0], router.score.weight)
+    kinds = set()
+    for seed in range(6):
+        results = []
+        for call in (router, compiled):
+            for tensor in learned:
+                tensor.requires_grad_().grad = torch.zeros_like(tensor)
+            torch.manual_seed(seed)
+            routed = call(**given)
+            (routed.aux_loss + routed.routing.weights[:, 0].sum()).backward()
+            results.append((routed, [tensor.grad for tensor in learned]))
+        (eager, gradients), (one_graph, others) = results
+        for wanted, got in zip(eager.routing[:3], one_graph.routing[:3], strict=True):
+            assert same_bits(got, wanted)
+        torch.testing.assert_close(one_graph.aux_loss, eager.aux_loss)
+        torch.testing.assert_close(others, gradients)
+        ((key, extra),) = one_graph.extra.items()
+        assert torch.equal(extra, (eager.extra or {}).get(key, torch.zeros_like(extra)))
+        assert all(loss == 0 for key, loss in one_graph.losses.items() if key not in eager.losses)
+        kinds.add(eager.extra is not None)
+    assert kinds == {False, True}
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)

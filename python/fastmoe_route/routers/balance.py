@@ -14,6 +14,7 @@ from fastmoe_route.results import Routing
 from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, expert_plan
+from fastmoe_route.routers.rare import rare
 from fastmoe_route.routers.routings import every_expert
 from fastmoe_route.routers.scores import sigmoid
 from fastmoe_route.softmax import softmax
@@ -237,6 +238,21 @@ class Bip(LinearRouter):
         return self.routed(gate(logits, self.top_k, bias=bias, stats=self.stats), context)
 
 
+def _plan(
+    scores: Tensor, scope_ids: Tensor | None, num_scopes: int, iters: int, temperature: float
+) -> list[Tensor]:
+    context = Context(scope_ids=scope_ids, num_scopes=num_scopes)
+    return [balanced(scores, "sinkhorn", context, iters=iters, temperature=temperature)]
+
+
+_rare_plan = rare(
+    "ssr_plan",
+    "Tensor scores, Tensor? scope_ids, int num_scopes, int iters, float temperature",
+    _plan,
+    lambda scores, *_: [torch.ones_like(scores)],
+)
+
+
 @register(
     "ssr", row="R28", source="arXiv:2511.08972", verified="2nd", invariance="B*", decode="leak"
 )
@@ -246,8 +262,8 @@ class Ssr(LinearRouter):
     With probability `plan_share` a training step takes the `top_k` largest of
     `transport(softmax(z), "sinkhorn")`, renormalised, as weights, differentiable through the
     iterations; all other calls are softmax, top-k, renormalised. Those few steps look at later
-    tokens. The call that a plan decided has `extra["planned"]` 1. The draw is the host's: in
-    training, `torch.compile` breaks its graph there.
+    tokens. The call that a plan decided has `extra["planned"]` 1; others have none, or 0 where they
+    train in a compiled graph, which holds both.
 
     Defaults: two experts, temperature 0.05, 100 iterations (the paper stops at a tolerance of
     1e-4, which would wait for the device), `plan_share` 1e-3.
@@ -280,15 +296,22 @@ class Ssr(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
-        if not (self.training and x.shape[0] > 0 and float(torch.rand(())) < self.plan_share):
-            routing = gate(logits, self.top_k, normalize=True, stats=self.stats)
-            return self.routed(routing, context)
-        plan = balanced(
-            softmax(logits), "sinkhorn", context, iters=self.iters, temperature=self.temperature
-        )
+        usual = gate(logits, self.top_k, normalize=True, stats=self.stats)
+        if not self.training or x.shape[0] == 0:
+            return self.routed(usual, context)
+        is_planned = torch.rand(()) < self.plan_share
+        options = (context.scope_ids, context.num_scopes, self.iters, self.temperature)
+        if torch.compiler.is_compiling():
+            (plan,) = _rare_plan(is_planned, softmax(logits), *options)
+        elif is_planned:
+            (plan,) = _plan(softmax(logits), *options)
+        else:
+            return self.routed(usual, context)
         chosen = gate(plan, self.top_k, score="identity", normalize=True)
-        routing = self.built(chosen.experts, chosen.weights, logits)
-        return self.routed(routing, context, extra={"planned": torch.ones(())})
+        experts = torch.where(is_planned, chosen.experts, usual.experts)
+        weights = torch.where(is_planned, chosen.weights, usual.weights)
+        routing = self.built(experts, weights, logits)
+        return self.routed(routing, context, extra={"planned": is_planned.float()})
 
 
 @register(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._arguments import arithmetic_dtype, fail
+from fastmoe_route.adapters import LoraExperts
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -15,11 +19,56 @@ from fastmoe_route.routers.base import Common, Context, Routed
 from fastmoe_route.routers.experts import Experts
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.random import normal
+from fastmoe_route.routers.rare import rare
 from fastmoe_route.routers.scores import Linear, wide
 
 
+def _loud_outputs(outputs: Tensor) -> Tensor:
+    """`mean over features of softplus`, `[T, E, H] -> [T, E]`."""
+    return F.softplus(outputs).mean(2)
+
+
+def _loud_norms(outputs: Tensor) -> Tensor:
+    """`softplus` of the norm."""
+    return F.softplus(outputs.norm(dim=2))
+
+
+_LOUDNESS = {"mean": _loud_outputs, "norm": _loud_norms}
+
+
+def _hear(x: Tensor, experts: Any, loudness: str, top_k: int) -> list[Tensor]:
+    """How loud every expert answers `[T, E]`, and what the loudest answer `[T, K, H]`."""
+    outputs = wide(experts.each(x))
+    response = _LOUDNESS[loudness](outputs)
+    loudest = gate(response, top_k, score="identity", normalize=True).experts.long()
+    return [response, outputs.gather(1, loudest[:, :, None].expand(-1, -1, outputs.shape[2]))]
+
+
+def _hear_parts(x: Tensor, *given: Any) -> list[Tensor]:
+    w_up, w_down, bias_up, bias_down, activation, scaling, loudness, top_k = given
+    if activation == "":
+        return _hear(x, LoraExperts(w_up, w_down, scaling), loudness, top_k)
+    experts = Experts(w_up, w_down, activation, bias_up, bias_down)
+    return _hear(x, experts, loudness, top_k)
+
+
+def _silence(x: Tensor, w_up: Tensor, w_down: Tensor, *others: Any) -> list[Tensor]:
+    dtype, num_tokens = arithmetic_dtype(x), x.shape[0]
+    columns = (w_up.shape[0],), (others[-1], w_down.shape[2])
+    return [x.new_ones((num_tokens, *shape), dtype=dtype) for shape in columns]
+
+
+_rarely_hear = rare(
+    "competition",
+    "Tensor x, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, str activation, "
+    "float scaling, str loudness, int top_k",
+    _hear_parts,
+    _silence,
+)
+
+
 class Competition(LinearRouter):
-    """Base of the two CompeteSMoE routers; a subclass says how loud an answer is.
+    """Base of the two CompeteSMoE routers; a subclass says by `loudness` how loud an answer is.
 
     Args:
         hidden_size: `H`.
@@ -31,6 +80,8 @@ class Competition(LinearRouter):
         entropy_coef: coefficient of the loss `usage`.
         common: see `Common`.
     """
+
+    loudness: ClassVar[str]
 
     def __init__(
         self,
@@ -52,30 +103,48 @@ class Competition(LinearRouter):
             self.check_number("entropy_coef", entropy_coef),
         )
 
-    def response(self, outputs: Tensor) -> Tensor:
-        """How strongly every expert answers, `[T, E, H] -> [T, E]`, positive."""
-        raise NotImplementedError
-
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)
-        if not self.training or self.rate == 0 or float(torch.rand(())) >= self.rate:
-            return self.routed(gate(z, self.top_k, normalize=True, stats=self.stats), context)
+        usual = gate(z, self.top_k, normalize=True, stats=self.stats)
+        if not self.training or self.rate == 0:
+            return self.routed(usual, context)
+        competes, is_compiling = torch.rand(()) < self.rate, torch.compiler.is_compiling()
+        if not is_compiling and not competes:
+            return self.routed(usual, context)
         if context.experts is None:
             self.fail("experts", "be given in a competition", None)
         assert context.experts is not None
-        outputs = wide(context.experts.each(x))
-        loudness = self.response(outputs)
-        routing = gate(loudness, self.top_k, score="identity", normalize=True)
+        if is_compiling:
+            parts = self._parts_of(context.experts)
+            response, outputs = _rarely_hear(competes, x, *parts, self.loudness, self.top_k)
+        else:
+            response, outputs = _hear(x, context.experts, self.loudness, self.top_k)
+        loudest = gate(response, self.top_k, score="identity", normalize=True)
         p = z.softmax(1)
-        ids = routing.experts.long()[:, :, None].expand(-1, -1, outputs.shape[2])
         match, diversity, entropy = self.coefs
         found = {
-            "match": match * losses.response_matching(p, loudness.softmax(1)),
-            "diversity": diversity * losses.diversity(outputs.gather(1, ids)),
+            "match": match * losses.response_matching(p, response.softmax(1)),
+            "diversity": diversity * losses.diversity(outputs),
             "usage": -entropy * losses.usage_entropy(p),
         }
-        routing = self.measured(routing, z)
-        return self.routed(routing, context, losses=found, extra={"response": loudness})
+        if is_compiling:
+            found = {name: torch.where(competes, loss, 0.0) for name, loss in found.items()}
+            response = torch.where(competes, response, 0.0)
+        routing = self.built(
+            torch.where(competes, loudest.experts, usual.experts),
+            torch.where(competes, loudest.weights, usual.weights),
+            z,
+        )
+        return self.routed(routing, context, losses=found, extra={"response": response})
+
+    def _parts_of(self, experts: Any) -> tuple[Any, ...]:
+        """What `_hear_parts` takes in the place of experts."""
+        if isinstance(experts, LoraExperts):
+            return experts.lora_a, experts.lora_b, None, None, "", experts.scaling
+        if not isinstance(experts, Experts):
+            rule = "be Experts or LoraExperts in a compiled graph"
+            fail(TypeError, self.name, "experts", rule, type(experts).__name__)
+        return experts[0], experts[1], experts.bias_up, experts.bias_down, experts.activation, 1.0
 
 
 @register("compete_smoe_v2", row="R51", source="arXiv:2505.13380", verified="code")
@@ -88,8 +157,9 @@ class CompeteSMoEv2(Competition):
     outputs) and `usage` (negative entropy of the mean `softmax(z)`). All other steps and evaluation
     are `topk_softmax`. A competition needs `experts` and costs `E / K` times the work.
 
-    The paper's schedule of competitions is a rate here, drawn on the host with torch's generator:
-    in training, `torch.compile` breaks its graph there.
+    The paper's schedule of competitions is a rate here, drawn on the host with torch's generator.
+    A competition hands out `extra["response"]`, the loudness `[T, E]`. A compiled graph that trains
+    holds both kinds of step, and needs `experts`; losses and response of the others are 0 there.
 
     Args:
         hidden_size: `H`.
@@ -98,9 +168,7 @@ class CompeteSMoEv2(Competition):
         options: those of `Competition`: `rate`, `match_coef`, `diversity_coef`, `entropy_coef`.
     """
 
-    def response(self, outputs: Tensor) -> Tensor:
-        """`mean softplus`."""
-        return F.softplus(outputs).mean(2)
+    loudness = "mean"
 
 
 @register("compete_smoe_v1", row="R52", source="arXiv:2402.02526", verified="mem")
@@ -116,9 +184,7 @@ class CompeteSMoEv1(Competition):
         options: those of `Competition`: `rate`, `match_coef`, `diversity_coef`, `entropy_coef`.
     """
 
-    def response(self, outputs: Tensor) -> Tensor:
-        """`softplus` of the norm."""
-        return F.softplus(outputs.norm(dim=2))
+    loudness = "norm"
 
 
 @register("s2moe", row="R54", source="arXiv:2503.23007", verified="mem")
