@@ -110,7 +110,7 @@ def test_a_pair_may_be_a_list():
     assert torch.equal(listed, fr.moe_mlp(x, (ids, weights), up, down))
 
 
-# ---- gradients that share memory through time (csrc/common/kept_memory.h) ------------------------
+# ---- results that share memory through time (csrc/common/kept_memory.h) ------------------------
 
 MEGABYTE = 1 << 20
 # torch_from_blob came with torch 2.11; before, large gradients are fresh in every step.
@@ -161,6 +161,22 @@ def test_gradients_that_live_keep_their_memory() -> None:
         assert torch.equal(view, copies[i][5])
         for value, copy in zip(held, copies, strict=True):
             assert torch.equal(value, copy)
+
+
+@keeps_gradients
+def test_what_backward_needs_lies_where_it_did_before() -> None:
+    x, ids, weights, up, down = make(1024, 8, 2048, 4, torch.float32)  # 32 MB of products
+    plan = fr.plan_dispatch(ids, 4)
+    maps = plan.offsets, plan.row_to_slot, plan.slot_to_row
+    found = []
+    for _ in range(3):
+        op = torch.ops.fastmoe_route.moe_mlp
+        products = op(x, weights, up, down, None, None, *maps, 0, False, False)[1]
+        assert products.data_ptr() % (2 * MEGABYTE) == 0
+        found.append((products.data_ptr(), products.double().sum().item()))
+        products.fill_(torch.nan)
+        del products
+    assert found[0] == found[1] == found[2]
 
 
 _COMES_AND_GOES = """

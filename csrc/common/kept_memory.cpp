@@ -12,6 +12,7 @@
 namespace fastmoe_route {
 
 struct KeptBlock {
+  Kept kind;
   void* mapping;
   size_t mapped;  // with what aligns `memory`
   char* memory;
@@ -29,6 +30,8 @@ constexpr uint64_t kMostIdle = 64;         // requests, at least; and four times
 
 class Pool {
  public:
+  explicit Pool(Kept kind) : kind_(kind) {}
+
   KeptBlock* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const size_t wanted = (bytes + kUnit - 1) / kUnit * kUnit;
@@ -43,14 +46,14 @@ class Pool {
     }
     in_use_ += block->bytes;
     most_in_use_ = std::max(most_in_use_, in_use_);
-    ask_for_huge_pages(block);
+    if (kind_ == Kept::kGradient) ask_for_huge_pages(block);
     return block;
   }
 
-  // Small pages are not marked: setting the dirty bit of each again takes 0.1 s a GB, a third of a weight gradient's
-  // time (measured).
+  // Small pages of gradients are not marked: setting the dirty bit of each again takes 0.1 s a GB, a third of a weight
+  // gradient's time (measured).
   void give_back(KeptBlock* block) {
-    if (block->asked_for_huge_pages) madvise(block->memory, block->bytes, MADV_FREE);
+    if (kind_ != Kept::kGradient || block->asked_for_huge_pages) madvise(block->memory, block->bytes, MADV_FREE);
     const std::lock_guard<std::mutex> lock(mutex_);
     in_use_ -= block->bytes;
     block->freed_at = requests_;
@@ -103,7 +106,7 @@ class Pool {
     void* mapping = mmap(nullptr, bytes + kUnit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) return nullptr;
     char* memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mapping) + kUnit - 1) / kUnit * kUnit);
-    KeptBlock* block = new (std::nothrow) KeptBlock{mapping, bytes + kUnit, memory, bytes, 0, 0, false};
+    KeptBlock* block = new (std::nothrow) KeptBlock{kind_, mapping, bytes + kUnit, memory, bytes, 0, 0, false};
     if (block == nullptr) {
       munmap(mapping, bytes + kUnit);
       return nullptr;
@@ -125,6 +128,7 @@ class Pool {
     block->asked_for_huge_pages = true;
   }
 
+  const Kept kind_;
   std::mutex mutex_;
   std::vector<KeptBlock*> free_;
   size_t in_use_ = 0;
@@ -135,20 +139,21 @@ class Pool {
 };
 
 // Never destroyed: tensors may be freed after static objects are.
-Pool& pool() {
-  static Pool* const only = new Pool;
-  return *only;
+Pool& pool(Kept kind) {
+  static Pool* const gradients = new Pool(Kept::kGradient);
+  static Pool* const for_backward = new Pool(Kept::kForBackward);
+  return kind == Kept::kGradient ? *gradients : *for_backward;
 }
 
 }  // namespace
 
-KeptBlock* take_kept(size_t bytes) { return pool().take(bytes); }
-void give_back(KeptBlock* block) { pool().give_back(block); }
-size_t kept_bytes() { return pool().mapped(); }
+KeptBlock* take_kept(Kept kind, size_t bytes) { return pool(kind).take(bytes); }
+void give_back(KeptBlock* block) { pool(block->kind).give_back(block); }
+size_t kept_bytes() { return pool(Kept::kGradient).mapped() + pool(Kept::kForBackward).mapped(); }
 
 #else
 
-KeptBlock* take_kept(size_t) { return nullptr; }
+KeptBlock* take_kept(Kept, size_t) { return nullptr; }
 void give_back(KeptBlock*) {}
 size_t kept_bytes() { return 0; }
 

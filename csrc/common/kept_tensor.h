@@ -1,12 +1,12 @@
-// Tensors in kept memory (common/kept_memory.h), for the weight gradients of both expert ops.
+// Tensors in kept memory (common/kept_memory.h): the weight gradients of both expert ops, and what moe_mlp leaves to
+// its backward pass.
 #pragma once
 
+#include "common/kept_memory.h"
 #include "common/tensor.h"
 
 #ifndef FASTMOE_ROUTE_BACKEND_CUDA
 #include <dlfcn.h>
-
-#include "common/kept_memory.h"
 #endif
 
 namespace fastmoe_route {
@@ -14,7 +14,7 @@ namespace fastmoe_route {
 #ifdef FASTMOE_ROUTE_BACKEND_CUDA
 
 // torch's allocator on CUDA keeps memory itself.
-inline Tensor empty_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+inline Tensor empty_kept(Kept, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return empty(like, shape, dtype);
 }
 
@@ -36,12 +36,12 @@ inline FromBlob find_from_blob() {
 
 // As `empty`; large tensors lie in kept memory, where torch can be told who takes it back. Their storage cannot be
 // resized, which is why other results do not.
-inline Tensor empty_kept(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+inline Tensor empty_kept(Kept kind, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   const size_t element = element_bytes(dtype);
   size_t bytes = element;
   for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
   if (bytes < kKeptBytes || find_from_blob() == nullptr) return empty(like, shape, dtype);
-  KeptBlock* block = take_kept(bytes);
+  KeptBlock* block = take_kept(kind, bytes);
   if (block == nullptr) return empty(like, shape, dtype);
   int64_t strides[8];
   int64_t stride = 1;

@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(const Tensor& x, const Tensor& grad_
   check_devices(kOp, x, grad_y, offsets);
   const Tensor bounds = checked_offsets(kOp, offsets, args.num_rows);
   const int64_t w_experts = needs_w ? args.num_experts : 0, bias_experts = needs_bias ? args.num_experts : 0;
-  Tensor grad_w = transposed ? empty_kept(x, {w_experts, args.out, args.in}, x.scalar_type())
-                             : empty_kept(x, {w_experts, args.in, args.out}, x.scalar_type());
+  Tensor grad_w = transposed ? empty_kept(Kept::kGradient, x, {w_experts, args.out, args.in}, x.scalar_type())
+                             : empty_kept(Kept::kGradient, x, {w_experts, args.in, args.out}, x.scalar_type());
   Tensor grad_bias = empty(x, {bias_experts, args.out}, x.scalar_type());
   const bool has_w = w_experts * args.in * args.out > 0, has_bias = bias_experts * args.out > 0;
   if (!has_w && !has_bias) return {std::move(grad_w), std::move(grad_bias)};

@@ -28,8 +28,8 @@ bool is_column_major(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) !
 
 // The gradient [E, A, B] of `w`, uninitialised, in the memory layout of `w`.
 Tensor empty_gradient(const Tensor& w) {
-  if (!is_column_major(w)) return empty_kept(w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
-  const Tensor rows = empty_kept(w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type());
+  if (!is_column_major(w)) return empty_kept(Kept::kGradient, w, {w.size(0), w.size(1), w.size(2)}, w.scalar_type());
+  const Tensor rows = empty_kept(Kept::kGradient, w, {w.size(0), w.size(2), w.size(1)}, w.scalar_type());
   return Tensor(torch::stable::transpose(rows.stable(), 1, 2));
 }
 
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
   const Arguments in{"moe_mlp", x, weights, w_up, w_down, bias_up, bias_down, offsets, row_to_slot, slot_to_row};
   const MoeMlpShape shape = checked_shape(in, activation, interleaved, weights_on_input);
   Tensor y = empty(x, {shape.num_tokens, shape.hidden}, x.scalar_type());
-  Tensor preactivation = empty(x, {shape.num_rows, w_up.size(2)}, x.scalar_type());
+  Tensor preactivation = empty_kept(Kept::kForBackward, x, {shape.num_rows, w_up.size(2)}, x.scalar_type());
   run_forward(in, shape, y, &preactivation);
   return {std::move(y), std::move(preactivation)};
 }

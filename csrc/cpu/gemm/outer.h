@@ -41,51 +41,56 @@ enum class OuterEnd {
   kContinue,  // the running sums themselves are in c
 };
 
-// What a tile does at each of its steps of k beside the products.
-struct OuterNothing {
-  template <class Weights>
-  inline __attribute__((always_inline)) void operator()(int64_t, const Weights&) const {}
-};
-
 // The products of a[k][kStep], its first R, with w[k][V vectors], added to c if they continue; end(sums) takes them.
-// step(q, weights) is called with the vectors of every step.
-template <int R, int V, int kStep, class T, class Step, class End>
+// walk(k, steps_to) goes through k: steps_to(q, beside) multiplies up to q and calls beside(q, weights) at every step.
+template <int R, int V, int kStep, class T, class Walk, class End>
 inline __attribute__((always_inline)) void outer_sums(const float* a, const T* w, int64_t w_stride, int64_t k,
                                                       const float* c, int64_t c_stride, bool continues,
-                                                      const Step& step, const End& end) {
+                                                      const Walk& walk, const End& end) {
   constexpr int L = Vec::kLanes;
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 16
     for (int j = 0; j < V; ++j) sums[i][j] = continues ? Vec::load(c + i * c_stride + j * L) : Vec::zero();
-  for (int64_t q = 0; q < k; ++q, w += w_stride, a += kStep) {
-    Vec weights[V];
+  int64_t q = 0;
+  walk(k, [&](int64_t stop, const auto& beside) __attribute__((always_inline)) {
+    for (; q < stop; ++q, w += w_stride, a += kStep) {
+      Vec weights[V];
 #pragma GCC unroll 16
-    for (int j = 0; j < V; ++j) {
-      weights[j] = Vec::load(w + j * L);
-      keep_in_register(weights[j]);
-    }
-    step(q, weights);
+      for (int j = 0; j < V; ++j) {
+        weights[j] = Vec::load(w + j * L);
+        keep_in_register(weights[j]);
+      }
+      beside(q, weights);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      Vec row = Vec::all(a[i]);
-      keep_in_register(row);
+      for (int i = 0; i < R; ++i) {
+        Vec row = Vec::all(a[i]);
+        keep_in_register(row);
 #pragma GCC unroll 16
-      for (int j = 0; j < V; ++j) sums[i][j] = fma(row, weights[j], sums[i][j]);
+        for (int j = 0; j < V; ++j) sums[i][j] = fma(row, weights[j], sums[i][j]);
+      }
     }
-  }
+  });
   end(sums);
 }
 
+// A walk in one go, without anything beside the products.
+struct OuterPlain {
+  template <class Steps>
+  inline __attribute__((always_inline)) void operator()(int64_t k, const Steps& steps_to) const {
+    steps_to(k, [](int64_t, const auto&) __attribute__((always_inline)) {});
+  }
+};
+
 // Sums of `count` outputs to c; the last may end inside a vector, unless the sums continue.
-template <int R, int V, int kStep, class T, class Step>
+template <int R, int V, int kStep, class T, class Walk>
 inline __attribute__((always_inline)) void outer_tile(const float* a, const T* w, int64_t w_stride, int64_t k, float* c,
-                                                      int64_t c_stride, int64_t count, OuterEnd end, const Step& step) {
+                                                      int64_t c_stride, int64_t count, OuterEnd end, const Walk& walk) {
   constexpr int L = Vec::kLanes;
   const bool add = end == OuterEnd::kAdd;
   outer_sums<R, V, kStep>(
-      a, w, w_stride, k, c, c_stride, end == OuterEnd::kContinue, step,
+      a, w, w_stride, k, c, c_stride, end == OuterEnd::kContinue, walk,
       [&](const Vec(&sums)[R][V]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
@@ -138,22 +143,47 @@ void outer_fill_panel(const T* w, int64_t w_stride, int64_t k, int64_t columns, 
 // for its sums.
 inline int64_t outer_tiles(int64_t m) { return (m + kOuterRows - 1) / kOuterRows; }
 
-// One block of k, elements [q, q + depth), against columns [first, first + columns), by way of a panel; `lines` lines
-// of `later` are fetched per kOuterSegment steps.
+// One block of k, elements [q, q + depth), against columns [first, first + columns), by way of a panel; every tile
+// fetches `lines` lines of `later`.
+template <class Later>
 struct OuterPart {
   int64_t q, depth, first, columns;
-  LineFetcher& later;
+  Later& later;
   int64_t lines;
 
-  inline __attribute__((always_inline)) void fetch(int64_t step) const {
-    if (step % kOuterSegment == 0) later.fetch(lines);
+  // A walk through the steps of one tile that fetches meanwhile: every kOuterSegment steps, or at every one.
+  template <class Steps, class Beside>
+  inline __attribute__((always_inline)) void walk(const Steps& steps_to, const Beside& beside) const {
+    if constexpr (Later::kAtEveryStep) {
+      Later fetcher = later;  // a copy stays in registers
+      const int64_t at_once = (lines + depth - 1) / depth;
+      int64_t at = 0;
+      for (int64_t left = lines; left > 0 && at < depth;) {
+        const int64_t steps = fetcher.begin(depth - at, left, at_once);
+        if (steps == 0) break;
+        left -= steps * at_once;
+        at += steps;
+        steps_to(at, [&](int64_t s, const auto& weights) __attribute__((always_inline)) {
+          for (int64_t i = 0; i < at_once; ++i) fetcher.next();
+          beside(s, weights);
+        });
+      }
+      later = fetcher;
+      steps_to(depth, beside);
+    } else {
+      const int64_t segments = (depth + kOuterSegment - 1) / kOuterSegment, at_once = (lines + segments - 1) / segments;
+      steps_to(depth, [&](int64_t s, const auto& weights) __attribute__((always_inline)) {
+        if (s % kOuterSegment == 0) later.fetch(at_once);
+        beside(s, weights);
+      });
+    }
   }
 };
 
 // Rows [row, row + R), a tile, against a part. tile(j, a, c, end) multiplies the columns from j of it on.
-template <int R, class Tile>
-inline __attribute__((always_inline)) void outer_tile_columns(const OuterRows& rows, const OuterPart& part, int64_t row,
-                                                              const Tile& tile) {
+template <int R, class Later, class Tile>
+inline __attribute__((always_inline)) void outer_tile_columns(const OuterRows& rows, const OuterPart<Later>& part,
+                                                              int64_t row, const Tile& tile) {
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
   const float* a = rows.a + row * rows.k + part.q * R;
   for (int64_t j = 0; j < part.columns; j += kWidth) {
@@ -165,21 +195,22 @@ inline __attribute__((always_inline)) void outer_tile_columns(const OuterRows& r
 }
 
 // The same from a panel that is written: floats, whatever the weights are.
-template <int R>
-__attribute__((noinline)) void outer_tile_of_panel(const OuterRows& rows, const OuterPart& part, int64_t row,
+template <int R, class Later>
+__attribute__((noinline)) void outer_tile_of_panel(const OuterRows& rows, const OuterPart<Later>& part, int64_t row,
                                                    const float* panel) {
   constexpr int64_t kWidth = kOuterVecs * Vec::kLanes;
   outer_tile_columns<R>(
       rows, part, row, [&](int64_t j, const float* a, float* c, OuterEnd end) __attribute__((always_inline)) {
-        outer_tile<R, kOuterVecs, R>(
-            a, panel + j * part.depth, kWidth, part.depth, c, rows.c_stride, part.columns - j, end,
-            [&](int64_t s, const Vec(&)[kOuterVecs]) __attribute__((always_inline)) { part.fetch(s); });
+        outer_tile<R, kOuterVecs, R>(a, panel + j * part.depth, kWidth, part.depth, c, rows.c_stride, part.columns - j,
+                                     end, [&](int64_t, const auto& steps_to) __attribute__((always_inline)) {
+                                       part.walk(steps_to, [](int64_t, const auto&) __attribute__((always_inline)) {});
+                                     });
       });
 }
 
 // All rows against a part.
-template <class T>
-void outer_panel(const OuterProblem<T>& p, int64_t m, const OuterPart& part) {
+template <class T, class Later>
+void outer_panel(const OuterProblem<T>& p, int64_t m, const OuterPart<Later>& part) {
   constexpr int L = Vec::kLanes;
   constexpr int64_t kWidth = kOuterVecs * L, kRowBytes = kWidth * static_cast<int64_t>(sizeof(T)), kAhead = 8;
   alignas(64) float panel[kOuterBlock * kOuterPanel];
@@ -195,20 +226,21 @@ void outer_panel(const OuterProblem<T>& p, int64_t m, const OuterPart& part) {
       outer_tile_columns<R>(
           p, part, row, [&](int64_t j, const float* a, float* c, OuterEnd end) __attribute__((always_inline)) {
             const auto copy = [&](int64_t s, const Vec(&vectors)[kOuterVecs]) __attribute__((always_inline)) {
-              part.fetch(s);
               const char* ahead = reinterpret_cast<const char*>(weights + j + (s + kAhead) * p.w_stride);
               for (int64_t at = 0; at < kRowBytes; at += 64) prefetch_soon(ahead + at);
 #pragma GCC unroll 16
               for (int v = 0; v < kOuterVecs; ++v) vectors[v].store(panel + j * part.depth + s * kWidth + v * L);
             };
-            outer_tile<R, kOuterVecs, R>(a, weights + j, p.w_stride, part.depth, c, p.c_stride, kWidth, end, copy);
+            outer_tile<R, kOuterVecs, R>(a, weights + j, p.w_stride, part.depth, c, p.c_stride, kWidth, end,
+                                         [&](int64_t, const auto& steps_to)
+                                             __attribute__((always_inline)) { part.walk(steps_to, copy); });
           });
     });
   }
 }
 
 // Columns [begin, end), at most one span, of all rows; `after`: the weights multiplied next, or null.
-template <class T>
+template <class Later, class T>
 void outer_span(const OuterProblem<T>& p, int64_t m, int64_t begin, int64_t end, const T* after) {
   constexpr int64_t kTiles = kOuterPanel / (kOuterVecs * Vec::kLanes);
   const int64_t columns = end - begin, panels = (columns + kOuterPanel - 1) / kOuterPanel;
@@ -217,11 +249,11 @@ void outer_span(const OuterProblem<T>& p, int64_t m, int64_t begin, int64_t end,
     const bool is_last = q + kOuterBlock >= p.k;
     const T* const next = is_last ? after : p.w + (q + kOuterBlock) * p.w_stride + begin;
     const int64_t next_depth = next == nullptr ? 0 : block(is_last ? 0 : q + kOuterBlock), depth = block(q);
-    LineFetcher later(next, next_depth, next_depth, p.w_stride, columns, false);
-    const int64_t segments = outer_tiles(m) * panels * kTiles * ((depth + kOuterSegment - 1) / kOuterSegment);
-    const int64_t lines = (later.num_lines() + segments - 1) / segments;
+    Later later(next, next_depth, next_depth, p.w_stride, columns, false);
+    const int64_t passes = outer_tiles(m) * panels * kTiles, lines = (later.num_lines() + passes - 1) / passes;
     for (int64_t first = begin; first < end; first += kOuterPanel)
-      outer_panel(p, m, {q, depth, first, end - first < kOuterPanel ? end - first : kOuterPanel, later, lines});
+      outer_panel<T, Later>(p, m,
+                            {q, depth, first, end - first < kOuterPanel ? end - first : kOuterPanel, later, lines});
   }
 }
 
@@ -238,11 +270,14 @@ void outer_few_rows(const OuterProblem<T>& p, int64_t q, int64_t depth, int64_t 
     for (int64_t j = 0; j < columns; j += kWidth)
       outer_tile<R, kOuterVecs, R>(p.a + (q + step) * R, w + j, p.w_stride, steps, sums + j, kOuterSweep, kWidth,
                                    step > 0 ? OuterEnd::kContinue : OuterEnd::kStore,
-                                   [&](int64_t s, const Vec(&)[kOuterVecs]) __attribute__((always_inline)) {
-                                     const char* line = reinterpret_cast<const char*>(w + j + (s + steps) * p.w_stride);
+                                   [&](int64_t, const auto& steps_to) __attribute__((always_inline)) {
+                                     steps_to(steps, [&](int64_t s, const auto&) __attribute__((always_inline)) {
+                                       const auto* line =
+                                           reinterpret_cast<const char*>(w + j + (s + steps) * p.w_stride);
 #pragma GCC unroll 16
-                                     for (int b = 0; b < kWidth * static_cast<int>(sizeof(T)); b += 64)
-                                       prefetch_later(line + b);
+                                       for (int b = 0; b < kWidth * static_cast<int>(sizeof(T)); b += 64)
+                                         prefetch_later(line + b);
+                                     });
                                    });
   }
   for (int64_t i = 0; i < R; ++i) {
@@ -274,7 +309,10 @@ void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stri
   const int64_t span = outer_span_columns(m);
   for (int64_t begin = swept; begin < n; begin += span) {
     const bool is_last = begin + span >= n;
-    outer_span(p, m, begin, is_last ? n : begin + span, is_last ? static_cast<const T*>(after) : p.w + begin + span);
+    const int64_t end = is_last ? n : begin + span;
+    const T* const next = is_last ? static_cast<const T*>(after) : p.w + end;
+    if (prefetch_waits_for_page()) outer_span<LineFetcher>(p, m, begin, end, next);
+    else outer_span<TurnFetcher>(p, m, begin, end, next);
   }
 }
 

@@ -107,7 +107,7 @@ inline __attribute__((always_inline)) void store_tile(const Vec (&sums)[R][kOute
 template <int R>
 __attribute__((noinline)) void add_to_sums(const float* x, const float* y, int64_t count, float* sum, bool first) {
   outer_tile<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
-                                     first ? OuterEnd::kStore : OuterEnd::kContinue, OuterNothing{});
+                                     first ? OuterEnd::kStore : OuterEnd::kContinue, OuterPlain{});
 }
 
 // One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
@@ -123,7 +123,7 @@ void multiply_panels(Panels* panels, int64_t panel_rows, int64_t count, int64_t 
         float* sum = panels->sum + i * kGroupOut + j0 + j;
         if (!last) add_to_sums<R>(x, y, count, sum, first);
         else
-          outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, OuterNothing{},
+          outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, OuterPlain{},
                                              [&](const Vec(&sums)[R][kOuterVecs]) __attribute__((always_inline)) {
                                                store_tile<R>(sums, width - j, to.out + i * to.stride + j, to.stride,
                                                              to.streams && width - j >= kTileOut);
