@@ -80,7 +80,9 @@ def softmax(
                 if not is_grad_enabled() or not (x.requires_grad or out.requires_grad):
                     _softmax_plain_out_direct(x, out)
                     return out
-            elif x.dim() == 2 and not x.requires_grad:
+            elif x.dim() == 2:
+                if x.requires_grad and is_grad_enabled():
+                    return _differentiable_softmax(x, 0)  # type: ignore[no-any-return]
                 return _softmax_plain_direct(x)  # type: ignore[no-any-return]
         except RuntimeError as error:
             failed = kept(error)  # unless an argument is wrong
