@@ -139,8 +139,6 @@ def _recorder(
             return *gradients, None  # of forward's list of constants
 
     Function.__name__ = Function.__qualname__ = f"{name}_autograd"
-    # What the node calls. torch's own looks for the same function in two more frames, 1 us.
-    Function._backward_cls.apply = Function.backward  # type: ignore[attr-defined]
     apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
 
     def record(*args: Any) -> Any:
