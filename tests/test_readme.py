@@ -74,13 +74,14 @@ def test_the_headline_has_a_line_for_every_processor_with_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with script("tools", "readme_numbers") as numbers:
-        for name in (numbers.QUICK, numbers.GPU):
+        for name in (numbers.QUICK, *numbers.GPUS):
             shutil.copy(numbers.RESULTS / name, tmp_path)
         monkeypatch.setattr(numbers, "RESULTS", tmp_path)
         assert "Intel Xeon" not in numbers.headline()
         shutil.copy(tmp_path / numbers.QUICK, tmp_path / "xeon-2t-gate.json")
-        amd, intel, gpu = numbers.headline().splitlines()[-3:]
-    assert gpu.startswith("| GPU: NVIDIA H200, bfloat16 | ")
+        amd, intel, h100, h200 = numbers.headline().splitlines()[-4:]
+    assert h100.startswith("| GPU: NVIDIA H100 80GB HBM3, bfloat16 | ")
+    assert h200.startswith("| GPU: NVIDIA H200, bfloat16 | ")
     label = "CPU: Intel Xeon, 2 threads"
     assert intel == amd.replace("CPU: AMD EPYC, 2 threads", label) != amd
 

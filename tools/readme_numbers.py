@@ -3,7 +3,7 @@
     python tools/readme_numbers.py
 
 The headline: what the first page says about speed, least to most of each op, on every processor
-that has reports and on a GPU. The table: a line for every whole layer of one report, and the median
+that has reports and on GPUs. The table: a line for every whole layer of one report, and the median
 over its rows of each op. Nothing else in README.md is touched; a report with a wrong row is
 refused.
 """
@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 CPUS = {"epyc-2t-*.json": "AMD EPYC, 2 threads", "xeon-2t-*.json": "Intel Xeon, 2 threads"}
 QUICK = "epyc-2t-quick.json"
-GPU = "h200-bfloat16.json"
+GPUS = ("h100-bfloat16.json", "h200-bfloat16.json")
 PEERS = ("vLLM", "SGLang", "zentorch", "ONNX Runtime")
 FIRST_PAGE = ("gate", "plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp")
 
@@ -73,10 +73,10 @@ def cpu_ratios(files: str) -> dict[str, list[float]]:
     return found
 
 
-def gpu_ratios() -> dict[str, list[float]]:
+def gpu_ratios(report: dict[str, Any]) -> dict[str, list[float]]:
     """`op -> ratios`, called from Python, beside plain PyTorch."""
     found: dict[str, list[float]] = {}
-    for row in (row for shape in read(GPU)["shapes"].values() for row in shape["rows"]):
+    for row in (row for shape in report["shapes"].values() for row in shape["rows"]):
         for other, times in row["others"].items():
             if other.startswith("torch"):
                 found.setdefault(row["op"], []).append(times["eager"] / row["eager"])
@@ -92,8 +92,9 @@ def spread(ratios: list[float]) -> str:
 def headline() -> str:
     """The table of the first page; a processor without reports has no line."""
     machines = {f"CPU: {name}": cpu_ratios(files) for files, name in CPUS.items()}
-    machines[f"GPU: {read(GPU)['device']}, bfloat16"] = gpu_ratios()
-    files = [*(files for files, name in CPUS.items() if machines[f"CPU: {name}"]), GPU]
+    for report in map(read, GPUS):
+        machines[f"GPU: {report['device']}, bfloat16"] = gpu_ratios(report)
+    files = [*(files for files, name in CPUS.items() if machines[f"CPU: {name}"]), *GPUS]
     lines = [
         "Times as fast as plain PyTorch, its fastest way: median (least to most) over every shape",
         "recorded, forward and with backward; files of `bench/results`:",
