@@ -104,13 +104,15 @@ struct WidenedMath<BFloat16> {
 };
 
 // C weights against the R rows of a tile over one block of k; the first `rows` rows and count <= C of the outputs exist
-// (the pointers of the others repeat a valid one).
+// (the pointers of the others repeat a valid one). soon: the next of the rows that the tile after this one multiplies,
+// or null.
 struct DotOutput {
   float* c[kDotCols];  // row 0
   int64_t stride;
   int count;
   int rows;
   bool add;
+  const char* soon;
 };
 
 // Touches every page of rows [from, to) of those that start at `first`, one line each, for streams of few rows. The
@@ -198,7 +200,15 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
         for (int64_t i = 0; i < lines.at_once; ++i) later.next();
       });
     }
-    steps_to(whole, nothing);
+    if (kFetch == DotFetch::kPanel && out.soon != nullptr) {
+      const char* soon = out.soon;
+      steps_to(whole, [&]() __attribute__((always_inline)) {
+        prefetch_soon(soon);
+        soon += sizeof(Vec);
+      });
+    } else {
+      steps_to(whole, nothing);
+    }
   }
   if (q < k) {
     typename Math::Value weights[C];
@@ -302,7 +312,7 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
     if (j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
     if (j == touch_after) touch(p.after, 0, group);
     const typename Math::Element* w[C];
-    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false};
+    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false, nullptr};
     for (int i = 0; i < C; ++i) {
       const int64_t column = j + i * apart;
       const bool exists = column < p.n;
@@ -358,16 +368,27 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
   const int64_t row_segments = m * across * ((steps + kDotSegment - 1) / kDotSegment);
   const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
   DotLines lines{(tile_lines + steps - 1) / steps, tile_lines};
+  // Rows of all k that take more than a quarter of a large L2 come from L3 again for every block of k. Their lines are
+  // asked for one at every step of the columns before, for many at once would wait for L3.
+  const bool fetches_rows = Later::kAtEveryStep && has_large_level2() &&
+                            m * padded * static_cast<int64_t>(sizeof(typename Math::Packed)) > level2_cache_bytes() / 4;
   Later later = fetcher;  // a copy stays in registers
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     if (!Later::kAtEveryStep) lines.at_once = (next_lines * rows + row_segments - 1) / row_segments;
     const typename Math::Packed* a = p.a + first * padded + q * rows;
+    const int64_t after = first + rows, after_rows = m * (tile + 2) / tiles - after;
+    const char* soon = reinterpret_cast<const char*>(p.a + after * padded + q * after_rows);
     with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
         const typename Tile::Element* w[kDotCols];
-        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols), R, q > 0};
+        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols),
+                      R,  q > 0,      nullptr};
+        if (fetches_rows && tile + 1 < tiles && columns - j <= kDotRows * kDotCols) {
+          out.soon = soon;
+          soon += steps * static_cast<int64_t>(sizeof(Vec));
+        }
         for (int i = 0; i < kDotCols; ++i) {
           const int64_t neighbour = i < out.count ? i : 0;
           w[i] = weights.first + j * weights.column + neighbour * weights.neighbour;
