@@ -1,9 +1,10 @@
 // Who multiplies what: blocks of rows of one expert times chunks of columns of its weights, shared among threads.
 //
-// A block is a run of at most 512 rows of one expert; a task is one block and one chunk of columns. Tasks are numbered
-// block by block, and every worker starts with its own run of numbers, so it packs a block's rows once and
-// streams the weights of its own experts in order; a worker that has finished takes single tasks from the next one that
-// has not. One token's few experts are spread over all threads by columns; many rows cost one packing per block.
+// A block is a run of at most 512 rows of one expert; a task is one block and one chunk of columns, as wide as suits the
+// rows of the block. Tasks are numbered block by block, and every worker starts with its own run of numbers, so it packs
+// a block's rows once and streams the weights of its own experts in order; a worker that has finished takes single tasks
+// from the next one that has not. One token's few experts are spread over all threads by columns; many rows cost one
+// packing per block.
 // No result depends on who computed it: the micro-kernels sum in an order of k alone.
 #pragma once
 
@@ -76,8 +77,9 @@ constexpr int64_t kMaxFewRowChunk = 2048;
 constexpr int64_t kMinFewRowChunk = 128;
 constexpr int64_t kFewRowTasksPerWorker = 16;
 
-struct Block {
-  int64_t expert, begin, end;
+// Columns [column, column + width) of rows [begin, end), which are one block.
+struct Task {
+  int64_t expert, begin, end, column, width;
 };
 
 // Next task of a worker's own run; alone on its cache line.
@@ -87,25 +89,14 @@ struct alignas(64) Run {
 
 inline int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// Fills `blocks` (if not null) and returns their number.
-inline int64_t split_rows(const GroupedProduct& product, int64_t max_rows, Block* blocks) {
-  int64_t count = 0;
+// body(expert, begin, end) for every block.
+template <class Body>
+inline void for_blocks(const GroupedProduct& product, int64_t max_rows, const Body& body) {
   for (int64_t e = 0; e < product.num_experts; ++e) {
     const int64_t begin = product.offsets[e], rows = product.end(e) - begin;
     const int64_t pieces = (rows + max_rows - 1) / max_rows;
-    for (int64_t p = 0; p < pieces; ++p, ++count)
-      if (blocks != nullptr) blocks[count] = {e, begin + rows * p / pieces, begin + rows * (p + 1) / pieces};
+    for (int64_t p = 0; p < pieces; ++p) body(e, begin + rows * p / pieces, begin + rows * (p + 1) / pieces);
   }
-  return count;
-}
-
-inline int64_t longest_block(const GroupedProduct& product, int64_t max_rows) {
-  int64_t most = 0;
-  for (int64_t e = 0; e < product.num_experts; ++e) {
-    const int64_t rows = product.end(e) - product.offsets[e];
-    most = rows > most ? rows : most;
-  }
-  return most < max_rows ? most : max_rows;
 }
 
 inline int64_t block_rows(const GroupedProduct& product) {
@@ -116,11 +107,11 @@ inline int64_t block_rows(const GroupedProduct& product) {
 
 // Few rows stream weights at the speed of memory, and row-major weights in runs as long as a chunk is wide: wide
 // chunks, but enough of them for threads to end together. Many rows want small chunks, so that tiles stay in the
-// caches, and no smaller ones than the kernel fetches together. Chunks are as even as their unit allows.
-inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t most_rows, int64_t workers,
+// caches, and no smaller ones than the kernel fetches together for the `rows` of the block. Chunks are as even as their
+// unit allows.
+inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t rows, bool few_rows, int64_t workers,
                              const MicroKernel& kernel) {
-  const bool few_rows = most_rows <= kFewRows;
-  const int64_t span = kernel.span != nullptr ? kernel.span(most_rows) : 0;
+  const int64_t span = kernel.span != nullptr ? kernel.span(rows) : 0;
   const int64_t tasks = (few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
   const int64_t many = span > kMaxChunk ? span : kMaxChunk;
   const int64_t most = few_rows ? kMaxFewRowChunk : many, least = few_rows ? kMinFewRowChunk : kColumnUnit;
@@ -142,31 +133,45 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
   const int64_t total_rows = product.num_experts > 0 ? product.offsets[product.num_experts] : 0;
   if (total_rows == 0 || product.n == 0) return;
   const int64_t limit = block_rows(product);
-  const int64_t num_blocks = split_rows(product, limit, nullptr);
+  int64_t num_blocks = 0, most = 0;
+  for_blocks(product, limit, [&](int64_t, int64_t begin, int64_t end) {
+    ++num_blocks;
+    most = end - begin > most ? end - begin : most;
+  });
   if (num_blocks == 0) return;
-  const int64_t most = longest_block(product, limit);
   const int64_t widths = product.partner > 0 ? 2 : 1;
   // A few microseconds of work are not worth waking threads.
   const double cost = static_cast<double>(total_rows + 16 * num_blocks) * static_cast<double>(product.k + 1) *
                       static_cast<double>(product.n * widths);
   const int64_t threads = cost < 5e5 ? 1 : num_threads();
-  const int64_t chunk = chunk_columns(product.n, num_blocks, most, threads, product.weights.kernel);
-  const int64_t chunks = (product.n + chunk - 1) / chunk, num_tasks = num_blocks * chunks;
+  const auto chunk_of = [&](int64_t rows) {
+    return chunk_columns(product.n, num_blocks, rows, most <= kFewRows, threads, product.weights.kernel);
+  };
+  int64_t num_tasks = 0, largest_tile = 0;
+  for_blocks(product, limit, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t chunk = chunk_of(end - begin), size = (end - begin) * chunk * widths;
+    num_tasks += (product.n + chunk - 1) / chunk;
+    largest_tile = size > largest_tile ? size : largest_tile;
+  });
   const int64_t workers = num_tasks < threads ? num_tasks : threads;
 
   const int64_t packed_bytes = align(product.k > 0 ? product.weights.kernel.packed_bytes(most, product.k) : 0);
-  const int64_t tile_bytes =
-      product.direct != nullptr ? 0 : align(most * chunk * widths * static_cast<int64_t>(sizeof(A)));
+  const int64_t tile_bytes = product.direct != nullptr ? 0 : align(largest_tile * static_cast<int64_t>(sizeof(A)));
   const int64_t list_bytes = align(most * 8);
   const int64_t worker_bytes = packed_bytes + tile_bytes + 2 * list_bytes;
   const int64_t run_bytes = workers * static_cast<int64_t>(sizeof(Run));
-  const int64_t block_bytes = align(num_blocks * static_cast<int64_t>(sizeof(Block)));
+  const int64_t task_bytes = align(num_tasks * static_cast<int64_t>(sizeof(Task)));
   char* memory = static_cast<char*>(
-      scratch(Scratch::kPackedRows, static_cast<size_t>(run_bytes + block_bytes + workers * worker_bytes)));
+      scratch(Scratch::kPackedRows, static_cast<size_t>(run_bytes + task_bytes + workers * worker_bytes)));
   Run* runs = reinterpret_cast<Run*>(memory);
-  Block* blocks = reinterpret_cast<Block*>(memory + run_bytes);
-  char* worker_memory = memory + run_bytes + block_bytes;
-  split_rows(product, limit, blocks);
+  Task* tasks = reinterpret_cast<Task*>(memory + run_bytes);
+  char* worker_memory = memory + run_bytes + task_bytes;
+  Task* next = tasks;
+  for_blocks(product, limit, [&](int64_t expert, int64_t begin, int64_t end) {
+    const int64_t chunk = chunk_of(end - begin);
+    for (int64_t column = 0; column < product.n; column += chunk)
+      *next++ = {expert, begin, end, column, product.n - column < chunk ? product.n - column : chunk};
+  });
   for (int64_t w = 0; w < workers; ++w) runs[w] = {num_tasks * w / workers, num_tasks * (w + 1) / workers};
 
   parallel_workers(workers, [&](int worker) {
@@ -177,31 +182,29 @@ void grouped_product(const GroupedProduct& product, bool scaled, const Rows& row
     int64_t held = -1;
     for (int64_t victim = worker, tried = 0; tried < workers; ++tried, victim = victim + 1 < workers ? victim + 1 : 0) {
       while (true) {
-        const int64_t task = __atomic_fetch_add(&runs[victim].next, 1, __ATOMIC_RELAXED);
-        if (task >= runs[victim].end) break;
-        const Block& block = blocks[task / chunks];
-        const int64_t m = block.end - block.begin;
-        if (held != task / chunks && product.k > 0) {
-          held = task / chunks;
-          rows(block.begin, block.end, pointers, scales);
+        const int64_t number = __atomic_fetch_add(&runs[victim].next, 1, __ATOMIC_RELAXED);
+        if (number >= runs[victim].end) break;
+        const Task& task = tasks[number];
+        const int64_t m = task.end - task.begin, width = task.width;
+        if (held != task.begin && product.k > 0) {
+          held = task.begin;
+          rows(task.begin, task.end, pointers, scales);
           product.weights.kernel.pack(pointers, scaled ? scales : nullptr, m, product.k, packed);
         }
-        const int64_t column = task % chunks * chunk;
-        const int64_t width = product.n - column < chunk ? product.n - column : chunk;
-        FinishedTile<A> done{block.expert,   block.begin,  block.end,     column,
-                             column + width, scratch_tile, width * widths};
+        FinishedTile<A> done{task.expert,         task.begin,   task.end,      task.column,
+                             task.column + width, scratch_tile, width * widths};
         if (product.direct != nullptr) {
           done.stride = product.direct_stride;
-          done.tile = static_cast<A*>(product.direct) + block.begin * done.stride + column;
+          done.tile = static_cast<A*>(product.direct) + task.begin * done.stride + task.column;
         }
         for (int64_t side = 0; side < widths; ++side) {
           A* to = done.tile + side * width;
           if (product.k > 0) {
-            const void* w = product.weights.at(block.expert, column + side * product.partner);
+            const void* w = product.weights.at(task.expert, task.column + side * product.partner);
             const void* after = nullptr;
-            if (side + 1 < widths) after = product.weights.at(block.expert, column + product.partner);
-            else if (task + 1 < runs[victim].end)
-              after = product.weights.at(blocks[(task + 1) / chunks].expert, (task + 1) % chunks * chunk);
+            if (side + 1 < widths) after = product.weights.at(task.expert, task.column + product.partner);
+            else if (number + 1 < runs[victim].end)
+              after = product.weights.at(tasks[number + 1].expert, tasks[number + 1].column);
             product.weights.kernel.multiply(packed, m, w, product.weights.stride, width, product.k, to, done.stride,
                                             after);
           } else {
