@@ -147,13 +147,13 @@ def test_closed_groups_lose_to_negative_keys():
     assert_literal(gate([[0.0, 1.0, 2.0, 3.0]], 2, score="sigmoid", **options).experts, [[3, 2]])
 
 
-# vLLM: groups of one expert have no second best
 def test_softmax_inside_one_group_compares_the_logits():
     logits = torch.tensor([[0.0, INF, 1.0], [NAN, 0.0, 1.0]])
     whole, inside = (fr.gate(logits, 2, softmax_over=over) for over in ("all", "group"))
     assert inside.experts.tolist() == whole.experts.tolist() == [[1, 2], [2, 1]]
 
 
+# vLLM: groups of one expert have no second best
 @pytest.mark.parametrize("group_score", ["max", "top2_sum"])
 def test_groups_of_one(group_score):
     logits = torch.randn(7, 24, generator=torch.Generator().manual_seed(3))
