@@ -276,7 +276,8 @@ def gate_weight_limit(
     """By how much the weights `[T, K]` of a given choice may be off.
 
     Plain: the score's limit d times the scale, and one rounding. Normalised, s / S with S off by
-    D = sum d + K u sum|s|: `(d + |s / S| D) / (S - D)`, and three roundings.
+    D = sum d + K u sum|s|: `(d + |s / S| D) / (S - D)`, and three roundings, of which the scale
+    multiplies two: that of a subnormal s / S is no small part of it.
     """
     arithmetic = _arithmetic(logits.dtype)
     u = unit_roundoff(arithmetic)
@@ -294,7 +295,7 @@ def gate_weight_limit(
         least = total - total_off
         d = (d + s.abs() * total_off) / torch.where(least > 0, least, 0.0)
         d = d.nan_to_num(0.0, posinf=torch.inf)
-    return abs(scale) * d + 3 * rounding(scale * s, arithmetic)
+    return abs(scale) * (d + 2 * rounding(s, arithmetic)) + rounding(scale * s, arithmetic)
 
 
 def score_sum_limit(logits: Tensor, num_experts: int, **options: object) -> Tensor:
