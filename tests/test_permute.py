@@ -124,6 +124,18 @@ def test_permute_around_the_size_that_is_streamed(backend: str, num_tokens: int)
     assert_exact(fr.permute(x, plan), reference.permute(x, plan))
 
 
+@pytest.mark.cpu_only
+def test_results_are_the_same_wherever_they_were_before(backend: str) -> None:
+    """What lies in a second-level cache of 2 MB is overwritten there."""
+    x = normal(192, 1024, seed=1)
+    plan = make_plan(192, 2, 8)
+    wanted = reference.permute(x, plan)
+    for _ in range(4):
+        rows = fr.permute(x, plan)
+        assert_exact(rows, wanted)
+        del rows  # the next call gets its memory
+
+
 def test_the_checks_have_power(backend: str) -> None:
     plan = make_plan(20, 3, 4)
     x, rows, weights = normal(20, 9), normal(60, 9, seed=1), normal(20, 3, seed=2)

@@ -7,9 +7,11 @@
 // result have left the caches long ago, and then this wins even with the next read of the result counted (Zen 4,
 // H = 2048, K = 8, bfloat16, permute and that read: 14% less time at 64 tokens, 23% at 512; permute alone is 1.7 and
 // 2.1 times as fast). Where the result of the call before is still in the third-level cache and is read from there at
-// once, it is even at 64 tokens and takes 20% more time at 512. An Emerald Rapids with 260 MB of it: cold, 6% less time
-// at 64 tokens, 20% at 128, 28% at 512; permute alone of a cold x into a warm result, 11 to 23% less at 64 and 4% at
-// 128; with all of it warm, 2.9 and 1.8 times as much at 64 and 128, and 8% less at 512.
+// once, it is even at 64 tokens and takes 20% more time at 512. On an Emerald Rapids with 260 MB of it, cold, permute
+// takes 0.45 of the time at 1.5 to 8 MB, and with that read 0.7 to 0.9 (1 MB: even). With all of it in second-level
+// caches of 2 MB it takes 1.5 times as long at 1.5 and 2 MB, and with that read 3 times; permute therefore looks there
+// first, by timing a read, and then writes into the caches. unpermute gains nothing by that, and its backward loses
+// until the gradient is read: neither looks.
 //
 // Streaming, permute goes by token, whose row is read once and stays in the first-level cache while its K copies are
 // written side by side: their page walks overlap, as those of the K gradients of a token do (one row after another has
@@ -398,7 +400,8 @@ void permute_by_token(const PermuteArgs& a, int64_t row_bytes) {
 
 void permute(const PermuteArgs& a) {
   const int64_t row_bytes = a.hidden * element_size(a.dtype);
-  if (may_stream(a.rows, a.num_rows, row_bytes)) {
+  const int64_t share = a.num_rows * row_bytes / num_threads();  // this thread writes the first, going by row
+  if (may_stream(a.rows, a.num_rows, row_bytes) && !lie_in_level2(a.rows, share)) {
     permute_by_token<true>(a, row_bytes);
   } else if ((a.num_tokens + a.num_rows) * row_bytes <= cache_bytes_kept()) {
     permute_by_row(a, row_bytes);
