@@ -115,7 +115,7 @@ def test_a_pair_may_be_a_list():
 MEGABYTE = 1 << 20
 # torch_from_blob came with torch 2.11; before, large gradients are fresh in every step.
 _TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-keeps_gradients = pytest.mark.skipif(
+keeps_memory = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(_TORCH, "torch_from_blob"),
     reason="torch cannot be told who takes memory back",
 )
@@ -134,7 +134,7 @@ def up_gradient(dtype: torch.dtype, hidden: int = 1024, width: int = 2048, seed:
     return torch.ops.fastmoe_route.grouped_mm_wgrad(x, grad, offsets, True, True, False)[0]
 
 
-@keeps_gradients
+@keeps_memory
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_lies_where_the_last_one_did(dtype: torch.dtype) -> None:
     first = up_gradient(dtype)
@@ -149,7 +149,7 @@ def test_a_gradient_lies_where_the_last_one_did(dtype: torch.dtype) -> None:
         assert not first[2].any()
 
 
-@keeps_gradients
+@keeps_memory
 def test_gradients_that_live_keep_their_memory() -> None:
     held = [up_gradient(torch.float32, seed=seed) for seed in range(3)]
     copies = [value.clone() for value in held]
@@ -163,7 +163,7 @@ def test_gradients_that_live_keep_their_memory() -> None:
             assert torch.equal(value, copy)
 
 
-@keeps_gradients
+@keeps_memory
 def test_what_backward_needs_lies_where_it_did_before() -> None:
     x, ids, weights, up, down = make(1024, 8, 2048, 4, torch.float32)  # 32 MB of products
     plan = fr.plan_dispatch(ids, 4)
@@ -198,7 +198,7 @@ assert kept() == 32 * MEGABYTE, kept()
 """
 
 
-@keeps_gradients
+@keeps_memory
 def test_kept_memory_is_what_was_needed_at_once() -> None:
     """In a process of its own: the bound is the most it ever had in use."""
     command = [sys.executable, "-c", _COMES_AND_GOES, str(Path(__file__).parent)]
@@ -206,7 +206,7 @@ def test_kept_memory_is_what_was_needed_at_once() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@keeps_gradients
+@keeps_memory
 def test_gradients_may_be_freed_by_any_thread() -> None:
     expected = up_gradient(torch.bfloat16)
     wrong = []
@@ -224,7 +224,7 @@ def test_gradients_may_be_freed_by_any_thread() -> None:
     assert not wrong
 
 
-@keeps_gradients
+@keeps_memory
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("hidden", [1056, 1051])  # whole lines and none
 def test_nothing_is_written_behind_a_gradient(dtype: torch.dtype, hidden: int) -> None:

@@ -199,14 +199,17 @@ def test_fullgraph(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("dtype", "aux_coef"),
-    [(torch.float32, 0.0), (torch.bfloat16, 0.1)],
-    ids=["float32", "bfloat16, balanced"],
+    ("dtype", "aux_coef", "autocast"),
+    [(torch.float32, 0.0, False), (torch.bfloat16, 0.1, False), (torch.float32, 0.1, True)],
+    ids=["float32", "bfloat16, balanced", "autocast"],
 )
 def test_steps_of_two_kinds_train_in_one_graph(
-    name: str, options: dict[str, Any], dtype: torch.dtype, aux_coef: float
+    name: str, options: dict[str, Any], dtype: torch.dtype, aux_coef: float, autocast: bool
 ) -> None:
-    """A draw decides how a step routes: the graph holds both ways, and draws as eager does."""
+    """A draw decides how a step routes: the graph holds both ways.
+
+    It draws as eager does with this backend; inductor draws numbers of its own.
+    """
     given, router = inputs(dtype=dtype), make(name, dtype, aux_coef=aux_coef, **options).train()
     if dtype == torch.float32:
         factors = normal(EXPERTS, HIDDEN, 3, seed=1), normal(EXPERTS, 3, HIDDEN, seed=2)
@@ -221,7 +224,8 @@ def test_steps_of_two_kinds_train_in_one_graph(
             for tensor in learned:
                 tensor.requires_grad_().grad = torch.zeros_like(tensor)
             torch.manual_seed(seed)
-            routed = call(**given)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                routed = call(**given)
             (routed.aux_loss + routed.routing.weights[:, 0].sum()).backward()
             results.append((routed, [tensor.grad for tensor in learned]))
         (eager, gradients), (one_graph, others) = results

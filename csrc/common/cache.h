@@ -25,7 +25,8 @@ bool prefetch_waits_for_page();
 int64_t cached_result_bytes();
 
 // Whether any of four lines of the `bytes` from `begin` on lies in this core's second-level cache. They are read, and
-// the time is taken: up to two microseconds. No where that cache has less than 2 MB, or little room beside the bytes.
+// the time is taken: up to two microseconds, and a page fault each where the memory is fresh. No where that cache has
+// less than 2 MB, or little room beside the bytes.
 bool lie_in_level2(const void* begin, int64_t bytes);
 
 }  // namespace fastmoe_route

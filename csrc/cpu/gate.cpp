@@ -177,7 +177,7 @@ class Gate {
       for (int64_t i = 0; i < padded_; i += V::kLanes) elementwise_score(shape_.score, V::load(z + i)).store(out + i);
       return 0;
     }
-    if (!shape_.softmax_over_group || shape_.num_groups == 1) {
+    if (!shape_.softmax_over_group) {
       const Float total = exponentials<V>(z, num_columns_, max_z, may_have_nan, out);
       if (!needs_.late_scale) scale_by<V>(out, num_columns_, inverse_of(total));
       return total;
@@ -280,7 +280,7 @@ class Gate {
 
   // A softmax over a NaN is NaN throughout; inside groups, throughout the group.
   void poison_scores(GateRow<V>& row) const {
-    const int64_t part = shape_.softmax_over_group && shape_.num_groups > 1 ? group_size_ : num_columns_;
+    const int64_t part = shape_.softmax_over_group ? group_size_ : num_columns_;
     for (int64_t begin = 0; begin < num_columns_; begin += part) {
       bool has_nan = false;
       for (int64_t i = begin; i < begin + part; ++i) has_nan |= row.z[i] != row.z[i];

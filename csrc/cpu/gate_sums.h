@@ -52,7 +52,7 @@ class LogSumExps {
  public:
   using Float = typename Arithmetic<V>::Float;
 
-  // Of row r of the batch.
+  // Of row r of the batch; `close` follows when the batch has all its rows.
   void keep(int64_t r, Float max, Float sum) {
     maxima_[size_ + r] = max;
     sums_[size_ + r] = sum;

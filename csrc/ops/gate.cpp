@@ -52,7 +52,8 @@ GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool
   check(num_groups == 1 || num_null == 0, "gate: num_groups must be 1 with null columns, got ", num_groups);
   check(logits.size(0) * top_k < kInt32Limit, "gate: logits must have fewer than 2^31 / top_k rows, got ",
         shape_of(logits));
-  const bool has_parts = softmax_over_group && num_groups > 1;  // one group is all columns, and its logits are compared
+  // One group is all columns, whose logits are compared.
+  const bool has_parts = softmax_over_group && num_groups > 1;
   return {logits.size(0), num_experts, num_null,  top_k, static_cast<Score>(score),
           has_parts,      num_groups,  normalize, scale};
 }

@@ -25,7 +25,7 @@ struct GateShape {
   int64_t num_null;     // columns E .. E + num_null - 1 of the logits
   int64_t top_k;        // K
   Score score;
-  bool softmax_over_group;
+  bool softmax_over_group;  // of several groups
   int64_t num_groups;  // divides E
   bool normalize;
   double scale;

@@ -369,7 +369,7 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
   const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
   DotLines lines{(tile_lines + steps - 1) / steps, tile_lines};
   // Rows of all k that take more than a quarter of a large L2 come from L3 again for every block of k. Their lines are
-  // asked for one at every step of the columns before, for many at once would wait for L3.
+  // asked for one at every step of the columns before that fetches no panel, for many at once would wait for L3.
   const bool fetches_rows = Later::kAtEveryStep && has_large_level2() &&
                             m * padded * static_cast<int64_t>(sizeof(typename Math::Packed)) > level2_cache_bytes() / 4;
   Later later = fetcher;  // a copy stays in registers
@@ -378,14 +378,15 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
     if (!Later::kAtEveryStep) lines.at_once = (next_lines * rows + row_segments - 1) / row_segments;
     const typename Math::Packed* a = p.a + first * padded + q * rows;
     const int64_t after = first + rows, after_rows = m * (tile + 2) / tiles - after;
-    const char* soon = reinterpret_cast<const char*>(p.a + after * padded + q * after_rows);
+    const bool has_soon = fetches_rows && tile + 1 < tiles;
+    const char* soon = has_soon ? reinterpret_cast<const char*>(p.a + after * padded + q * after_rows) : nullptr;
     with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
         const typename Tile::Element* w[kDotCols];
         DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols),
                       R,  q > 0,      nullptr};
-        if (fetches_rows && tile + 1 < tiles && columns - j <= kDotRows * kDotCols) {
+        if (has_soon && columns - j <= kDotRows * kDotCols) {
           out.soon = soon;
           soon += steps * static_cast<int64_t>(sizeof(Vec));
         }

@@ -1,10 +1,10 @@
 // Who multiplies what: blocks of rows of one expert times chunks of columns of its weights, shared among threads.
 //
-// A block is a run of at most 512 rows of one expert; a task is one block and one chunk of columns, as wide as suits the
-// rows of the block. Tasks are numbered block by block, and every worker starts with its own run of numbers, so it packs
-// a block's rows once and streams the weights of its own experts in order; a worker that has finished takes single tasks
-// from the next one that has not. One token's few experts are spread over all threads by columns; many rows cost one
-// packing per block.
+// A block is a run of at most 512 rows of one expert; a task is one block and one chunk of columns, as wide as suits
+// the rows of the block. Tasks are numbered block by block, and every worker starts with its own run of numbers, so it
+// packs a block's rows once and streams the weights of its own experts in order; a worker that has finished takes
+// single tasks from the next one that has not. One token's few experts are spread over all threads by columns; many
+// rows cost one packing per block.
 // No result depends on who computed it: the micro-kernels sum in an order of k alone.
 #pragma once
 
@@ -109,12 +109,12 @@ inline int64_t block_rows(const GroupedProduct& product) {
 // chunks, but enough of them for threads to end together. Many rows want small chunks, so that tiles stay in the
 // caches, and no smaller ones than the kernel fetches together for the `rows` of the block. Chunks are as even as their
 // unit allows.
-inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t rows, bool few_rows, int64_t workers,
+inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t rows, bool is_few_rows, int64_t workers,
                              const MicroKernel& kernel) {
   const int64_t span = kernel.span != nullptr ? kernel.span(rows) : 0;
-  const int64_t tasks = (few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
+  const int64_t tasks = (is_few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
   const int64_t many = span > kMaxChunk ? span : kMaxChunk;
-  const int64_t most = few_rows ? kMaxFewRowChunk : many, least = few_rows ? kMinFewRowChunk : kColumnUnit;
+  const int64_t most = is_few_rows ? kMaxFewRowChunk : many, least = is_few_rows ? kMinFewRowChunk : kColumnUnit;
   int64_t pieces = (tasks + num_blocks - 1) / num_blocks;
   if (pieces > (n + least - 1) / least) pieces = (n + least - 1) / least;
   if (pieces < (n + most - 1) / most) pieces = (n + most - 1) / most;

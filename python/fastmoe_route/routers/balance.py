@@ -247,7 +247,7 @@ def _plan(
 
 _rare_plan = rare(
     "ssr_plan",
-    "Tensor scores, Tensor? scope_ids, int num_scopes, int iters, float temperature",
+    "Tensor scores, Tensor? scope_ids, SymInt num_scopes, int iters, float temperature",
     _plan,
     lambda scores, *_: [torch.ones_like(scores)],
 )

@@ -36,7 +36,7 @@ def _loud_norms(outputs: Tensor) -> Tensor:
 _LOUDNESS = {"mean": _loud_outputs, "norm": _loud_norms}
 
 
-def _hear(x: Tensor, experts: Any, loudness: str, top_k: int) -> list[Tensor]:
+def _responses(x: Tensor, experts: Any, loudness: str, top_k: int) -> list[Tensor]:
     """How loud every expert answers `[T, E]`, and what the loudest answer `[T, K, H]`."""
     outputs = wide(experts.each(x))
     response = _LOUDNESS[loudness](outputs)
@@ -44,26 +44,26 @@ def _hear(x: Tensor, experts: Any, loudness: str, top_k: int) -> list[Tensor]:
     return [response, outputs.gather(1, loudest[:, :, None].expand(-1, -1, outputs.shape[2]))]
 
 
-def _hear_parts(x: Tensor, *given: Any) -> list[Tensor]:
+def _responses_of_parts(x: Tensor, *given: Any) -> list[Tensor]:
     w_up, w_down, bias_up, bias_down, activation, scaling, loudness, top_k = given
     if activation == "":
-        return _hear(x, LoraExperts(w_up, w_down, scaling), loudness, top_k)
+        return _responses(x, LoraExperts(w_up, w_down, scaling), loudness, top_k)
     experts = Experts(w_up, w_down, activation, bias_up, bias_down)
-    return _hear(x, experts, loudness, top_k)
+    return _responses(x, experts, loudness, top_k)
 
 
-def _silence(x: Tensor, w_up: Tensor, w_down: Tensor, *others: Any) -> list[Tensor]:
+def _blank_responses(x: Tensor, w_up: Tensor, w_down: Tensor, *others: Any) -> list[Tensor]:
     dtype, num_tokens = arithmetic_dtype(x), x.shape[0]
-    columns = (w_up.shape[0],), (others[-1], w_down.shape[2])
-    return [x.new_ones((num_tokens, *shape), dtype=dtype) for shape in columns]
+    shapes = (w_up.shape[0],), (others[-1], w_down.shape[2])
+    return [x.new_ones((num_tokens, *shape), dtype=dtype) for shape in shapes]
 
 
-_rarely_hear = rare(
+_rare_responses = rare(
     "competition",
     "Tensor x, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, str activation, "
     "float scaling, str loudness, int top_k",
-    _hear_parts,
-    _silence,
+    _responses_of_parts,
+    _blank_responses,
 )
 
 
@@ -116,9 +116,9 @@ class Competition(LinearRouter):
         assert context.experts is not None
         if is_compiling:
             parts = self._parts_of(context.experts)
-            response, outputs = _rarely_hear(competes, x, *parts, self.loudness, self.top_k)
+            response, outputs = _rare_responses(competes, x, *parts, self.loudness, self.top_k)
         else:
-            response, outputs = _hear(x, context.experts, self.loudness, self.top_k)
+            response, outputs = _responses(x, context.experts, self.loudness, self.top_k)
         loudest = gate(response, self.top_k, score="identity", normalize=True)
         p = z.softmax(1)
         match, diversity, entropy = self.coefs
@@ -138,13 +138,14 @@ class Competition(LinearRouter):
         return self.routed(routing, context, losses=found, extra={"response": response})
 
     def _parts_of(self, experts: Any) -> tuple[Any, ...]:
-        """What `_hear_parts` takes in the place of experts."""
-        if isinstance(experts, LoraExperts):
+        """What `_responses_of_parts` takes in the place of experts."""
+        if type(experts) is LoraExperts:
             return experts.lora_a, experts.lora_b, None, None, "", experts.scaling
-        if not isinstance(experts, Experts):
+        if type(experts) is not Experts:
             rule = "be Experts or LoraExperts in a compiled graph"
             fail(TypeError, self.name, "experts", rule, type(experts).__name__)
-        return experts[0], experts[1], experts.bias_up, experts.bias_down, experts.activation, 1.0
+        w_up, w_down, activation, bias_up, bias_down = experts
+        return w_up, w_down, bias_up, bias_down, activation, 1.0
 
 
 @register("compete_smoe_v2", row="R51", source="arXiv:2505.13380", verified="code")

@@ -30,7 +30,8 @@ def rare(name: str, arguments: str, work: Work, blank: Work) -> Callable[..., li
 
     Returns:
         `call(runs, *arguments)`: the results of `work` where the boolean scalar `runs` is true,
-        and ones elsewhere.
+        and ones elsewhere. The host reads `runs`: on a GPU it would wait for it there, and no CUDA
+        graph can hold the call.
     """
     schema = f"Tensor runs, ScalarType? autocast, {arguments}) -> Tensor[]"
     _library.define(f"{name}({schema}")
