@@ -26,7 +26,7 @@ struct GateShape {
   int64_t top_k;        // K
   Score score;
   bool softmax_over_group;  // of several groups
-  int64_t num_groups;  // divides E
+  int64_t num_groups;       // divides E
   bool normalize;
   double scale;
 };
