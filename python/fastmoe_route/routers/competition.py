@@ -45,6 +45,7 @@ def _responses(x: Tensor, experts: Any, loudness: str, top_k: int) -> list[Tenso
 
 
 def _responses_of_parts(x: Tensor, *given: Any) -> list[Tensor]:
+    """The same, of experts in parts; without an activation, those of `LoraExperts`."""
     w_up, w_down, bias_up, bias_down, activation, scaling, loudness, top_k = given
     if activation == "":
         return _responses(x, LoraExperts(w_up, w_down, scaling), loudness, top_k)
