@@ -13,6 +13,7 @@ from cases import normal
 from fastmoe_route.invariance import INVARIANCE
 from fastmoe_route.methods import DECODE, methods
 from router_cases import EXPERTS, HIDDEN, SEQUENCES, TOKENS, inputs, layer, make, names, rows
+from tolerance import assert_bound, unit_roundoff
 from torch import Tensor
 
 BY_NAME = {method.name: method for method in methods("router")}
@@ -231,8 +232,10 @@ def test_steps_of_two_kinds_train_in_one_graph(
         (eager, gradients), (one_graph, others) = results
         for wanted, got in zip(eager.routing[:3], one_graph.routing[:3], strict=True):
             assert same_bits(got, wanted)
-        torch.testing.assert_close(one_graph.aux_loss, eager.aux_loss)
-        torch.testing.assert_close(others, gradients)
+        u = unit_roundoff(torch.bfloat16 if autocast else dtype)
+        compared = [(one_graph.aux_loss, eager.aux_loss), *zip(others, gradients, strict=True)]
+        for got, wanted in compared:
+            assert_bound(got.detach(), wanted.detach(), 4 * u * wanted.detach().abs().max())
         ((key, extra),) = one_graph.extra.items()
         assert torch.equal(extra, (eager.extra or {}).get(key, torch.zeros_like(extra)))
         assert all(loss == 0 for key, loss in one_graph.losses.items() if key not in eager.losses)
