@@ -181,12 +181,41 @@ def test_only_dense_tensors(name: str, layout: torch.layout) -> None:
 
 
 LOGITS = torch.arange(12.0).reshape(3, 4)
-NESTED = torch.nested.nested_tensor([LOGITS, LOGITS])  # strided, as dense tensors are
+# Strided, as dense tensors are, with 3 and with 2 dimensions.
+NESTED = torch.nested.nested_tensor([LOGITS, LOGITS])
+NESTED_ROWS = torch.nested.nested_tensor([LOGITS[0], LOGITS[1], LOGITS[2]])
+PAIR = (EXPERTS, torch.ones(3, 2))
+STRINGS = np.array(["softmax", "auto"])
 BAD_CALLS: dict[str, Callable[[], Any]] = {
     "gate: logits must be a dense tensor, got a nested tensor of 2": lambda: fr.gate(NESTED, 2),
+    "gate: logits must be a dense tensor, got a nested tensor of 3": (
+        lambda: fr.gate(NESTED_ROWS, 2)
+    ),
+    "gate: bias must be a dense tensor, got a nested tensor of 3": (
+        lambda: fr.gate(LOGITS, 2, bias=NESTED_ROWS)
+    ),
+    "gate: score must be one of softmax, ": lambda: fr.gate(LOGITS, 2, score=STRINGS),
+    "reroute: fill must be None, 'turned_away' or 'any', got array(": (
+        lambda: fr.reroute(PAIR, 3, 1, 1, fill=STRINGS)
+    ),
     "softmax: x must be a dense tensor, got a nested tensor of 2": lambda: fr.softmax(NESTED),
+    "softmax: x must be float32 or bfloat16 or float16 or float64, got int32": (
+        lambda: fr.softmax(torch.zeros(3, 4, dtype=torch.int32, device="meta"))
+    ),
     "permute: x must be a dense tensor, got a nested tensor of 2": lambda: fr.permute(NESTED, PLAN),
     "moe_mlp: x must be a dense tensor, got a nested tensor of 2": lambda: mlp(NESTED),
+    "moe_mlp: weights must be a dense tensor, got a nested tensor of 3": (
+        lambda: fr.moe_mlp(LOGITS, (EXPERTS, NESTED_ROWS), W_UP, W_DOWN)
+    ),
+    "moe_mlp: w_up must be a dense tensor, got layout torch.sparse_coo": (
+        lambda: fr.moe_mlp(LOGITS, PAIR, W_UP.to_sparse(), W_DOWN)
+    ),
+    "moe_mlp: plan.row_to_slot must be a dense tensor, got layout torch.sparse_coo": (
+        lambda: fr.moe_mlp(
+            *(LOGITS, PAIR, W_UP, W_DOWN),
+            plan=PLAN._replace(row_to_slot=PLAN.row_to_slot.to_sparse()),
+        )
+    ),
     "gate: scale must be a number, got 'a'": lambda: fr.gate(LOGITS, 2, scale="a"),
     "gate: scale must be a number that a float can hold, got nan": (
         lambda: fr.gate(LOGITS, 2, scale=float("nan"))

@@ -60,10 +60,10 @@ CALLS = {
     "moe_mlp: plan must have offsets": lambda: fr.moe_mlp(
         x, routing, w_up, w_down, plan=other_offsets
     ),
-    "moe_mlp: plan must have row_to_slot": lambda: fr.moe_mlp(
+    "moe_mlp: plan must have slot_to_row and row_to_slot": lambda: fr.moe_mlp(
         x, routing, w_up, w_down, plan=other_rows
     ),
-    "moe_mlp: plan must have slot_to_row": lambda: fr.moe_mlp(
+    "moe_mlp: plan must have slot_to_row in": lambda: fr.moe_mlp(
         x, routing, w_up, w_down, plan=other_slots
     ),
     "plan_dispatch: experts must": lambda: fr.moe_mlp(x, (strange_ids, weights), w_up, w_down),

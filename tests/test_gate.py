@@ -543,6 +543,11 @@ LOGITS = torch.zeros(3, 8)
         (ValueError, r"gate: topk_groups must be in \[1, 2\]", {"num_groups": 2, "topk_groups": 3}),
         (ValueError, "gate: num_null must be 0 with groups", {"num_groups": 7, "num_null": 1}),
         (ValueError, r"gate: num_null must be in \[0, 7\], got 8", {"num_null": 8}),
+        (
+            ValueError,
+            r"gate: num_null must be in \[0, 8192\], got 9000",
+            {"logits": torch.zeros(3, 9008), "num_null": 9000},
+        ),
         (ValueError, r"gate: min_k must be in \[0, 2\], got 3", {"min_k": 3}),
         (ValueError, r"gate: bias must have shape \[8\]", {"bias": torch.zeros(7)}),
         (TypeError, "gate: bias must be float32", {"bias": torch.zeros(8, dtype=torch.int32)}),

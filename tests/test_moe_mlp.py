@@ -502,9 +502,14 @@ def test_plans_of_other_sizes_are_refused(backend: str) -> None:
         fr.moe_mlp(**bad(offsets=plan.offsets.to("meta")))
     with pytest.raises(RuntimeError, match="offsets that start at 0, never fall"):
         fr.moe_mlp(**bad(offsets=plan.offsets.flip(0)))
-    with pytest.raises(RuntimeError, match="row_to_slot in"):
-        fr.moe_mlp(**bad(row_to_slot=plan.row_to_slot + 100))
     with pytest.raises(RuntimeError, match="slot_to_row in"):
         fr.moe_mlp(**bad(slot_to_row=plan.slot_to_row + 100))
-    with pytest.raises(RuntimeError, match="inverse to each other"):
-        fr.moe_mlp(**bad(slot_to_row=plan.slot_to_row.roll(1, 0)))
+    unnamed = plan.slot_to_row.clone()
+    unnamed[0, 0] = -1
+    for maps in (
+        {"row_to_slot": plan.row_to_slot + 100},
+        {"slot_to_row": plan.slot_to_row.roll(1, 0)},
+        {"slot_to_row": unnamed},
+    ):
+        with pytest.raises(RuntimeError, match="inverse to each other"):
+            fr.moe_mlp(**bad(**maps))

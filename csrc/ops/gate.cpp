@@ -1,5 +1,6 @@
 #include "ops/gate.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -40,11 +41,10 @@ void check_range(const char* name, Int value, Int low, Int high) {
 GateShape checked_shape(const Tensor& logits, int64_t top_k, int64_t score, bool softmax_over_group, int64_t num_groups,
                         int64_t num_null, bool normalize, double scale) {
   check_dim("gate", "logits", logits, 2);
-  check(num_null >= 0 && num_null < logits.size(1), "gate: num_null must be in [0, ", logits.size(1) - 1, "], got ",
-        num_null);
+  check_range<int64_t>("num_null", num_null, 0, std::min(logits.size(1) - 1, kMaxExperts));
   const int64_t num_experts = logits.size(1) - num_null;
-  check(logits.size(1) <= 2 * kMaxExperts && num_experts <= kMaxExperts, "gate: logits must have at most ", kMaxExperts,
-        " experts, got shape ", shape_of(logits));
+  check(num_experts <= kMaxExperts, "gate: logits must have at most ", kMaxExperts, " experts, got shape ",
+        shape_of(logits));
   check_range<int64_t>("top_k", top_k, 1, num_experts);
   check_range<int64_t>("score", score, 0, 4);
   check(num_groups >= 1 && num_experts % num_groups == 0, "gate: num_groups must divide the number of experts ",

@@ -4,6 +4,7 @@
 #include "common/kept_tensor.h"
 #include "common/launch.h"
 #include "common/plan_tensors.h"
+#include "ops/permute.h"
 
 namespace fastmoe_route {
 namespace {
@@ -41,20 +42,12 @@ void check_maps(const char* op, const Tensor& offsets, const Tensor& row_to_slot
   bool good = bounds[0] == 0 && bounds[num_experts] <= num_rows;
   for (int64_t e = 0; e < num_experts; ++e) good &= bounds[e] <= bounds[e + 1];
   check(good, op, ": plan must have offsets that start at 0, never fall and end at most at ", num_rows, ", got others");
-  const auto in_range = [](const int32_t* values, int64_t count, int64_t limit) {
-    int32_t bad = 0;
-    for (int64_t i = 0; i < count; ++i) bad |= (values[i] < -1) | (values[i] >= limit);
-    return bad == 0;
-  };
   const int32_t* slots = static_cast<const int32_t*>(row_to_slot.const_data_ptr());
-  check(in_range(slots, num_rows, num_slots), op, ": plan must have row_to_slot in [-1, ", num_slots,
-        "), got a value outside");
   const int32_t* rows = static_cast<const int32_t*>(slot_to_row.const_data_ptr());
-  check(in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
+  check(rows_in_range(rows, num_slots, bounds[num_experts]), op, ": plan must have slot_to_row in [-1, ",
         bounds[num_experts], "), got a value outside");
-  int32_t astray = 0;
-  for (int64_t i = 0; i < num_slots; ++i) astray |= rows[i] >= 0 && slots[rows[i]] != i;
-  check(astray == 0, op, ": plan must have slot_to_row and row_to_slot that are inverse to each other, got others");
+  check(maps_agree(slots, num_rows, rows, num_slots), op,
+        ": plan must have slot_to_row and row_to_slot that are inverse to each other, got others");
 }
 
 MoeMlpShape checked_shape(const Arguments& in, int64_t activation, bool interleaved, bool weights_on_input) {

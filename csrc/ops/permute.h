@@ -75,15 +75,19 @@ inline bool rows_in_range(const int32_t* slot_to_row, int64_t num_slots, int64_t
   return is_bad == 0;
 }
 
-// Whether every row names -1 or a slot, and that slot names the row: enough for writing every row by slot.
+// Whether the maps are inverse to each other: a row holds a slot exactly where that slot names the row. Every row's
+// slot names it, and no more slots name rows.
 inline bool maps_agree(const int32_t* row_to_slot, int64_t num_rows, const int32_t* slot_to_row, int64_t num_slots) {
   if (!rows_in_range(slot_to_row, num_slots, num_rows)) return false;
+  int64_t num_kept = 0, num_used = 0;
+  for (int64_t slot = 0; slot < num_slots; ++slot) num_kept += slot_to_row[slot] >= 0;
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t slot = row_to_slot[row];
     if (slot == -1) continue;
     if (slot < 0 || slot >= num_slots || slot_to_row[slot] != row) return false;
+    ++num_used;
   }
-  return true;
+  return num_kept == num_used;
 }
 
 }  // namespace fastmoe_route

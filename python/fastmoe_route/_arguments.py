@@ -41,11 +41,16 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether the tensor is one array with sizes and strides."""
+    return value.layout is torch.strided and not value.is_nested
+
+
 def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
     """Requires a dense tensor, with one of the given numbers of dimensions if any are given."""
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
-    if value.layout is not torch.strided or value.is_nested:
+    if not is_dense(value):
         got = describe(value) if value.is_nested else f"layout {value.layout}"
         fail(TypeError, op, argument, "be a dense tensor", got)
     if dims and value.dim() not in dims:
@@ -220,8 +225,8 @@ def at_most_int64(value: int) -> int:
 
 def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> int:
     """Requires one of ``choices`` and returns its position."""
-    if value not in choices:
-        fail(ValueError, op, argument, "be one of " + ", ".join(choices), repr(value))
+    if not isinstance(value, str) or value not in choices:
+        fail(ValueError, op, argument, "be one of " + ", ".join(choices), describe(value))
     return choices.index(value)
 
 

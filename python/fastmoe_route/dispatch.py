@@ -17,6 +17,7 @@ from fastmoe_route._arguments import (
     check_choice,
     check_device,
     check_dtype,
+    check_flag,
     check_float,
     check_int,
     check_shape,
@@ -178,8 +179,7 @@ def plan_dispatch(
     if policy or weights is not None:
         weights = _score_weights(experts, weights)
     num_scopes = _check_scopes(experts, scope_ids, num_scopes)
-    if not isinstance(allow_unrouted, bool):
-        fail(TypeError, "plan_dispatch", "allow_unrouted", "be a bool", describe(allow_unrouted))
+    check_flag("plan_dispatch", "allow_unrouted", allow_unrouted)
     if failed is not None:
         raise failed.pop()
     make_plan = _plan_dispatch if is_dynamo_compiling() else _plan_dispatch_direct
@@ -322,6 +322,7 @@ def _permute_fake(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor
 
 def _check_fake(op: str, value: Tensor, of_map: Tensor, *others: Tensor | None) -> None:
     """`of_map` is the map that `value` has to fit; a call with one meta tensor comes here, too."""
+    check_dtype(op, "x" if op == "permute" else "rows", value, FLOAT_DTYPES)
     torch._check(
         value.dim() == 2 and value.shape[0] == of_map.shape[0],
         lambda: f"{op}: the matrix must fit the plan, got shape {list(value.shape)}",

@@ -22,6 +22,7 @@ from fastmoe_route._arguments import (
     check_vector,
     describe,
     fail,
+    is_dense,
     kept,
     needs_grad,
 )
@@ -210,13 +211,14 @@ def gate(
 
 
 def _num_experts(logits: Tensor, num_null: int) -> tuple[int, int]:
-    if not isinstance(logits, Tensor) or logits.layout is not torch.strided or logits.dim() != 2:
+    if not isinstance(logits, Tensor) or not is_dense(logits) or logits.dim() != 2:
         check_tensor("gate", "logits", logits, 2)
     if logits.dtype not in FLOAT_DTYPES:
         check_dtype("gate", "logits", logits, FLOAT_DTYPES)
     num_columns = logits.shape[1]
     if type(num_null) is not int or num_null != 0:
-        num_null = check_int("gate", "num_null", num_null, 0, num_columns - 1)
+        most = min(num_columns - 1, MAX_EXPERTS)
+        num_null = check_int("gate", "num_null", num_null, 0, most)
     num_experts = num_columns - num_null
     if num_experts < 1 or num_experts > MAX_EXPERTS:
         fail(ValueError, "gate", "logits", f"have 1 to {MAX_EXPERTS} experts", describe(logits))
@@ -266,12 +268,12 @@ def _fits_columns(value: Any, logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether nothing is wrong. One by one, the checks that can say what is take 3 us more."""
     return (
         isinstance(value, Tensor)
+        and is_dense(value)
         and value.dtype == dtype
         # One rank first: tuples of unequal length are compared item by item, T with E, and a trace
         # would keep that as a condition.
         and value.shape == logits.shape[-value.dim() :]
         and value.device == logits.device
-        and value.layout is torch.strided
     )
 
 

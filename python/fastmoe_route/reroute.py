@@ -131,7 +131,7 @@ def reroute(
 
 def check_fill(op: str, fill: str | None) -> int:
     """Requires one of `FILLS` and returns its position."""
-    if fill not in FILLS:
+    if not (fill is None or isinstance(fill, str)) or fill not in FILLS:
         fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
     return FILLS.index(fill)
 

@@ -139,6 +139,7 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
 @torch.library.register_fake("fastmoe_route::softmax_plain_forward")
 def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
     del method
+    check_dtype("softmax", "x", x, FLOAT_DTYPES)  # tensors without data come here unchecked
     return x.new_empty(x.shape)
 
 
@@ -146,7 +147,6 @@ def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
 @torch.library.register_fake("fastmoe_route::softmax_plain_out")
 def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
     del method
-    # Calls with tensors without data, or with one beside one with data, come here unchecked.
     check_dtype("softmax", "x", x, FLOAT_DTYPES)
     _check_fits(x, out)
 

@@ -25,6 +25,7 @@ from fastmoe_route._arguments import (
     needs_grad,
 )
 from fastmoe_route._autograd import register_autograd
+from fastmoe_route.dispatch import INT32_LIMIT
 from fastmoe_route.gate import gate
 
 METHODS = ("sinkhorn", "bip", "ksparse")
@@ -113,9 +114,8 @@ def transport(
         check_float("transport", argument, value, "be positive")
         if not value > 0:
             fail(ValueError, "transport", argument, "be positive", value)
-    choices = {"bip": ("top_k", top_k), "ksparse": ("k", k)}
-    argument, slots = choices.get(method, ("top_k", 1))
-    slots = check_int("transport", argument, slots, 1, num_experts)
+    top_k = check_int("transport", "top_k", top_k, 1, num_experts)
+    k = check_int("transport", "k", k, 1, num_experts)
     if marginal is not None:
         if method != "sinkhorn":
             fail(ValueError, "transport", "marginal", f"be None for {method}", "a tensor")
@@ -123,7 +123,7 @@ def transport(
     if scope_ids is not None:
         check_vector("transport", "scope_ids", scope_ids, num_tokens, ID_DTYPES, scores)
     if num_scopes is not None:
-        num_scopes = check_int("transport", "num_scopes", num_scopes, 1)
+        num_scopes = check_int("transport", "num_scopes", num_scopes, 1, INT32_LIMIT)
         if scope_ids is None and num_scopes != 1:
             fail(ValueError, "transport", "scope_ids", "be given with num_scopes", None)
     if not (method == "sinkhorn" and needs_grad(scores)):
@@ -134,7 +134,7 @@ def transport(
         iters,
         float(temperature),
         marginal,
-        slots,
+        k if method == "ksparse" else top_k,
         float(gamma),
         float(learning_rate),
         scope_ids,
