@@ -210,12 +210,6 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     "moe_mlp: w_up must be a dense tensor, got layout torch.sparse_coo": (
         lambda: fr.moe_mlp(LOGITS, PAIR, W_UP.to_sparse(), W_DOWN)
     ),
-    "moe_mlp: plan.row_to_slot must be a dense tensor, got layout torch.sparse_coo": (
-        lambda: fr.moe_mlp(
-            *(LOGITS, PAIR, W_UP, W_DOWN),
-            plan=PLAN._replace(row_to_slot=PLAN.row_to_slot.to_sparse()),
-        )
-    ),
     "gate: scale must be a number, got 'a'": lambda: fr.gate(LOGITS, 2, scale="a"),
     "gate: scale must be a number that a float can hold, got nan": (
         lambda: fr.gate(LOGITS, 2, scale=float("nan"))

@@ -54,14 +54,22 @@ inline bool gives_huge_pages() {
 #endif
 }
 
+// The whole pages of 4 KB inside a piece of memory; `begin` is not below `end` where there is none.
+struct Pages {
+  static constexpr uintptr_t kBytes = 4096;
+  uintptr_t begin, end;
+
+  Pages(const void* memory, size_t bytes)
+      : begin((reinterpret_cast<uintptr_t>(memory) + kBytes - 1) / kBytes * kBytes),
+        end((reinterpret_cast<uintptr_t>(memory) + bytes) / kBytes * kBytes) {}
+};
+
 // A hint only: errors are ignored, contents are not touched.
 inline void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kHugePageBytes || (bytes > kMostReportedBytes && reports_free_pages())) return;
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const Pages pages(memory, bytes);
+  if (pages.begin < pages.end) madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
 #else
   (void)memory, (void)bytes;
 #endif
@@ -83,13 +91,11 @@ inline bool has_page([[maybe_unused]] uintptr_t page) {
 // Returns whether the pages were there.
 inline bool populate_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin + 8 * kPage >= end) return false;
-  if (has_page(begin) && has_page(end - kPage)) return true;
-  madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
+  const Pages pages(memory, bytes);
+  if (pages.begin + 8 * Pages::kBytes >= pages.end) return false;
+  if (has_page(pages.begin) && has_page(pages.end - Pages::kBytes)) return true;
+  madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, kPopulateWrite);
 #else
   (void)memory, (void)bytes;
 #endif

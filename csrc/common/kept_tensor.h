@@ -36,20 +36,15 @@ inline FromBlob find_from_blob() {
 
 // As `empty`; large tensors lie in kept memory, where torch can be told who takes it back. Their storage cannot be
 // resized, which is why other results do not.
-inline Tensor empty_kept(Kept kind, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  const size_t element = element_bytes(dtype);
-  size_t bytes = element;
-  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (bytes < kKeptBytes || find_from_blob() == nullptr) return empty(like, shape, dtype);
+inline Tensor empty_kept(Kept kind, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const ContiguousShape shape(sizes);
+  const size_t bytes = static_cast<size_t>(shape.num_elements) * element_bytes(dtype);
+  if (bytes < kKeptBytes || find_from_blob() == nullptr) return empty(like, sizes, dtype);
   KeptBlock* block = take_kept(kind, bytes);
-  if (block == nullptr) return empty(like, shape, dtype);
-  int64_t strides[8];
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
+  if (block == nullptr) return empty(like, sizes, dtype);
   AtenTensorHandle handle = nullptr;
   const AOTITorchError error = find_from_blob()(
-      memory_of(block), static_cast<int64_t>(shape.size()), shape.begin(), strides, 0,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(),
+      memory_of(block), shape.dim, shape.sizes, shape.strides, 0, number_of(dtype), aoti_torch_device_type_cpu(),
       like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) { give_back(static_cast<KeptBlock*>(context)); }, block);
   if (error != AOTI_TORCH_SUCCESS) give_back(block);

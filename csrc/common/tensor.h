@@ -63,26 +63,39 @@ inline size_t element_bytes(ScalarType dtype) {
   }
 }
 
+// The sizes of a contiguous tensor, as torch's stable ABI takes them.
+struct ContiguousShape {
+  const int64_t* sizes;
+  int64_t dim;
+  int64_t num_elements = 1;
+  int64_t strides[8];
+
+  explicit ContiguousShape(std::initializer_list<int64_t> shape)
+      : sizes(shape.begin()), dim(static_cast<int64_t>(shape.size())) {
+    int64_t stride = 1;
+    for (int64_t d = dim; d-- > 0;) {
+      strides[d] = stride;
+      num_elements *= sizes[d];
+      stride *= sizes[d] > 0 ? sizes[d] : 1;
+    }
+  }
+};
+
+inline int32_t number_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 // A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones
 // on the CPU ask for huge pages.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  int64_t strides[8];
-  int64_t stride = 1;
-  int64_t num_elements = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    num_elements *= shape.begin()[d];
-    stride *= shape.begin()[d] > 0 ? shape.begin()[d] : 1;
-  }
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const ContiguousShape shape(sizes);
   const int32_t device_type = like.device_type();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dim, shape.sizes, shape.strides, number_of(dtype),
+                                                         device_type, like.get_device_index(), &handle));
   Tensor tensor(handle);
   if (device_type == aoti_torch_device_type_cpu()) {
-    const size_t bytes = static_cast<size_t>(num_elements) * element_bytes(dtype);
+    const size_t bytes = static_cast<size_t>(shape.num_elements) * element_bytes(dtype);
     if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   }
   return tensor;

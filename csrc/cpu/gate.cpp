@@ -20,8 +20,6 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr double kWeightFloor = 1e-20;
-
 int64_t rows_per_tile(int64_t num_tokens) {
   const int64_t rows = (num_tokens + 1023) / 1024;
   return rows > 64 ? rows : 64;
@@ -134,7 +132,7 @@ class Gate {
   // sees no effect of.
   __attribute__((always_inline)) void prefetch(int64_t t) const {
     if (t >= shape_.num_tokens || a_.logits.stride_col != 1) return;
-    const int64_t size = a_.dtype == DType::kFloat64 ? 8 : a_.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t size = element_size(a_.dtype);
     const char* row = static_cast<const char*>(a_.logits.data) + t * a_.logits.stride_row * size;
     for (int64_t i = 0; i < num_columns_ * size; i += 64) __builtin_prefetch(row + i);
   }

@@ -18,7 +18,6 @@ FASTMOE_ROUTE_ISA_BEGIN
 
 namespace {
 
-constexpr double kWeightFloor = 1e-20;
 // Chosen scores that sum to this much, beside the row's largest, are far above the floor whatever the denominator.
 constexpr double kSafeSum = 1e-13;
 

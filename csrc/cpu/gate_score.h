@@ -12,6 +12,8 @@
 
 FASTMOE_ROUTE_ISA_BEGIN
 
+constexpr double kWeightFloor = 1e-20;  // the least sum that weights are divided by
+
 template <class V>
 struct Arithmetic;
 template <>

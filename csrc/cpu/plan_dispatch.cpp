@@ -154,7 +154,7 @@ void spread(const PlanArgs& args, const Work& work, const int32_t* start) {
   }
 }
 
-// Fills `candidates` with the slots of experts whose `limit` is exceeded, in slot order inside an expert.
+// Fills `candidates` with the slots of experts that are asked for too often, in slot order inside an expert.
 template <class Id, class KeyOf>
 void gather_candidates(const PlanArgs& args, const Work& work, const int32_t* demand, Candidate* candidates,
                        const KeyOf& key_of) {

@@ -240,13 +240,14 @@ Tensor gate_backward(OptionalTensor grad_weights, OptionalTensor grad_score_sum,
 }
 
 }  // namespace
-}  // namespace fastmoe_route
 
 STABLE_TORCH_LIBRARY_IMPL(fastmoe_route, FASTMOE_ROUTE_KEY, m) {
-  m.impl("gate", &fastmoe_route::boxed<&fastmoe_route::Gate::gate>);
-  m.impl("gate_forward", &fastmoe_route::boxed<&fastmoe_route::Gate::gate_forward>);
-  m.impl("gate_plain_forward", &fastmoe_route::boxed<&fastmoe_route::gate_plain_forward>);
-  m.impl("gate_plain_stats_forward", &fastmoe_route::boxed<&fastmoe_route::gate_plain_stats_forward>);
-  m.impl("gate_stats_forward", &fastmoe_route::boxed<&fastmoe_route::Gate::gate>);
-  m.impl("gate_backward", &fastmoe_route::boxed<&fastmoe_route::gate_backward>);
+  m.impl("gate", &boxed<&Gate::gate>);
+  m.impl("gate_forward", &boxed<&Gate::gate_forward>);
+  m.impl("gate_plain_forward", &boxed<&gate_plain_forward>);
+  m.impl("gate_plain_stats_forward", &boxed<&gate_plain_stats_forward>);
+  m.impl("gate_stats_forward", &boxed<&Gate::gate>);
+  m.impl("gate_backward", &boxed<&gate_backward>);
 }
+
+}  // namespace fastmoe_route

@@ -41,16 +41,11 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def is_dense(value: Tensor) -> bool:
-    """Whether the tensor is one array with sizes and strides."""
-    return value.layout is torch.strided and not value.is_nested
-
-
 def check_tensor(op: str, argument: str, value: Any, *dims: int) -> None:
     """Requires a dense tensor, with one of the given numbers of dimensions if any are given."""
     if not isinstance(value, Tensor):
         fail(TypeError, op, argument, "be a torch.Tensor", describe(value))
-    if not is_dense(value):
+    if value.layout is not torch.strided or value.is_nested:
         got = describe(value) if value.is_nested else f"layout {value.layout}"
         fail(TypeError, op, argument, "be a dense tensor", got)
     if dims and value.dim() not in dims:
@@ -109,6 +104,24 @@ def check_vector(
     check_dtype(op, argument, value, dtypes)
     check_shape(op, argument, value, (size,))
     check_device(op, argument, value, like)
+
+
+def check_routing(op: str, routing: Any, x: Tensor | None = None) -> None:
+    """Requires a `Routing`, or experts and weights `[T, K]`: of the tokens `x`, if given."""
+    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
+        rule, kind = "be a Routing or a pair (experts, weights)", type(routing).__name__
+        got = f"{kind} of {len(routing)}" if isinstance(routing, (tuple, list)) else kind
+        fail(TypeError, op, "routing", rule, got)
+    experts, weights = routing[0], routing[1]
+    check_tensor(op, "experts", experts, 2)
+    check_dtype(op, "experts", experts, ID_DTYPES)
+    if x is not None:
+        check_shape(op, "experts", experts, (x.shape[0], -1))
+        check_device(op, "experts", experts, x)
+    check_tensor(op, "weights", weights, 2)
+    check_dtype(op, "weights", weights, FLOAT_DTYPES)
+    check_shape(op, "weights", weights, experts.shape)
+    check_device(op, "weights", weights, experts)
 
 
 def check_int(op: str, argument: str, value: Any, low: int, high: int | None = None) -> int:

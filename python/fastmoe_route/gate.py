@@ -22,7 +22,6 @@ from fastmoe_route._arguments import (
     check_vector,
     describe,
     fail,
-    is_dense,
     kept,
     needs_grad,
 )
@@ -142,14 +141,12 @@ def gate(
         try:
             arguments = (logits, top_k, _SCORE_CODES[score], normalize, scale)
             if stats is False:
-                few = _gate_plain_autograd if needs_grad(logits) else _gate_plain_direct
-                weights, experts, demand = few(*arguments)
+                choose = _gate_plain_autograd if needs_grad(logits) else _gate_plain_direct
+                weights, experts, demand = choose(*arguments)
                 return tuple.__new__(Routing, (experts, weights, demand, None, None, None))
             if stats is True:
-                all_five = (
-                    _gate_plain_stats_autograd if needs_grad(logits) else _gate_plain_stats_direct
-                )
-                weights, score_sum, logsumexp, experts, demand = all_five(*arguments)
+                op = _gate_plain_stats_autograd if needs_grad(logits) else _gate_plain_stats_direct
+                weights, score_sum, logsumexp, experts, demand = op(*arguments)
                 results = experts, weights, demand, score_sum, logsumexp, None
                 return tuple.__new__(Routing, results)
         except RuntimeError as error:
@@ -190,10 +187,10 @@ def gate(
     wants_grad = needs_grad(logits)
     if not (stats or keep_scores):
         if wants_grad:
-            few = _gate_forward_autograd
+            choose = _gate_forward_autograd
         else:
-            few = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
-        weights, experts, demand = few(logits, top_k, score_code, normalize, scale, *options)
+            choose = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
+        weights, experts, demand = choose(logits, top_k, score_code, normalize, scale, *options)
         return Routing(experts, weights, demand)
     if wants_grad:
         op = _gate_autograd
@@ -211,7 +208,12 @@ def gate(
 
 
 def _num_experts(logits: Tensor, num_null: int) -> tuple[int, int]:
-    if not isinstance(logits, Tensor) or not is_dense(logits) or logits.dim() != 2:
+    if (
+        not isinstance(logits, Tensor)
+        or logits.layout is not torch.strided
+        or logits.is_nested
+        or logits.dim() != 2
+    ):
         check_tensor("gate", "logits", logits, 2)
     if logits.dtype not in FLOAT_DTYPES:
         check_dtype("gate", "logits", logits, FLOAT_DTYPES)
@@ -268,12 +270,13 @@ def _fits_columns(value: Any, logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether nothing is wrong. One by one, the checks that can say what is take 3 us more."""
     return (
         isinstance(value, Tensor)
-        and is_dense(value)
+        and not value.is_nested
         and value.dtype == dtype
         # One rank first: tuples of unequal length are compared item by item, T with E, and a trace
         # would keep that as a condition.
         and value.shape == logits.shape[-value.dim() :]
         and value.device == logits.device
+        and value.layout is torch.strided
     )
 
 
@@ -359,7 +362,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _save(ctx, inputs, options, output[4], output[2] if stats else None)
 
 
-def _setup_few(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, inputs[5:], output[1])
 
 
@@ -385,7 +388,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_logits, *_NO_GRADIENTS
 
 
-def _backward_few(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_choice(ctx: Any, weights: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, experts = ctx.saved_tensors
     grad_logits = _gate_backward(weights, None, None, None, logits, experts, None, *ctx.options)
     return grad_logits, *_NO_GRADIENTS
@@ -398,7 +401,7 @@ def _backward_plain_stats(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     return grad_logits, *_NO_GRADIENTS
 
 
-def _traced_few(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
+def _traced_choice(logits: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
     weights, *_, experts, demand = _gate(logits, top_k, *options[:3], False, False, *options[3:])
     return weights, experts, demand
 
@@ -422,10 +425,10 @@ _gate_forward_autograd, _gate_plain_autograd = (
     differentiable(
         "gate",
         bare,
-        _backward_few,
-        setup_context=_setup_few,
+        _backward_choice,
+        setup_context=_setup_choice,
         num_differentiable=1,
-        traced=_traced_few,
+        traced=_traced_choice,
     )
     for bare in ("gate_forward", "gate_plain_forward")
 )

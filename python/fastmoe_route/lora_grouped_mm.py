@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastmoe_route._arguments import (
@@ -9,13 +11,14 @@ from fastmoe_route._arguments import (
     autocast_dtype,
     check_dtype,
     check_float,
+    check_routing,
     check_same_dtype,
     check_shape,
     check_tensor,
 )
 from fastmoe_route.dispatch import permute, plan_dispatch, unpermute
 from fastmoe_route.grouped_mm import grouped_mm
-from fastmoe_route.moe_mlp import check_plan, check_routing
+from fastmoe_route.moe_mlp import check_plan
 from fastmoe_route.results import DispatchPlan, Routing
 
 
@@ -23,7 +26,7 @@ def lora_grouped_mm(
     x: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    routing: Routing | tuple[Tensor, Tensor],
+    routing: Routing | Sequence[Tensor],
     *,
     scaling: float = 1.0,
     plan: DispatchPlan | None = None,
@@ -66,7 +69,7 @@ def lora_grouped_mm(
             check_same_dtype("lora_grouped_mm", name, value, x)
     check_shape("lora_grouped_mm", "lora_a", lora_a, (-1, x.shape[1], -1))
     check_shape("lora_grouped_mm", "lora_b", lora_b, (lora_a.shape[0], lora_a.shape[2], -1))
-    check_routing("lora_grouped_mm", x, routing)
+    check_routing("lora_grouped_mm", routing, x)
     if type(scaling) is not float or scaling != 1.0:
         check_float("lora_grouped_mm", "scaling", scaling)
     experts, weights = routing[0], routing[1]

@@ -19,11 +19,11 @@ from fastmoe_route._arguments import (
     check_device,
     check_dtype,
     check_flag,
+    check_routing,
     check_shape,
     check_tensor,
     describe,
     fail,
-    is_dense,
     kept,
     needs_grad,
 )
@@ -144,8 +144,9 @@ def moe_mlp(
         bias_up = None if bias_up is None else _cast("moe_mlp", bias_up, dtype)
         bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
     is_gated = code < len(GATED_ACTIVATIONS)
-    if not _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated):
-        check_routing("moe_mlp", x, routing)
+    fits = failed is None and _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated)
+    if not fits:
+        check_routing("moe_mlp", routing, x)
         _check_weights(x, w_up, w_down, bias_up, bias_down, is_gated)
     if failed is not None:
         raise failed.pop()
@@ -180,14 +181,18 @@ def _fits(
     is_gated: bool,
 ) -> bool:
     """Whether nothing is wrong. One by one, the checks that can say what is take 15 us more."""
-    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
+    if not isinstance(routing, (tuple, list)) or len(routing) < 2 or bias_up is not None:
         return False
     experts, weights = routing[0], routing[1]
-    for tensor in (experts, weights, w_up, w_down):
-        if not isinstance(tensor, Tensor) or not is_dense(tensor):
-            return False
-    has_bias = bias_up is not None or bias_down is not None
-    if has_bias or experts.dim() != 2 or not w_up.dim() == w_down.dim() == 3:
+    if not (
+        isinstance(experts, Tensor)
+        and isinstance(weights, Tensor)
+        and isinstance(w_up, Tensor)
+        and isinstance(w_down, Tensor)
+        and bias_down is None
+        and experts.dim() == 2
+        and w_up.dim() == w_down.dim() == 3
+    ):
         return False
     num_tokens, hidden = x.shape
     num_experts, width, hidden_out = w_down.shape
@@ -210,34 +215,17 @@ def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
     """As `_fits`, for a plan."""
     if not isinstance(plan, DispatchPlan):
         return False
-    for tensor in plan[:3]:
-        if not isinstance(tensor, Tensor) or not is_dense(tensor):
-            return False
     offsets, row_to_slot, slot_to_row = plan[:3]
     return (
-        offsets.dim() == row_to_slot.dim() == 1
+        isinstance(offsets, Tensor)
+        and isinstance(row_to_slot, Tensor)
+        and isinstance(slot_to_row, Tensor)
+        and offsets.dim() == row_to_slot.dim() == 1
         and offsets.shape[0] == num_experts + 1
         and slot_to_row.shape == (x.shape[0], top_k)
         and offsets.dtype == row_to_slot.dtype == slot_to_row.dtype == torch.int32
         and x.device == offsets.device == row_to_slot.device == slot_to_row.device
     )
-
-
-def check_routing(op: str, x: Tensor, routing: Any) -> None:
-    """Requires a `Routing`, or experts and weights, of the tokens `x`."""
-    if not isinstance(routing, (tuple, list)) or len(routing) < 2:
-        rule, kind = "be a Routing or a pair (experts, weights)", type(routing).__name__
-        got = f"{kind} of {len(routing)}" if isinstance(routing, (tuple, list)) else kind
-        fail(TypeError, op, "routing", rule, got)
-    experts, weights = routing[0], routing[1]
-    check_tensor(op, "experts", experts, 2)
-    check_dtype(op, "experts", experts, ID_DTYPES)
-    check_shape(op, "experts", experts, (x.shape[0], -1))
-    check_device(op, "experts", experts, x)
-    check_tensor(op, "weights", weights, 2)
-    check_dtype(op, "weights", weights, FLOAT_DTYPES)
-    check_shape(op, "weights", weights, experts.shape)
-    check_device(op, "weights", weights, x)
 
 
 def _check_weights(
@@ -311,7 +299,7 @@ def _moe_mlp_routed_forward_fake(
     activation: int,
     *_: bool,
 ) -> Tensor:
-    check_routing("moe_mlp", x, (experts, weights))
+    check_routing("moe_mlp", (experts, weights), x)
     _check_weights(x, w_up, w_down, bias_up, bias_down, activation < len(GATED_ACTIVATIONS))
     return x.new_empty(x.shape)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmoe_route._arguments import (
-    FLOAT_DTYPES,
-    ID_DTYPES,
     at_most_int64,
     check_choice,
-    check_device,
-    check_dtype,
     check_int,
-    check_shape,
-    check_tensor,
+    check_routing,
     check_vector,
-    describe,
     fail,
 )
 from fastmoe_route.dispatch import DROP_POLICIES, INT32_LIMIT, MAX_EXPERTS
@@ -30,7 +25,7 @@ FILLS = (None, "turned_away", "any")
 
 
 def reroute(
-    routing: Routing | tuple[Tensor, Tensor],
+    routing: Routing | Sequence[Tensor],
     num_experts: int,
     top_k: int,
     capacity: int,
@@ -66,8 +61,9 @@ def reroute(
     whole batch even where nothing overflows: serve with `scope_ids`, see `dispatch_invariance`.
 
     Args:
-        routing: a `Routing`, or a pair `(experts, weights)`: int32 or int64 `[T, M]` candidates,
-            best first, -1 for none, and their weights, float `[T, M]`; `gate(logits, M)` makes it.
+        routing: a `Routing`, or a pair `(experts, weights)`, tuple or list: int32 or int64
+            `[T, M]` candidates, best first, -1 for none, and their weights, float `[T, M]`;
+            `gate(logits, M)` makes it.
         num_experts: `E`, at most 65,536.
         top_k: how many columns are choices; at most `M`.
         capacity: the most slots of an expert, per scope if `scope_ids` is given.
@@ -98,7 +94,8 @@ def reroute(
     >>> reroute((experts, weights), 3, 1, 1, drop_policy="score").experts.tolist()
     [[1], [2], [0]]
     """
-    experts, weights = _candidates(routing)
+    check_routing("reroute", routing)
+    experts, weights = routing[0], routing[1]
     num_experts = check_int("reroute", "num_experts", num_experts, 1, MAX_EXPERTS)
     top_k = check_int("reroute", "top_k", top_k, 0, experts.shape[1])
     capacity = check_int("reroute", "capacity", capacity, 1)
@@ -134,20 +131,6 @@ def check_fill(op: str, fill: str | None) -> int:
     if not (fill is None or isinstance(fill, str)) or fill not in FILLS:
         fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
     return FILLS.index(fill)
-
-
-def _candidates(routing: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(routing, tuple) or len(routing) < 2:
-        rule = "be a Routing or a pair (experts, weights)"
-        fail(TypeError, "reroute", "routing", rule, describe(routing))
-    experts, weights = routing[0], routing[1]
-    check_tensor("reroute", "experts", experts, 2)
-    check_dtype("reroute", "experts", experts, ID_DTYPES)
-    check_tensor("reroute", "weights", weights, 2)
-    check_shape("reroute", "weights", weights, experts.shape)
-    check_dtype("reroute", "weights", weights, FLOAT_DTYPES)
-    check_device("reroute", "weights", weights, experts)
-    return experts, weights
 
 
 def _check_ids(name: str, ids: Tensor | None, size: int, like: Tensor) -> None:

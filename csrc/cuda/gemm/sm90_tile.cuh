@@ -54,7 +54,7 @@ struct Sm90Up {
   static constexpr int kInner = 64, kStages = 3;
   static constexpr int kRows = kProductTileRows, kColumns = 256, kHalf = kColumns / 2;
   static constexpr int kGroupThreads = 128, kGroupWarps = 4, kThreads = 3 * kGroupThreads;
-  static constexpr int kProducerWarps = 2, kFinisherWarps = 2;
+  static constexpr int kProducerWarps = 2;
   // Of a thread. The block begins with 168 each, and what one warp group gives up another takes.
   static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the block");
