@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   // `_routed_forward` makes the plan as well
   m.def("moe_mlp(Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, int activation, bool interleaved, bool weights_on_input) -> (Tensor, Tensor)");
   m.def("moe_mlp_forward(Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, int activation, bool interleaved, bool weights_on_input) -> Tensor");
-  m.def("moe_mlp_routed_forward(Tensor x, Tensor experts, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, int activation, bool interleaved, bool weights_on_input) -> Tensor");
+  m.def("moe_mlp_routed_forward(Tensor x, Tensor experts, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, int activation, bool interleaved, bool weights_on_input, bool allow_unrouted=False) -> Tensor");
   m.def("moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor preactivation, int activation, bool interleaved, bool weights_on_input, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // limits of this machine: operations per second on registers, one read of a buffer; what the library chose

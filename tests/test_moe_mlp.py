@@ -241,10 +241,24 @@ def test_a_call_without_a_plan_is_the_same_and_says_what_is_wrong(backend: str) 
         (ValueError, "moe_mlp: bias_up", {"bias_up": case["bias_up"][1:]}),
         (ValueError, "moe_mlp: activation", {"activation": "tanh"}),
         (TypeError, "moe_mlp: interleaved", {"interleaved": 1}),
+        (TypeError, "moe_mlp: allow_unrouted", {"allow_unrouted": 1}),
     ]
     for kind, message, options in wrong:
         with pytest.raises(kind, match=message):
             fr.moe_mlp(**{**case, **options})
+
+
+def test_the_id_past_the_experts_means_none_where_allowed(backend: str) -> None:
+    case = make(9, 48, 33, 5, 2, biases=True)
+    experts, weights = case["routing"]
+    is_off = torch.arange(18).reshape(9, 2) % 5 == 1
+    wanted = results(fr.moe_mlp, {**case, "routing": (experts.masked_fill(is_off, -1), weights)})
+    unrouted = {**case, "routing": (experts.masked_fill(is_off, 5), weights)}
+    got = results(lambda **given: fr.moe_mlp(**given, allow_unrouted=True), unrouted)
+    for name, value in wanted.items():
+        assert_exact(got[name], value)
+    with torch.no_grad():  # one operator, which makes the plan as well
+        assert_exact(fr.moe_mlp(**unrouted, allow_unrouted=True), wanted["y"])
 
 
 @pytest.mark.cpu_only  # elsewhere no host looks at ids: they are none
@@ -253,6 +267,8 @@ def test_a_call_without_a_plan_names_stray_experts(backend: str) -> None:
     experts, weights = case["routing"]
     with pytest.raises(RuntimeError, match="plan_dispatch: experts"):
         fr.moe_mlp(**{**case, "routing": (experts + 5, weights)})
+    with pytest.raises(RuntimeError, match="plan_dispatch: experts"):
+        fr.moe_mlp(**{**case, "routing": (experts + 6, weights)}, allow_unrouted=True)
 
 
 def test_autocast(backend: str) -> None:

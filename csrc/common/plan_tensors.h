@@ -11,7 +11,7 @@ struct PlanTensors {
   Tensor slot_to_row;  // [T, K]
 };
 
-// plan_dispatch without its options, on the device of `experts`.
-PlanTensors plan_every_slot(const Tensor& experts, int64_t num_experts);
+// plan_dispatch without its other options, on the device of `experts`.
+PlanTensors plan_every_slot(const Tensor& experts, int64_t num_experts, bool allow_unrouted);
 
 }  // namespace fastmoe_route

@@ -172,9 +172,9 @@ Tensor moe_mlp_forward(const Tensor& x, const Tensor& weights, const Tensor& w_u
 // code in the caches, so that every call costs as much as reading a megabyte.
 Tensor moe_mlp_routed_forward(const Tensor& x, const Tensor& experts, const Tensor& weights, const Tensor& w_up,
                               const Tensor& w_down, const OptionalTensor& bias_up, const OptionalTensor& bias_down,
-                              int64_t activation, bool interleaved, bool weights_on_input) {
+                              int64_t activation, bool interleaved, bool weights_on_input, bool allow_unrouted) {
   check_dim("moe_mlp", "w_up", w_up, 3);
-  const PlanTensors plan = plan_every_slot(experts, w_up.size(0));
+  const PlanTensors plan = plan_every_slot(experts, w_up.size(0), allow_unrouted);
   return moe_mlp_forward(x, weights, w_up, w_down, bias_up, bias_down, plan.offsets, plan.row_to_slot, plan.slot_to_row,
                          activation, interleaved, weights_on_input);
 }

@@ -111,15 +111,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch(const Tensor& e
   return {std::move(offsets), std::move(row_to_slot), std::move(slot_to_row), std::move(kept), std::move(dropped)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_all(const Tensor& experts, int64_t num_experts,
+                                                            bool allow_unrouted) {
+  return plan_dispatch(experts, num_experts, 0, 0, std::nullopt, std::nullopt, 1, 1, -1, allow_unrouted);
+}
+
 // Calls without an option: a default costs 60 ns, and there are 8.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_dispatch_plain(const Tensor& experts, int64_t num_experts) {
-  return plan_dispatch(experts, num_experts, 0, 0, std::nullopt, std::nullopt, 1, 1, -1, false);
+  return plan_all(experts, num_experts, false);
 }
 
 }  // namespace
 
-PlanTensors plan_every_slot(const Tensor& experts, int64_t num_experts) {
-  auto [offsets, row_to_slot, slot_to_row, kept, dropped] = plan_dispatch_plain(experts, num_experts);
+PlanTensors plan_every_slot(const Tensor& experts, int64_t num_experts, bool allow_unrouted) {
+  auto [offsets, row_to_slot, slot_to_row, kept, dropped] = plan_all(experts, num_experts, allow_unrouted);
   return {std::move(offsets), std::move(row_to_slot), std::move(slot_to_row)};
 }
 

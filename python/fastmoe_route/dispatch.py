@@ -341,7 +341,10 @@ def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _permute_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad is None:
         return None, None, None
-    sum_rows = _differentiable_unpermute if needs_grad(grad) else _unpermute_forward
+    sum_rows = _unpermute_direct
+    # As in permute.
+    if grad.requires_grad or forward_ad._current_level >= 0 or is_dynamo_compiling():
+        sum_rows = _differentiable_unpermute if needs_grad(grad) else _unpermute_forward
     return sum_rows(grad, None, *ctx.saved_tensors), None, None
 
 

@@ -39,7 +39,7 @@ _moe_mlp_backward = torch.ops.fastmoe_route.moe_mlp_backward.default
 _routed_forward = direct(torch.ops.fastmoe_route.moe_mlp_routed_forward.default)
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_FLOAT64, _HALVES = torch.float64, (torch.bfloat16, torch.float16)
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_clamped")
 ACTIVATIONS = (*GATED_ACTIVATIONS, "silu", "gelu", "relu", "relu2")
@@ -60,6 +60,7 @@ def moe_mlp(
     bias_down: Tensor | None = None,
     weights_on: str = "output",
     plan: DispatchPlan | None = None,
+    allow_unrouted: bool = False,
 ) -> Tensor:
     """Sends every token through its experts and sums what they return.
 
@@ -92,6 +93,7 @@ def moe_mlp(
         weights_on: `"output"`, or `"input"`: the expert sees `weights[t, j] * x[t]` and outputs are
             summed unweighted (Llama 4).
         plan: where the slots go; None makes one without capacity.
+        allow_unrouted: where that is made, the id `E` means none, too, as in `plan_dispatch`.
 
     Returns:
         `[T, H]` in the dtype of `x`. Differentiable in `x`, the routing weights, `w_up`, `w_down`,
@@ -119,14 +121,17 @@ def moe_mlp(
             if (
                 isinstance(routing, (tuple, list))
                 and isinstance(interleaved, bool)
-                and weights.dtype is _FLOAT32
+                and isinstance(allow_unrouted, bool)
                 and x.dtype is not _FLOAT64
+                and weights.dtype is not _FLOAT64
                 and not (
                     (_is_grad_enabled() or forward_ad._current_level >= 0)
                     and needs_grad(x, weights, w_up, w_down, bias_up, bias_down)
                 )
             ):
-                options = (_CODES[activation], interleaved, _ON_INPUT[weights_on])
+                if weights.dtype in _HALVES:
+                    weights = weights.float()
+                options = (_CODES[activation], interleaved, _ON_INPUT[weights_on], allow_unrouted)
                 return _routed_forward(  # type: ignore[no-any-return]
                     x, experts, weights, w_up, w_down, bias_up, bias_down, *options
                 )
@@ -137,6 +142,7 @@ def moe_mlp(
     code = check_choice("moe_mlp", "activation", activation, ACTIVATIONS)
     on_input = check_choice("moe_mlp", "weights_on", weights_on, WEIGHTS_ON) == 1
     check_flag("moe_mlp", "interleaved", interleaved)
+    check_flag("moe_mlp", "allow_unrouted", allow_unrouted)
     check_tensor("moe_mlp", "x", x, 2)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -152,7 +158,7 @@ def moe_mlp(
         raise failed.pop()
     experts, weights = routing[0], routing[1]
     if plan is None:
-        plan = plan_dispatch(experts, w_up.shape[0])
+        plan = plan_dispatch(experts, w_up.shape[0], allow_unrouted=allow_unrouted)
     elif not _fits_plan(x, plan, w_up.shape[0], weights.shape[1]):
         check_plan("moe_mlp", x, plan, w_up.shape[0], weights.shape[1])
     weights = weights.to(arithmetic_dtype(x))

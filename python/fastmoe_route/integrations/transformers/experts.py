@@ -69,7 +69,6 @@ def experts_forward(
     x = hidden_states
     if dtype != w_up.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(w_up.dtype)
-    plan = plan_dispatch(top_k_index, w_up.shape[0], allow_unrouted=True)
     activation, interleaved = activation_of(module)
     if activation != OWN:
         y = moe_mlp(
@@ -81,9 +80,10 @@ def experts_forward(
             interleaved=interleaved,
             bias_up=bias_up,
             bias_down=bias_down,
-            plan=plan,
+            allow_unrouted=True,
         )
     else:
+        plan = plan_dispatch(top_k_index, w_up.shape[0], allow_unrouted=True)
         rows = grouped_mm(permute(x, plan), w_up, plan.offsets, bias=bias_up)
         rows = module._apply_gate(rows) if has_gate else module.act_fn(rows)
         rows = grouped_mm(rows, w_down, plan.offsets, bias=bias_down)
