@@ -37,7 +37,7 @@ inline FromBlob find_from_blob() {
 // As `empty`; large tensors lie in kept memory, where torch can be told who takes it back. Their storage cannot be
 // resized, which is why other results do not.
 inline Tensor empty_kept(Kept kind, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const ContiguousShape shape(sizes);
+  const ContiguousShape shape(sizes.begin(), sizes.size());
   const size_t bytes = static_cast<size_t>(shape.num_elements) * element_bytes(dtype);
   if (bytes < kKeptBytes || find_from_blob() == nullptr) return empty(like, sizes, dtype);
   KeptBlock* block = take_kept(kind, bytes);

@@ -70,8 +70,7 @@ struct ContiguousShape {
   int64_t num_elements = 1;
   int64_t strides[8];
 
-  explicit ContiguousShape(std::initializer_list<int64_t> shape)
-      : sizes(shape.begin()), dim(static_cast<int64_t>(shape.size())) {
+  ContiguousShape(const int64_t* first, size_t count) : sizes(first), dim(static_cast<int64_t>(count)) {
     int64_t stride = 1;
     for (int64_t d = dim; d-- > 0;) {
       strides[d] = stride;
@@ -88,7 +87,7 @@ inline int32_t number_of(ScalarType dtype) {
 // A fresh, uninitialised, contiguous tensor on the device of `like`, without a trip through the dispatcher. Large ones
 // on the CPU ask for huge pages.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const ContiguousShape shape(sizes);
+  const ContiguousShape shape(sizes.begin(), sizes.size());
   const int32_t device_type = like.device_type();
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dim, shape.sizes, shape.strides, number_of(dtype),

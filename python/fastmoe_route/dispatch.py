@@ -276,7 +276,7 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: `x` does not fit the plan.
-        RuntimeError: the maps of the plan disagree.
+        RuntimeError: the maps of the plan are not inverse to each other (checked on CPU).
 
     >>> plan = plan_dispatch(torch.tensor([[1], [0]]), num_experts=2)
     >>> permute(torch.tensor([[1.0], [2.0]]), plan).tolist()
@@ -374,7 +374,8 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: `rows` or `weights` does not fit the plan.
-        RuntimeError: the plan names rows outside `[-1, R)`.
+        RuntimeError: the plan names rows outside `[-1, R)`, or, in backward, its maps are not
+            inverse to each other (checked on CPU).
 
     >>> plan = plan_dispatch(torch.tensor([[1, 0], [0, -1]]), num_experts=2)
     >>> rows = torch.tensor([[1.0], [10.0], [100.0], [0.0]])

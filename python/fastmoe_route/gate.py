@@ -86,22 +86,23 @@ def gate(
         top_k: slots per token, 1 to E; E is at most 8192.
         score: `softmax`, `sigmoid`, `sqrtsoftplus` = sqrt(log(1 + e^z)), `relu` or `identity`.
         softmax_over: `all` columns, or the columns of each `group` separately.
-        bias: `[E]` or `[T, E]`, added to the scores for choosing; like `mask` and `noise` it spans
-            the null columns too.
+        bias: float32 `[E]` or `[T, E]`, added to the scores for choosing; like `mask` and `noise`
+            it spans the null columns too. For float64 logits, `bias` and `noise` may be float64.
         mask: bool `[E]` or `[T, E]`, True where an expert may be chosen.
-        noise: `[T, E]`, added to the logits for choosing.
+        noise: float32 `[T, E]`, added to the logits for choosing.
         num_groups: number of equal groups of neighbouring experts; divides E.
         topk_groups: only experts of this many best groups may be chosen; None for all groups. Ties
             go to the lower group.
         group_score: a group's rank is its best key (`max`) or the sum of its two best (`top2_sum`).
         max_per_group: at most this many experts are taken from one group.
-        top_p: stop after the choice that lifts the sum of chosen scores above this; float or `[T]`.
-            `torch.compile` makes a new graph for each float, as for those of torch's operators.
-        threshold: stop at the first key not above this; float or `[T]`.
+        top_p: stop after the choice that lifts the sum of chosen scores above this; a float, or
+            float32 `[T]`. `torch.compile` makes a new graph for each float, as for those of
+            torch's operators.
+        threshold: stop at the first key not above this; a float, or float32 `[T]`.
         min_k: real experts that `top_p` and `threshold` leave untouched.
         k_per_token: int32 `[T]`, slots to fill per token instead of `top_k`, clamped to
             `[0, top_k]`; wins over `min_k`.
-        num_null: null columns: they compete, use up a choice and give no slot.
+        num_null: null columns, at most 8192: they compete, use up a choice and give no slot.
         normalize: divide the weights by their sum over the token's experts, floored at 1e-20.
         scale: factor on the weights, applied last.
         stats: also return `score_sum` and `logsumexp`, from the same read of the logits.
@@ -113,6 +114,7 @@ def gate(
 
     Raises:
         TypeError, ValueError: an argument that breaks a rule above, by name.
+        RuntimeError: `T * top_k` reaches 2^31.
 
     Differentiable in `logits` through `weights`, `score_sum`, `logsumexp` and `scores`; the choice
     is a constant, and the gradient at a `-inf` logit is 0.

@@ -103,7 +103,8 @@ def moe_mlp(
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a shape, device or name that does not fit.
-        RuntimeError: for a plan that was not made for these sizes.
+        RuntimeError: for an id of `experts` outside `[-1, E)`, or a plan that was not made for
+            these sizes or whose maps are not inverse to each other (checked on CPU).
 
     Example:
         >>> import torch, fastmoe_route as fr
