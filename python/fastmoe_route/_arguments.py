@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 _INT64_MAX = 2**63 - 1
 _FLOAT_MAX = sys.float_info.max
@@ -259,6 +260,8 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What ``torch.autocast`` asks ``x`` and what meets it to be cast to; None for as they are."""
+    if not is_dynamo_compiling() and not torch._C._is_any_autocast_enabled():
+        return None  # a quarter of the time
     device = x.device.type
     if x.dtype == torch.float64 or device == "meta":  # which has no autocast
         return None

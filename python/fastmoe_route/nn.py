@@ -287,18 +287,20 @@ class MoE(nn.Module):
             `Routed`. Differentiable in `x` and all parameters.
         """
         check_tensor("MoE", "x", x)
-        hidden = self.experts.w_down.shape[1]
-        if x.dim() == 0 or x.shape[-1] != hidden:
-            check_shape("MoE", "x", x, (-1,) * max(x.dim() - 1, 0) + (hidden,))
-        flat = x.reshape(-1, hidden)
         experts = self.experts.tensors()
+        hidden, dims = experts.w_up.shape[1], x.dim()
+        if dims == 0 or x.shape[-1] != hidden:
+            check_shape("MoE", "x", x, (-1,) * max(dims - 1, 0) + (hidden,))
+        flat = x if dims == 2 else x.reshape(-1, hidden)
         routed = self.router(flat, experts=experts, **self.flat_context(x, context))
         y = self.router.mix(flat, routed, experts)
         if self.shared is not None:
             y = y + self.apply_shared(flat)
         if self.training:
             self.record(routed)
-        y = y.to(autocast_dtype(x) or x.dtype).view(*x.shape[:-1], hidden)
+        y = y.to(autocast_dtype(x) or x.dtype)
+        if dims != 2:
+            y = y.view(*x.shape[:-1], hidden)
         return (y, routed) if return_routed else y
 
     @staticmethod

@@ -18,7 +18,8 @@ from fastmoe_route.grouped_mm import grouped_mm
 
 def wide(x: Tensor) -> Tensor:
     """`x` in the arithmetic of routers: float64 stays, all else becomes float32."""
-    return x.to(arithmetic_dtype(x))
+    dtype = arithmetic_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -58,10 +59,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[T, E]`.
     """
     x = wide(x)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
     with without_autocast(x.device):
-        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-        y = grouped_mm(x, weight.to(x.dtype).t()[None], offsets)
+        y = grouped_mm(x, weight.t()[None], _one_group(x))
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _one_group(x: Tensor) -> Tensor:
+    """The offsets of all rows as one group, `[0, T]`."""
+    rows = x.shape[0]
+    if type(rows) is int and rows > 0 and not is_dynamo_compiling():  # one operator, not two
+        return torch.arange(0, 2 * rows, rows, dtype=torch.int32, device=x.device)
+    return torch.arange(2, dtype=torch.int32, device=x.device) * rows
 
 
 class Linear(nn.Module):
