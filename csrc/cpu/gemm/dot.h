@@ -131,7 +131,8 @@ inline __attribute__((always_inline)) void touch_pages(const char* first, int64_
   }
 }
 
-// Lines of the next panel that a tile fetches: `at_once` at every segment of k, or at every step until it has `all`.
+// Lines of the next panel that a tile fetches: `at_once` at every segment of k; or `all` of them, at every step
+// `at_once` or, once that is enough for the rest, one less: between steps without any, memory would wait.
 struct DotLines {
   int64_t at_once, all;
 };
@@ -192,12 +193,18 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
       steps_to(whole - q < kDotSegment * L ? whole : q + kDotSegment * L, nothing);
     }
   } else {
+    int64_t at_once = lines.at_once;
     for (int64_t left = kFetch == DotFetch::kPanel ? lines.all : 0; left > 0 && q < whole;) {
-      const int64_t steps = later.begin((whole - q) / L, left, lines.at_once);
+      const int64_t steps_left = (whole - q) / L, more = left - (at_once - 1) * steps_left;
+      if (more <= 0) {
+        --at_once;
+        continue;
+      }
+      const int64_t steps = later.begin(more < steps_left ? more : steps_left, left, at_once);
       if (steps == 0) break;
-      left -= steps * lines.at_once;
+      left -= steps * at_once;
       steps_to(q + steps * L, [&]() __attribute__((always_inline)) {
-        for (int64_t i = 0; i < lines.at_once; ++i) later.next();
+        for (int64_t i = 0; i < at_once; ++i) later.next();
       });
     }
     if (kFetch == DotFetch::kPanel && out.soon != nullptr) {
