@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY(fastmoe_route, m) {
   m.def("moe_mlp_routed_forward(Tensor x, Tensor experts, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_up, Tensor? bias_down, int activation, bool interleaved, bool weights_on_input, bool allow_unrouted=False) -> Tensor");
   m.def("moe_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w_up, Tensor w_down, Tensor? bias_down, Tensor offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor preactivation, int activation, bool interleaved, bool weights_on_input, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // limits of this machine: operations per second on registers, one read of a buffer; what the library chose
-  m.def("machine_peak(int dtype_code, float seconds) -> float");
+  // limits of this machine: so many operations on registers, one read of a buffer; what the library chose
+  m.def("machine_peak(int dtype_code, float flops) -> ()");
   m.def("machine_read(Tensor buffer, int passes) -> float");
   m.def("machine_info() -> str");
 

@@ -5,7 +5,7 @@ import json
 import fastmoe_route as fr
 import pytest
 import torch
-from fastmoe_route.bench import baselines, check, runner, shapes, timing, workload
+from fastmoe_route.bench import baselines, check, expert_cases, runner, shapes, timing, workload
 from fastmoe_route.bench.case import compare
 from fastmoe_route.bench.machine import Limits, cache_bytes, describe
 from fastmoe_route.bench.report import Reporter, duration, row_line
@@ -205,6 +205,17 @@ class TestRows:
         assert run_tiny(row).passed
 
     @pytest.mark.parametrize("row", rows_of("grouped_mm", "moe_mlp"), ids=str)
+    def test_products_are_held_against_as_many_on_registers(self, row, monkeypatch):
+        assert run_tiny(row).multiply == 0.0  # too few of them
+        monkeypatch.setattr(expert_cases, "_MULTIPLY_FLOPS", 0.0)
+        result = run_tiny(row)
+        assert result.yardsticks["multiply-adds"].median > 0
+        assert result.bound_by != "arithmetic" or result.floor_seconds == pytest.approx(
+            result.flops / result.multiply
+        )
+        assert result.as_dict()["limit"]["multiply_flops"] == result.multiply
+
+    @pytest.mark.parametrize("row", rows_of("grouped_mm", "moe_mlp"), ids=str)
     def test_weights_in_memory_are_held_against_what_is_read_beside(self, row):
         weights = workload.make_weights(TINY, torch.float32, 0, 0, 1 << 20)
         result = runner.run_row(row, tiny_limits(), weights, seconds=0.0, min_rounds=2, seed=0)
@@ -311,7 +322,10 @@ class TestPeers:
 class TestLimits:
     def test_peaks_and_bandwidth_are_plausible(self):
         for code in (0, 1):
-            assert 1e8 < torch.ops.fastmoe_route.machine_peak(code, 0.01) < 1e15
+            torch.ops.fastmoe_route.machine_peak(code, 1.0)  # a step of each thread
+        limits = Limits()
+        limits.probe_peaks(0.01)
+        assert all(1e8 < limits.peak[name] < 1e15 for name in ("float32", "bfloat16"))
         ones = torch.ones(1000)
         assert torch.ops.fastmoe_route.machine_read(ones, 1) == 1000.0
         assert torch.ops.fastmoe_route.machine_read(ones[:3], 1) == 3.0
@@ -324,8 +338,8 @@ class TestLimits:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda ops: ops.machine_peak(7, 0.1), r"dtype_code must be 0 .* got 7"),
-            (lambda ops: ops.machine_peak(0, -1.0), r"seconds must be in \(0, 60\], got -1"),
+            (lambda ops: ops.machine_peak(7, 1e6), r"dtype_code must be 0 .* got 7"),
+            (lambda ops: ops.machine_peak(0, -1.0), r"flops must be in \(0, 1e15\], got -1"),
             (lambda ops: ops.machine_read(torch.ones(4).double(), 1), "buffer must be float32"),
             (lambda ops: ops.machine_read(torch.ones(4, 4).t(), 1), "buffer must be contiguous"),
             (lambda ops: ops.machine_read(torch.ones(4), 0), "passes must be at least 1, got 0"),
@@ -346,6 +360,7 @@ class TestLimits:
         assert limits.floor(10**10, 1.0, "float32", cached=False) == (1.0, "memory")
         assert limits.floor(8, 1e11, "float32", cached=False) == (1.0, "arithmetic")
         assert limits.floor(10**10, 1.0, "float32", cached=False, read=2e10) == (0.5, "memory")
+        assert limits.floor(8, 1e11, "float32", cached=False, multiply=5e10) == (2.0, "arithmetic")
         assert limits.floor(8, 0.0, "bfloat16", cached=True)[1] == "level 1"
         assert limits.floor(cache_bytes(2) // 2, 0.0, "float32", cached=True)[1] == "level 2"
 

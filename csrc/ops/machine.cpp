@@ -10,18 +10,16 @@
 namespace fastmoe_route {
 namespace {
 
-double machine_peak(int64_t dtype_code, double seconds) {
+void machine_peak(int64_t dtype_code, double flops) {
   check(dtype_code == 0 || dtype_code == 1, "machine_peak: dtype_code must be 0 (float32) or 1 (bfloat16), got ",
         dtype_code);
-  check(seconds > 0.0 && seconds <= 60.0, "machine_peak: seconds must be in (0, 60], got ", seconds);
-  double flops = 0.0;
-  const PeakArgs args{seconds, &flops};
+  check(flops > 0.0 && flops <= 1e15, "machine_peak: flops must be in (0, 1e15], got ", flops);
+  const PeakArgs args{flops};
   if (dtype_code == 0) {
     cpu::peak_float32(args);
   } else {
     cpu::peak_bfloat16(args);
   }
-  return flops;
 }
 
 double machine_read(const Tensor& buffer, int64_t passes) {

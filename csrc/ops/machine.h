@@ -1,7 +1,7 @@
 // machine: what this processor can do at best, measured; the denominators of the bench's "share of the limit".
 //
-// machine_peak runs fused multiply-adds (bfloat16: the products of the level in use) on registers only, so nothing but
-// the arithmetic units limits it. machine_read adds up a buffer, so that reading it is the whole cost. machine_info
+// machine_peak does so many fused multiply-adds (bfloat16: the products of the level in use) on registers only, so
+// nothing but the arithmetic units limits it. machine_read adds up a buffer, so that reading it is the whole cost. machine_info
 // tells what the library chose.
 #pragma once
 
@@ -11,11 +11,9 @@
 
 namespace fastmoe_route {
 
-// `seconds` of arithmetic on every thread of the pool; *flops: operations per second of all threads together, of the
-// best stretch. A fused multiply-add is two operations.
+// At least `flops` operations, shared among all threads of the pool. A fused multiply-add is two.
 struct PeakArgs {
-  double seconds;
-  double* flops;
+  double flops;
 };
 
 struct ReadArgs {

@@ -19,6 +19,7 @@ from fastmoe_route.bench.timing import Call
 
 EXP_FLOPS = 20
 READ = "read of weights"
+MULTIPLY = "multiply-adds"  # as many, on registers: if timed, a row's limit by arithmetic
 _RMS_ELEMENTS = 16  # of fewer, such as the one weight of a token with one slot, an rms is chance
 Function = Callable[..., Tensor]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastmoe_route as fr
 from fastmoe_route.bench import baselines
-from fastmoe_route.bench.case import READ, Case, Function, backward, compare
+from fastmoe_route.bench.case import MULTIPLY, READ, Case, Function, backward, compare
 from fastmoe_route.bench.check import TOLERANCE, Finding, bound, rms_bound
+from fastmoe_route.bench.machine import DTYPE_CODES
 from fastmoe_route.bench.shapes import Row
 from fastmoe_route.bench.timing import Call
 from fastmoe_route.bench.workload import (
@@ -22,16 +23,20 @@ from fastmoe_route.bench.workload import (
     require_memory,
 )
 
+_MULTIPLY_FLOPS = 1e9  # of the row, at least: of shorter loops the start of threads would be a part
 _CHECKED_TOKENS = 4
 _CHECKED_EXPERTS = 4
 _READ_BYTES = 128 << 20  # at most, of the yardstick beside
 
 
-def _add_read(case: Case, weights: Weights) -> Case:
-    """Adds the yardstick that reads as many bytes as the case declares, up to a limit.
+def _add_yardsticks(case: Case, weights: Weights) -> Case:
+    """Adds those that do as many operations and read as many bytes as the case declares.
 
-    It reads the weights themselves, another part of them in every call.
+    The bytes up to a limit, of the weights themselves, another part of them in every call.
     """
+    if case.row.dtype in DTYPE_CODES and case.flops >= _MULTIPLY_FLOPS:
+        multiply, code = torch.ops.fastmoe_route.machine_peak, DTYPE_CODES[case.row.dtype]
+        case.yardsticks[MULTIPLY] = lambda _: multiply(code, case.flops)
     if not case.cached:
         flat = [up.detach().view(-1).view(torch.float32) for up in weights.ups]
         count = min(case.num_bytes, _READ_BYTES, 4 * flat[0].numel()) // 4
@@ -99,7 +104,7 @@ def grouped_mm_case(row: Row, seed: int, weights: Weights) -> Case:
         contenders[name] = lambda i, function=function: run(function, i)  # type: ignore[misc]
     flops = 2.0 * num_rows * shape.hidden * width * (3 if row.training else 1)
     case = Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, check)
-    return _add_read(case, weights)
+    return _add_yardsticks(case, weights)
 
 
 def _sample_rows(offsets: Tensor) -> tuple[list[int], list[int]]:
@@ -274,7 +279,7 @@ def layer_case(row: Row, seed: int, weights: Weights) -> Case:
                 contenders[name] = call
     case = Case(row, contenders, num_bytes, flops, weights.copies, weights.cached, layer.check)
     case.notes = notes
-    return _add_read(case, weights)
+    return _add_yardsticks(case, weights)
 
 
 def _peer_call(layer: _Layer, packed: Sequence[Function]) -> Call:

@@ -10,10 +10,11 @@
   level-3 cache, the limit of outputs that later calls write again in the same place.
 
 The best of several probes counts, and probes are repeated through the run: a limit is what the
-machine reaches when nobody disturbs it. Rows whose weights lie in memory are held against what was
-read of these weights in turns with the contenders instead: on shared machines the rate of the
-memory drifts within minutes. The rates of `torch.mm` are printed beside the peaks: a
-peak below them would be wrong.
+machine reaches when nobody disturbs it. Rows of products are held against what was read of their
+weights, and against as many multiply-adds on registers, in turns with the contenders instead: on
+shared machines the rate of the memory drifts within minutes, and a processor multiplies faster for
+milliseconds than for longer. The rates of `torch.mm` are printed beside the peaks: a peak below
+them would be wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from torch import Tensor
 
 # The instruction sets of the kernels; a processor that has one has all before it.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-_DTYPE_CODES = {"float32": 0, "bfloat16": 1}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1}  # of machine_peak
+_TRIAL_FLOPS = 1e8
 _DEFAULT_CACHE = {1: 32 << 10, 2: 1 << 20, 3: 32 << 20}
 
 
@@ -161,8 +163,12 @@ class Limits:
 
     def probe_peaks(self, seconds: float) -> None:
         """Measures the arithmetic alone again, and keeps what is better than before."""
-        for name, code in _DTYPE_CODES.items():
-            rate = torch.ops.fastmoe_route.machine_peak(code, seconds)
+        burn = torch.ops.fastmoe_route.machine_peak
+        for name, code in DTYPE_CODES.items():
+            flops = _TRIAL_FLOPS
+            for _ in range(2):  # the first run says how many operations take `seconds`
+                took = _best(1, lambda c=code, n=flops: burn(c, n))  # type: ignore[misc]
+                rate, flops = flops / took, seconds * flops / took
             self.peak[name] = max(self.peak.get(name, 0.0), rate)
 
     @staticmethod
@@ -184,7 +190,7 @@ class Limits:
         core: they are measured again, a few times.
         """
         size = 1024 if self.quick else 4096
-        for name in _DTYPE_CODES:
+        for name in DTYPE_CODES:
             dtype = getattr(torch, name)
             a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
             took = _best(5, lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
@@ -207,18 +213,20 @@ class Limits:
         cached: bool,
         written: int = 0,
         read: float = 0.0,
+        multiply: float = 0.0,
     ) -> tuple[float, str]:
         """Seconds below which the work cannot be done, and what sets them.
 
         `written` of the bytes are an output that the allocator hands out again in the next call:
         up to half of the last-level cache, it may stay there. `read` are the bytes per second that
         were read in turns with the work itself, if they were: better than what a probe read before.
+        `multiply` are the operations per second done on registers in turns with it, likewise.
         """
         bandwidth, where = read or self.memory, "memory"
         if cached:
             is_tiny = num_bytes <= self._cached_set(1)
             bandwidth, where = (self.level1, "level 1") if is_tiny else (self.level2, "level 2")
-        peak = self.peak.get(dtype, self.peak["float32"])
+        peak = multiply or self.peak.get(dtype, self.peak["float32"])
         by_memory, by_arithmetic = num_bytes / bandwidth, flops / peak
         if not cached and written <= cache_bytes(3) // 2:
             stays = max(self.level3, bandwidth)

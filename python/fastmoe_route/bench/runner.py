@@ -15,7 +15,7 @@ import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench import machine, peers
-from fastmoe_route.bench.case import READ, Case
+from fastmoe_route.bench.case import MULTIPLY, READ, Case
 from fastmoe_route.bench.cases import build_case
 from fastmoe_route.bench.check import Finding
 from fastmoe_route.bench.machine import Limits
@@ -84,6 +84,7 @@ class Result:
     cached: bool = False
     floor_seconds: float = 0.0
     read: float = 0.0  # bytes per second of weights, in turns with the contenders
+    multiply: float = 0.0  # operations per second on registers, likewise
     bound_by: str = ""
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
@@ -133,6 +134,7 @@ class Result:
                 "bound_by": self.bound_by,
                 "share": self.share,
                 "read_bytes_per_second": self.read or None,
+                "multiply_flops": self.multiply or None,
             },
             "seconds": {name: summary.as_dict() for name, summary in timing.seconds.items()},
             "ratios": {name: summary.as_dict() for name, summary in timing.ratios.items()},
@@ -175,6 +177,8 @@ def run_row(
     result.yardsticks = {name: result.timing.ratios.pop(name) for name in case.yardsticks}
     if case.read_bytes > 0:
         result.read = case.read_bytes / result.timing.seconds[READ].median
+    if MULTIPLY in case.yardsticks:
+        result.multiply = case.flops / result.timing.seconds[MULTIPLY].median
     result.floor_seconds, result.bound_by = limits.floor(
         case.num_bytes,
         case.flops,
@@ -182,6 +186,7 @@ def run_row(
         cached=case.cached,
         written=case.written,
         read=result.read,
+        multiply=result.multiply,
     )
     return result
 
