@@ -34,9 +34,11 @@ constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what i
 constexpr int64_t kDotWidenRows = 72;
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
-// page's address, so pages are touched ahead. Every line is fetched where rows take arithmetic as well, or where that
-// does not wait for pages.
-constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
+// page's address. Where a prefetch would wait for it too, pages are touched ahead, and every line is fetched if rows
+// take arithmetic as well. Elsewhere (Intel) every line is fetched twice, which finds the pages besides: into L2, where
+// more of them can be under way than the 16 misses of L1, and a little later into L1, so that no product waits.
+constexpr int64_t kDotTouchBytes = 16384;           // of each stream, touched together
+constexpr int64_t kDotFar = 1536, kDotNear = 1024;  // bytes from what is multiplied to what is fetched into L2, L1
 
 // Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, which a lane adds
 // one after the other; packed rows are [step][vector][row][lane].
@@ -138,10 +140,11 @@ struct DotLines {
 
 // What a tile asks for before it is needed.
 enum class DotFetch {
-  kPanel,  // `lines` of `later`, not in one burst, which would fill the queue to memory; and the results' lines. The
-           // processor brings the tile's weights from L2 to L1 in time by itself.
-  kNone,
-  kStream  // every line, Math::kStreamAhead bytes on
+  kPanel,   // `lines` of `later`, not in one burst, which would fill the queue to memory; and the results' lines. The
+            // processor brings the tile's weights from L2 to L1 in time by itself.
+  kNone,    // no lines; pages are touched, as for kStream
+  kStream,  // every line, Math::kStreamAhead bytes on
+  kTwice    // every line, kDotFar bytes on and kDotNear bytes on
 };
 
 template <int R, int C, DotFetch kFetch, class Math, class Later>
@@ -180,6 +183,10 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
           weights[j] = Math::load(w[j] + q * Math::kSpread, v);
           Math::keep(weights[j]);
           if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + Math::kStreamAhead);
+          if (kFetch == DotFetch::kTwice && v == 0) {
+            prefetch_later(bytes(j, q) + kDotFar);
+            prefetch_soon(bytes(j, q) + kDotNear);
+          }
         }
         step(weights, a + (q + v * kLane) * R);
       }
@@ -229,11 +236,13 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1.
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. A larger L1 (48
+// KB) is a gain for up to eight of them: more take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
-  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= kDotStreamBytes);
+  const int64_t most = m <= 8 ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes;
+  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= most);
 }
 // Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
 inline int64_t dot_stream_tile(int64_t m) { return m > 2 && kDotStreamRows > kDotRows ? round_up(m, 2) : m; }
@@ -309,7 +318,7 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
                                          stride, from, to < apart ? to : apart);
                          };
   for (int64_t j = 0; j < apart; ++j) {
-    if (j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
+    if (kFetch != DotFetch::kTwice && j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
     if (j == touch_after) touch(p.after, 0, group);
     const typename Math::Element* w[C];
     DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false, nullptr};
@@ -479,9 +488,9 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
   if (dot_is_stream<Math>(m, k))
     return with_stream_tile(m, [&](auto count) {
       constexpr int R = decltype(count)::value;
-      if constexpr (R <= 2)
-        if (prefetch_waits_for_page()) return dot_few_rows<R, DotFetch::kNone>(problem, m);
-      dot_few_rows<R, DotFetch::kStream>(problem, m);
+      constexpr DotFetch kWaits = R <= 2 ? DotFetch::kNone : DotFetch::kStream;
+      if (prefetch_waits_for_page()) dot_few_rows<R, kWaits>(problem, m);
+      else dot_few_rows<R, DotFetch::kTwice>(problem, m);
     });
   const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);
   for (int64_t b = 0; b < blocks; ++b) {
