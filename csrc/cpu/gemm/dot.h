@@ -51,7 +51,7 @@ struct WidenedMath {
   static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a step
   static constexpr int kVectors = 1;
   static constexpr int64_t kSpread = 1;          // steps of weights lie kSpread kStep elements apart
-  static constexpr bool kWidens = false;         // whether many rows want their weights widened before
+  static constexpr bool kWidens = false;         // whether the first tile of many rows stores floats
   static constexpr int64_t kStreamAhead = 2048;  // bytes from what few rows multiply to what they fetch
   static constexpr int64_t kMaxBlock = 1024;
 
@@ -72,7 +72,7 @@ struct PanelMath : WidenedMath<float> {
 };
 
 // A vector of bfloat16 pairs is two of floats, first the odd elements, then the even ones: one instruction each, where
-// neighbours would take two. Many rows would repeat it for every tile, so panels of weights are widened before.
+// neighbours would take two. Many rows would repeat it for every tile, so the first one stores what it widened.
 template <>
 struct WidenedMath<BFloat16> {
   using Element = BFloat16;
