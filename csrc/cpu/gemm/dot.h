@@ -30,13 +30,16 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 // An L2 of 2 MB holds twice as many.
 constexpr int64_t kDotPanel = 32, kDotMaxPanel = 64;
 constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
-// Rows from which a widened copy of a panel costs less than widening in every tile.
-constexpr int64_t kDotWidenRows = 72;
+// Rows from which tiles read a widened copy of the weights, which the first tile stores. With fewer the stores, past L1,
+// take longer than widening again.
+constexpr int64_t kDotWidenRows = 32;
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
-// page's address, so pages are touched ahead. Every line is fetched where rows take arithmetic as well, or where that
-// does not wait for pages.
-constexpr int64_t kDotTouchBytes = 16384;  // of each stream, touched together
+// page's address. Where a prefetch would wait for it too, pages are touched ahead, and every line is fetched if rows
+// take arithmetic as well. Elsewhere (Intel) every line is fetched twice, which finds the pages besides: into L2, where
+// more of them can be under way than the 16 misses of L1, and a little later into L1, so that no product waits.
+constexpr int64_t kDotTouchBytes = 16384;           // of each stream, touched together
+constexpr int64_t kDotFar = 1536, kDotNear = 1024;  // bytes from what is multiplied to what is fetched into L2, L1
 
 // Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, which a lane adds
 // one after the other; packed rows are [step][vector][row][lane].
@@ -48,7 +51,7 @@ struct WidenedMath {
   static constexpr int64_t kStep = Vec::kLanes;  // elements of k in a step
   static constexpr int kVectors = 1;
   static constexpr int64_t kSpread = 1;          // steps of weights lie kSpread kStep elements apart
-  static constexpr bool kWidens = false;         // whether many rows want their weights widened before
+  static constexpr bool kWidens = false;         // whether the first tile of many rows stores floats
   static constexpr int64_t kStreamAhead = 2048;  // bytes from what few rows multiply to what they fetch
   static constexpr int64_t kMaxBlock = 1024;
 
@@ -69,7 +72,7 @@ struct PanelMath : WidenedMath<float> {
 };
 
 // A vector of bfloat16 pairs is two of floats, first the odd elements, then the even ones: one instruction each, where
-// neighbours would take two. Many rows would repeat it for every tile, so panels of weights are widened before.
+// neighbours would take two. Many rows would repeat it for every tile, so the first one stores what it widened.
 template <>
 struct WidenedMath<BFloat16> {
   using Element = BFloat16;
@@ -113,6 +116,7 @@ struct DotOutput {
   int rows;
   bool add;
   const char* soon;
+  float* widened;  // where a tile of DotFetch::kWiden stores the weights: [step][vector][column][lane]
 };
 
 // Touches every page of rows [from, to) of those that start at `first`, one line each, for streams of few rows. The
@@ -139,10 +143,12 @@ struct DotLines {
 
 // What a tile asks for before it is needed.
 enum class DotFetch {
-  kPanel,  // `lines` of `later`, not in one burst, which would fill the queue to memory; and the results' lines. The
-           // processor brings the tile's weights from L2 to L1 in time by itself.
-  kNone,
-  kStream  // every line, Math::kStreamAhead bytes on
+  kPanel,   // `lines` of `later`, not in one burst, which would fill the queue to memory; and the results' lines. The
+            // processor brings the tile's weights from L2 to L1 in time by itself.
+  kWiden,   // the same, and the weights are stored, widened, for the tiles that follow
+  kNone,    // no lines; pages are touched, as for kStream
+  kStream,  // every line, Math::kStreamAhead bytes on
+  kTwice    // every line, kDotFar bytes on and kDotNear bytes on
 };
 
 template <int R, int C, DotFetch kFetch, class Math, class Later>
@@ -151,7 +157,8 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
                                                     DotLines lines, const DotOutput& out) {
   constexpr int64_t L = Math::kStep, kLane = L / Math::kVectors;
   const auto bytes = [&](int j, int64_t q) { return reinterpret_cast<const char*>(w[j] + q * Math::kSpread); };
-  if (kFetch == DotFetch::kPanel)
+  constexpr bool kIsPanel = kFetch == DotFetch::kPanel || kFetch == DotFetch::kWiden;
+  if (kIsPanel)
     for (int i = 0; i < R; ++i) __builtin_prefetch(out.c[0] + i * out.stride, 1, 3);
   Vec sums[R][C];
 #pragma GCC unroll 12
@@ -180,21 +187,26 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
         for (int j = 0; j < C; ++j) {
           weights[j] = Math::load(w[j] + q * Math::kSpread, v);
           Math::keep(weights[j]);
+          if constexpr (kFetch == DotFetch::kWiden) weights[j].store(out.widened + (q + v * kLane) * C + j * kLane);
           if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + Math::kStreamAhead);
+          if (kFetch == DotFetch::kTwice && v == 0) {
+            prefetch_later(bytes(j, q) + kDotFar);
+            prefetch_soon(bytes(j, q) + kDotNear);
+          }
         }
         step(weights, a + (q + v * kLane) * R);
       }
     }
   };
   const auto nothing = []() __attribute__((always_inline)) {};
-  if constexpr (kFetch == DotFetch::kPanel && !Later::kAtEveryStep) {
+  if constexpr (kIsPanel && !Later::kAtEveryStep) {
     while (q < whole) {
       later.fetch(lines.at_once);
       steps_to(whole - q < kDotSegment * L ? whole : q + kDotSegment * L, nothing);
     }
   } else {
     int64_t at_once = lines.at_once;
-    for (int64_t left = kFetch == DotFetch::kPanel ? lines.all : 0; left > 0 && q < whole;) {
+    for (int64_t left = kIsPanel ? lines.all : 0; left > 0 && q < whole;) {
       const int64_t steps_left = (whole - q) / L, more = left - (at_once - 1) * steps_left;
       if (more <= 0) {
         --at_once;
@@ -207,7 +219,7 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
         for (int64_t i = 0; i < at_once; ++i) later.next();
       });
     }
-    if (kFetch == DotFetch::kPanel && out.soon != nullptr) {
+    if (kIsPanel && out.soon != nullptr) {
       const char* soon = out.soon;
       steps_to(whole, [&]() __attribute__((always_inline)) {
         prefetch_soon(soon);
@@ -221,11 +233,14 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
     typename Math::Value weights[C];
 #pragma GCC unroll 2
     for (int v = 0; v < Math::kVectors; ++v) {
-      for (int j = 0; j < C; ++j) weights[j] = Math::load(w[j] + q * Math::kSpread, v, static_cast<int>(k - q));
+      for (int j = 0; j < C; ++j) {
+        weights[j] = Math::load(w[j] + q * Math::kSpread, v, static_cast<int>(k - q));
+        if constexpr (kFetch == DotFetch::kWiden) weights[j].store(out.widened + (q + v * kLane) * C + j * kLane);
+      }
       step(weights, a + (q + v * kLane) * R);
     }
   }
-  if constexpr (kFetch == DotFetch::kPanel && C == kDotCols)
+  if constexpr (kIsPanel && C == kDotCols)
     if (out.count == C) return finish_tile<R>(sums, out.c[0], out.stride, out.add);
 #pragma GCC unroll 12
   for (int i = 0; i < R; ++i) {
@@ -236,11 +251,13 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1.
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. A larger L1 (48
+// KB) is a gain for up to eight of them: more take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
-  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= kDotStreamBytes);
+  const int64_t most = m <= 8 ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes;
+  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= most);
 }
 // Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
 inline int64_t dot_stream_tile(int64_t m) { return m > 2 && kDotStreamRows > kDotRows ? round_up(m, 2) : m; }
@@ -316,10 +333,10 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
                                          stride, from, to < apart ? to : apart);
                          };
   for (int64_t j = 0; j < apart; ++j) {
-    if (j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
+    if (kFetch != DotFetch::kTwice && j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
     if (j == touch_after) touch(p.after, 0, group);
     const typename Math::Element* w[C];
-    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false, nullptr};
+    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false, nullptr, nullptr};
     for (int i = 0; i < C; ++i) {
       const int64_t column = j + i * apart;
       const bool exists = column < p.n;
@@ -337,44 +354,21 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   }
 }
 
-// The weights of a panel as tiles read them: column j, a multiple of kDotCols, starts at first + j * column, and its
-// neighbours `neighbour` elements further each.
-template <class Math>
-struct DotColumns {
-  const typename Math::Element* first;
-  int64_t column, neighbour;
-};
-
-// `columns` weights over `depth` elements of k, widened: a copy.
-template <class Math>
-DotColumns<PanelMath> widen_panel(const typename Math::Element* w, int64_t w_stride, int64_t columns, int64_t depth) {
-  constexpr int L = Vec::kLanes;
-  const int64_t padded = round_up(depth, Math::kStep);
-  float* const panel =
-      static_cast<float*>(scratch(Scratch::kMicroKernel, kDotMaxPanel * Math::kMaxBlock * sizeof(float)));
-  for (int64_t j = 0; j < columns; ++j, w += w_stride) {
-    float* to = panel + j / kDotCols * kDotCols * padded + j % kDotCols * L;
-    int64_t q = 0;
-    for (; q + Math::kStep <= depth; q += Math::kStep)
-#pragma GCC unroll 2
-      for (int v = 0; v < Math::kVectors; ++v, to += kDotCols * L) Math::load(w + q, v).store(to);
-    if (q < depth)
-      for (int v = 0; v < Math::kVectors; ++v, to += kDotCols * L)
-        Math::load(w + q, v, static_cast<int>(depth - q)).store(to);
-  }
-  return {panel, padded, int64_t{L}};
-}
-
 // One panel of weights over one block of k against all rows: a tile's rows stay in L1 while the panel passes from L2.
-// `next_lines` lines of what comes next are fetched into L2 meanwhile. Tile: how tiles read the panel.
-template <class Tile, class Math, class Later>
-void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64_t m, int64_t q, int64_t depth,
-               int64_t panel, int64_t columns, Later& fetcher, int64_t next_lines) {
-  const int64_t padded = round_up(p.k, Math::kStep), tiles = dot_tiles(m);
-  const int64_t across = (columns + kDotCols - 1) / kDotCols, steps = (depth + Tile::kStep - 1) / Tile::kStep;
-  const int64_t row_segments = m * across * ((steps + kDotSegment - 1) / kDotSegment);
+// `next_lines` lines of what comes next are fetched into L2 meanwhile. Weights that are widened are stored so by the
+// first tile, and the others read them: [kDotCols columns][step][column][lane].
+template <class Math, class Later>
+void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, int64_t panel, int64_t columns,
+               Later& fetcher, int64_t next_lines) {
+  const typename Math::Element* const w = p.w + panel * p.w_stride + q;
+  const int64_t padded = round_up(p.k, Math::kStep), deep = round_up(depth, Math::kStep), tiles = dot_tiles(m);
+  const bool widens = Math::kWidens && m >= kDotWidenRows;
+  float* const widened =
+      widens ? static_cast<float*>(scratch(Scratch::kMicroKernel, kDotMaxPanel * Math::kMaxBlock * sizeof(float)))
+             : nullptr;
+  const int64_t across = (columns + kDotCols - 1) / kDotCols;
+  const int64_t row_segments = m * across * ((deep / Math::kStep + kDotSegment - 1) / kDotSegment);
   const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
-  DotLines lines{(tile_lines + steps - 1) / steps, tile_lines};
   // Rows of all k that take more than a quarter of a large L2 come from L3 again for every block of k. Their lines are
   // asked for one at every step of the columns before that fetches no panel, for many at once would wait for L3.
   const bool fetches_rows = Later::kAtEveryStep && has_large_level2() &&
@@ -382,7 +376,11 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
   Later later = fetcher;  // a copy stays in registers
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
-    if (!Later::kAtEveryStep) lines.at_once = (next_lines * rows + row_segments - 1) / row_segments;
+    const bool is_widened = widens && tile > 0;
+    const int64_t steps = deep / (is_widened ? PanelMath::kStep : Math::kStep);
+    const DotLines lines{
+        Later::kAtEveryStep ? (tile_lines + steps - 1) / steps : (next_lines * rows + row_segments - 1) / row_segments,
+        tile_lines};
     const typename Math::Packed* a = p.a + first * padded + q * rows;
     const int64_t after = first + rows, after_rows = m * (tile + 2) / tiles - after;
     const bool has_soon = fetches_rows && tile + 1 < tiles;
@@ -390,19 +388,30 @@ void dot_panel(const DotProblem<Math>& p, const DotColumns<Tile>& weights, int64
     with_panel_tile(rows, [&](auto count) __attribute__((always_inline)) {
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
-        const typename Tile::Element* w[kDotCols];
-        DotOutput out{{}, p.c_stride, static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols),
-                      R,  q > 0,      nullptr};
+        const int exist = static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols);
+        DotOutput out{{}, p.c_stride, exist, R, q > 0, nullptr, widens ? widened + j * deep : nullptr};
         if (has_soon && columns - j <= kDotRows * kDotCols) {
           out.soon = soon;
           soon += steps * static_cast<int64_t>(sizeof(Vec));
         }
-        for (int i = 0; i < kDotCols; ++i) {
-          const int64_t neighbour = i < out.count ? i : 0;
-          w[i] = weights.first + j * weights.column + neighbour * weights.neighbour;
-          out.c[i] = p.c + first * p.c_stride + panel + j + neighbour;
+        for (int i = 0; i < kDotCols; ++i) out.c[i] = p.c + first * p.c_stride + panel + j + (i < exist ? i : 0);
+        if constexpr (Math::kWidens) {
+          if (is_widened) {
+            const float* from[kDotCols];
+            for (int i = 0; i < kDotCols; ++i) from[i] = out.widened + i * PanelMath::kStep;
+            dot_tile<R, kDotCols, DotFetch::kPanel, PanelMath>(a, from, deep, later, lines, out);
+            continue;
+          }
         }
-        dot_tile<R, kDotCols, DotFetch::kPanel, Tile>(a, w, depth, later, lines, out);
+        const typename Math::Element* from[kDotCols];
+        for (int i = 0; i < kDotCols; ++i) from[i] = w + (j + (i < exist ? i : 0)) * p.w_stride;
+        if constexpr (Math::kWidens) {
+          if (widens) {
+            dot_tile<R, kDotCols, DotFetch::kWiden, Math>(a, from, depth, later, lines, out);
+            continue;
+          }
+        }
+        dot_tile<R, kDotCols, DotFetch::kPanel, Math>(a, from, depth, later, lines, out);
       }
     });
   }
@@ -447,15 +456,7 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
     for (int64_t q = begin; q < end; q += p.block) {
       const int64_t block = end - q < p.block ? end - q : p.block;
       const int64_t lines = (next_lines * block + depth - 1) / depth;
-      const typename Math::Element* w = p.w + panel * p.w_stride + q;
-      if constexpr (Math::kWidens) {
-        if (m >= kDotWidenRows) {
-          const DotColumns<PanelMath> widened = widen_panel<Math>(w, p.w_stride, columns, block);
-          dot_panel(p, widened, m, q, round_up(block, Math::kStep), panel, columns, later, lines);
-          continue;
-        }
-      }
-      dot_panel(p, DotColumns<Math>{w, p.w_stride, p.w_stride}, m, q, block, panel, columns, later, lines);
+      dot_panel(p, m, q, block, panel, columns, later, lines);
     }
   }
 }
@@ -486,9 +487,9 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
   if (dot_is_stream<Math>(m, k))
     return with_stream_tile(m, [&](auto count) {
       constexpr int R = decltype(count)::value;
-      if constexpr (R <= 2)
-        if (prefetch_waits_for_page()) return dot_few_rows<R, DotFetch::kNone>(problem, m);
-      dot_few_rows<R, DotFetch::kStream>(problem, m);
+      constexpr DotFetch kWaits = R <= 2 ? DotFetch::kNone : DotFetch::kStream;
+      if (prefetch_waits_for_page()) dot_few_rows<R, kWaits>(problem, m);
+      else dot_few_rows<R, DotFetch::kTwice>(problem, m);
     });
   const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);
   for (int64_t b = 0; b < blocks; ++b) {
