@@ -1,8 +1,8 @@
 // machine: what this processor can do at best, measured; the denominators of the bench's "share of the limit".
 //
 // machine_peak does so many fused multiply-adds (bfloat16: the products of the level in use) on registers only, so
-// nothing but the arithmetic units limits it. machine_read adds up a buffer, so that reading it is the whole cost. machine_info
-// tells what the library chose.
+// nothing but the arithmetic units limits it. machine_read adds up a buffer, so that reading it is the whole cost.
+// machine_info tells what the library chose.
 #pragma once
 
 #include <cstdint>
