@@ -109,6 +109,8 @@ def test_wgrad_sizes(dtype: torch.dtype, transposed: bool) -> None:
     rng = random.Random(1)
     sizes = [(rng.choice(EDGES), rng.choice(EDGES), rng.choice(EDGES)) for _ in range(40)]
     sizes += [(r, rng.choice(EDGES), rng.choice(EDGES)) for r in (127, 129, 255, 257, 600)]
+    # More outputs than share sums, by rows whose inputs are kept for all outputs, and by more.
+    sizes += [(300, 270, 530), (700, 150, 1030)]
     sizes += [(rng.choice(EDGES), 257, 65), (33, 65, 1025)]
     for i, (rows, a, b) in enumerate(sizes):
         x, y = normal(rows, a, dtype=dtype, seed=i), normal(rows, b, dtype=dtype, seed=-i - 1)

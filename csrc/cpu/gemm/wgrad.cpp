@@ -3,7 +3,8 @@
 // The reduction runs over rows, so the native form is an outer product: a tile of 6 inputs by 4 (AVX-512) or 2 vectors
 // of outputs stays in registers while the rows go by, one broadcast of x against whole vectors of y. Both operands are
 // copied to small float panels first: they live in L1 and L2, strides no longer alias, and 2-byte types are widened
-// once. More rows than a panel holds continue in a float tile, so the result is rounded once, from registers.
+// once. More rows than a panel holds continue in a float tile, so the result is rounded once, from registers; a few
+// panels of x stay for all outputs.
 // Order of summation: one fma per row, ascending, from +0; a function of nothing else.
 #include <cstring>
 
@@ -18,15 +19,16 @@ namespace {
 constexpr int kTileIn = kOuterRows;
 constexpr int kTileOut = kOuterVecs * Vec::kLanes;
 constexpr int kBlockOut = 64;   // outputs of a panel of y
-constexpr int kGroupOut = 256;  // outputs that share one copy of x
+constexpr int kGroupOut = 256;  // outputs whose sums wait in L2 for more rows
+constexpr int kKept = 4;        // panels of x that are copied once for all outputs, one for each block of rows
 
 // What a panel holds, at most.
 struct PanelSize {
   int64_t rows;  // of x and y
   int64_t in;    // inputs of x: whole tiles; a panel of y is copied once for so many
 };
-constexpr PanelSize kPanel{96, 144};        // 24 KB of y and 2 KB of x stay in an L1 of 32 KB
-constexpr PanelSize kLargePanel{144, 264};  // 36 and 3 in one of 48 KB; the panel of x and its sums take 400 KB of L2
+constexpr PanelSize kPanel{96, 144};  // 24 KB of y and 2 KB of x stay in an L1 of 32 KB; x and sums, 360 KB, in L2
+constexpr PanelSize kLargePanel{144, 264};  // 36 and 3 KB in an L1 of 48 KB, 860 KB in an L2 of 2 MB
 
 inline PanelSize panel_size() {
   const bool is_large = level1_cache_bytes() >= int64_t{48} << 10 && has_large_level2();
@@ -34,9 +36,9 @@ inline PanelSize panel_size() {
 }
 
 struct Panels {
-  alignas(64) float x[kLargePanel.rows * kLargePanel.in];  // [input / kTileIn][row][kTileIn]
-  alignas(64) float y[kLargePanel.rows * kBlockOut];       // [output / kTileOut][row][kTileOut]
-  alignas(64) float sum[kLargePanel.in * kGroupOut];       // [input][output]
+  alignas(64) float x[kKept][kLargePanel.rows * kLargePanel.in];  // [input / kTileIn][row][kTileIn]
+  alignas(64) float y[kLargePanel.rows * kBlockOut];              // [output / kTileOut][row][kTileOut]
+  alignas(64) float sum[kLargePanel.in * kGroupOut];              // [input][output]
 };
 
 // Copies `width` elements of each row, from column `first`, widened; columns up to `padded` become zeros.
@@ -112,12 +114,12 @@ __attribute__((noinline)) void add_to_sums(const float* x, const float* y, int64
 
 // One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
 template <class T>
-void multiply_panels(Panels* panels, int64_t panel_rows, int64_t count, int64_t in, int64_t j0, int64_t width,
-                     bool first, bool last, const Destination<T>& to) {
+void multiply_panels(Panels* panels, const float* x_panel, int64_t panel_rows, int64_t count, int64_t in, int64_t j0,
+                     int64_t width, bool first, bool last, const Destination<T>& to) {
   for (int64_t i = 0; i < in; i += kTileIn)
     with_rows<kTileIn>(in - i < kTileIn ? in - i : kTileIn, [&](auto height) __attribute__((always_inline)) {
       constexpr int R = decltype(height)::value;
-      const float* x = panels->x + i * panel_rows;
+      const float* x = x_panel + i * panel_rows;
       for (int64_t j = 0; j < width; j += kTileOut) {
         const float* y = panels->y + j * panel_rows;
         float* sum = panels->sum + i * kGroupOut + j0 + j;
@@ -147,13 +149,13 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
       int64_t r0 = 0;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t count = rows * (block + 1) / blocks - r0;
-        if (g0 == 0 || blocks > 1)  // one block of rows: x is copied once for all outputs
-          copy_inputs<T>(x + r0, count, i0, in, panels->x, most.rows);
+        float* const x_panel = panels->x[blocks <= kKept ? block : 0];
+        if (g0 == 0 || blocks > kKept) copy_inputs<T>(x + r0, count, i0, in, x_panel, most.rows);
         for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;
           copy_rows<T>(y + r0, count, g0 + j0, width, padded, panels->y, kTileOut, most.rows * kTileOut);
-          multiply_panels<T>(panels, most.rows, count, in, j0, width, block == 0, block + 1 == blocks,
+          multiply_panels<T>(panels, x_panel, most.rows, count, in, j0, width, block == 0, block + 1 == blocks,
                              {result + j0, out_stride, streams});
         }
         r0 += count;
