@@ -30,8 +30,8 @@ constexpr int64_t kDotStreamBytes = 24 << 10;  // of packed rows, all of k, that
 // An L2 of 2 MB holds twice as many.
 constexpr int64_t kDotPanel = 32, kDotMaxPanel = 64;
 constexpr int64_t kDotSegment = 16;  // steps of k between two fetches of what is multiplied later
-// Rows from which tiles read a widened copy of the weights, which the first tile stores. With fewer the stores, past L1,
-// take longer than widening again.
+// Rows from which tiles read a widened copy of the weights, which the first tile stores. With fewer the stores, past
+// L1, take longer than widening again.
 constexpr int64_t kDotWidenRows = 32;
 constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in L2 beside them
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
