@@ -181,6 +181,7 @@ def test_only_dense_tensors(name: str, layout: torch.layout) -> None:
 
 
 LOGITS = torch.arange(12.0).reshape(3, 4)
+TRAINED = LOGITS.clone().requires_grad_()
 # Strided, as dense tensors are, with 3 and with 2 dimensions.
 NESTED = torch.nested.nested_tensor([LOGITS, LOGITS])
 NESTED_ROWS = torch.nested.nested_tensor([LOGITS[0], LOGITS[1], LOGITS[2]])
@@ -209,6 +210,19 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     "moe_mlp: w_up must be a dense tensor, got layout torch.sparse_coo": (
         lambda: fr.moe_mlp(LOGITS, PAIR, W_UP.to_sparse(), W_DOWN)
+    ),
+    # With gradients, where no operator comes first that would refuse them.
+    "moe_mlp: weights must be a dense tensor, got a nested": (
+        lambda: fr.moe_mlp(TRAINED, (EXPERTS, NESTED_ROWS), W_UP, W_DOWN)
+    ),
+    "moe_mlp: w_up must be a dense tensor, got layout": (
+        lambda: fr.moe_mlp(TRAINED, PAIR, W_UP.to_sparse(), W_DOWN)
+    ),
+    "moe_mlp: plan.row_to_slot must be a dense tensor, got layout torch.sparse_coo": (
+        lambda: fr.moe_mlp(
+            *(TRAINED, PAIR, W_UP, W_DOWN),
+            plan=PLAN._replace(row_to_slot=PLAN.row_to_slot.to_sparse()),
+        )
     ),
     "gate: scale must be a number, got 'a'": lambda: fr.gate(LOGITS, 2, scale="a"),
     "gate: scale must be a number that a float can hold, got nan": (

@@ -5,7 +5,7 @@
 // read_all: eight streams per thread, far apart, and eight accumulators, so that neither loads nor additions are waited
 // for. One stream alone stops at the end of every page of 4 KB until the next one's place is found, and reads a third
 // less. Reads 4 * count bytes per pass.
-#include "cpu/gemm/peak_timer.h"
+#include "cpu/gemm/peak_burn.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/vec.h"
 

@@ -191,15 +191,10 @@ def _fits(
     if not isinstance(routing, (tuple, list)) or len(routing) < 2 or bias_up is not None:
         return False
     experts, weights = routing[0], routing[1]
-    if not (
-        isinstance(experts, Tensor)
-        and isinstance(weights, Tensor)
-        and isinstance(w_up, Tensor)
-        and isinstance(w_down, Tensor)
-        and bias_down is None
-        and experts.dim() == 2
-        and w_up.dim() == w_down.dim() == 3
-    ):
+    for value in (experts, weights, w_up, w_down):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+            return False
+    if bias_down is not None or experts.dim() != 2 or not w_up.dim() == w_down.dim() == 3:
         return False
     num_tokens, hidden = x.shape
     num_experts, width, hidden_out = w_down.shape
@@ -223,11 +218,11 @@ def _fits_plan(x: Tensor, plan: Any, num_experts: int, top_k: int) -> bool:
     if not isinstance(plan, DispatchPlan):
         return False
     offsets, row_to_slot, slot_to_row = plan[:3]
+    for value in (offsets, row_to_slot, slot_to_row):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+            return False
     return (
-        isinstance(offsets, Tensor)
-        and isinstance(row_to_slot, Tensor)
-        and isinstance(slot_to_row, Tensor)
-        and offsets.dim() == row_to_slot.dim() == 1
+        offsets.dim() == row_to_slot.dim() == 1
         and offsets.shape[0] == num_experts + 1
         and slot_to_row.shape == (x.shape[0], top_k)
         and offsets.dtype == row_to_slot.dtype == slot_to_row.dtype == torch.int32

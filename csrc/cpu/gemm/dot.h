@@ -222,8 +222,7 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
     if (kIsPanel && out.soon != nullptr) {
       const char* soon = out.soon;
       steps_to(whole, [&]() __attribute__((always_inline)) {
-        prefetch_soon(soon);
-        soon += sizeof(Vec);
+        for (int v = 0; v < Math::kVectors; ++v, soon += sizeof(Vec)) prefetch_soon(soon);
       });
     } else {
       steps_to(whole, nothing);
@@ -251,12 +250,12 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. A larger L1 (48
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. An Intel's L1 (48
 // KB) is a gain for up to eight of them: more take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
-  const int64_t most = m <= 8 ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes;
+  const int64_t most = m <= 8 && !prefetch_waits_for_page() ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes;
   return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= most);
 }
 // Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
@@ -367,7 +366,6 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
       widens ? static_cast<float*>(scratch(Scratch::kMicroKernel, kDotMaxPanel * Math::kMaxBlock * sizeof(float)))
              : nullptr;
   const int64_t across = (columns + kDotCols - 1) / kDotCols;
-  const int64_t row_segments = m * across * ((deep / Math::kStep + kDotSegment - 1) / kDotSegment);
   const int64_t tile_lines = (next_lines + tiles * across - 1) / (tiles * across);
   // Rows of all k that take more than a quarter of a large L2 come from L3 again for every block of k. Their lines are
   // asked for one at every step of the columns before that fetches no panel, for many at once would wait for L3.
@@ -378,6 +376,7 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
     const int64_t first = m * tile / tiles, rows = m * (tile + 1) / tiles - first;
     const bool is_widened = widens && tile > 0;
     const int64_t steps = deep / (is_widened ? PanelMath::kStep : Math::kStep);
+    const int64_t row_segments = m * across * ((steps + kDotSegment - 1) / kDotSegment);
     const DotLines lines{
         Later::kAtEveryStep ? (tile_lines + steps - 1) / steps : (next_lines * rows + row_segments - 1) / row_segments,
         tile_lines};
@@ -392,7 +391,7 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
         DotOutput out{{}, p.c_stride, exist, R, q > 0, nullptr, widens ? widened + j * deep : nullptr};
         if (has_soon && columns - j <= kDotRows * kDotCols) {
           out.soon = soon;
-          soon += steps * static_cast<int64_t>(sizeof(Vec));
+          soon += deep / Math::kStep * Math::kVectors * static_cast<int64_t>(sizeof(Vec));
         }
         for (int i = 0; i < kDotCols; ++i) out.c[i] = p.c + first * p.c_stride + panel + j + (i < exist ? i : 0);
         if constexpr (Math::kWidens) {

@@ -1,11 +1,10 @@
 // The bfloat16 peaks of processors that multiply bfloat16 themselves: vdpbf16ps, and AMX tiles.
 //
 // vdpbf16ps starts every cycle on AMD and every other cycle on Intel, where float32 multiply-adds on widened values
-// do twice as much: the level's peak is the faster of the two, timed once.
+// do twice as much.
 #include <immintrin.h>
-#include <time.h>
 
-#include "cpu/gemm/peak_timer.h"
+#include "cpu/gemm/peak_burn.h"
 
 namespace fastmoe_route {
 namespace avx512 { void peak_float32(const PeakArgs& args); }
@@ -73,34 +72,14 @@ __attribute__((noinline)) void burn_amx(int64_t iterations) {
   _tile_release();
 }
 
-// Seconds of the fastest of a few short runs.
-template <class Peak>
-double shortest(const Peak& peak) {
-  double best = 1e30;
-  for (int run = 0; run < 8; ++run) {
-    timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
-    peak(PeakArgs{2e8});
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    const double seconds =
-        static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
-    best = seconds < best ? seconds : best;
-  }
-  return best;
-}
-
 }  // namespace
 
 void peak_avx512_bf16(const PeakArgs& args) {
-  const auto pairs = [](const PeakArgs& some) {
-    burn_on_all_threads(some, 2.0 * 2.0 * 16.0 * kChains, [](int64_t iterations) {
-      volatile float sink = burn_avx512_bf16(iterations);
-      (void)sink;
-    });
-  };
-  static const bool has_fast_pairs = shortest(pairs) < shortest(avx512::peak_float32);
-  if (has_fast_pairs) pairs(args);
-  else avx512::peak_float32(args);
+  if (__builtin_cpu_is("intel")) return avx512::peak_float32(args);
+  burn_on_all_threads(args, 2.0 * 2.0 * 16.0 * kChains, [](int64_t iterations) {
+    volatile float sink = burn_avx512_bf16(iterations);
+    (void)sink;
+  });
 }
 
 void peak_amx(const PeakArgs& args) { burn_on_all_threads(args, 6.0 * kTileFlops, burn_amx); }

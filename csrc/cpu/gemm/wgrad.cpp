@@ -141,6 +141,7 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
   const auto smaller = [](int64_t p, int64_t q) { return p < q ? p : q; };
   const PanelSize most = panel_size();
   const int64_t blocks = (rows + most.rows - 1) / most.rows;
+  const bool keeps_x = blocks <= kKept && b > kGroupOut;
   const bool streams = past_caches && is_whole_lines(out, out_stride * static_cast<int64_t>(sizeof(T)));
   for (int64_t i0 = 0; i0 < a; i0 += most.in)
     for (int64_t g0 = 0; g0 < b; g0 += kGroupOut) {
@@ -149,8 +150,8 @@ void multiply(const void* const* x, const void* const* y, int64_t rows, int64_t 
       int64_t r0 = 0;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t count = rows * (block + 1) / blocks - r0;
-        float* const x_panel = panels->x[blocks <= kKept ? block : 0];
-        if (g0 == 0 || blocks > kKept) copy_inputs<T>(x + r0, count, i0, in, x_panel, most.rows);
+        float* const x_panel = panels->x[keeps_x ? block : 0];
+        if (g0 == 0 || !keeps_x) copy_inputs<T>(x + r0, count, i0, in, x_panel, most.rows);
         for (int64_t j0 = 0; j0 < group; j0 += kBlockOut) {
           const int64_t width = smaller(group - j0, kBlockOut);
           const int64_t padded = (width + kTileOut - 1) / kTileOut * kTileOut;

@@ -13,7 +13,7 @@ from fastmoe_route.results import Routing
 _ASK = {"score_sum": "stats=True", "logsumexp": "stats=True", "scores": "keep_scores=True"}
 
 
-def check_routing(loss: str, routing: Routing) -> None:
+def check_is_routing(loss: str, routing: Routing) -> None:
     """Requires a `Routing`."""
     if not isinstance(routing, Routing):
         fail(TypeError, loss, "routing", "be a Routing", describe(routing))
@@ -21,7 +21,7 @@ def check_routing(loss: str, routing: Routing) -> None:
 
 def statistic(loss: str, routing: Routing, name: str) -> Tensor:
     """The field `name` of `routing`, which must be there."""
-    check_routing(loss, routing)
+    check_is_routing(loss, routing)
     value = getattr(routing, name)
     if value is None:
         fail(ValueError, loss, "routing", f"carry {name}: pass {_ASK[name]} to gate", "None")
@@ -41,7 +41,7 @@ def routings(loss: str, given: Sequence[Routing]) -> list[Routing]:
     if isinstance(given, Routing) or not isinstance(given, (list, tuple)) or not given:
         fail(ValueError, loss, "routings", "be a non-empty list of Routing", describe(given))
     for routing in given:
-        check_routing(loss, routing)
+        check_is_routing(loss, routing)
     sizes = {int(routing.demand.shape[0]) for routing in given}
     if len(sizes) > 1:
         fail(ValueError, loss, "routings", "share one pool of experts", f"sizes {sorted(sizes)}")

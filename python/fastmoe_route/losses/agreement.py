@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmoe_route._arguments import check_ids, check_number, check_shape, check_tensor, fail
 from fastmoe_route._segments import segment_sum
-from fastmoe_route.losses._statistics import check_routing, probabilities
+from fastmoe_route.losses._statistics import check_is_routing, probabilities
 from fastmoe_route.results import Routing
 
 
@@ -162,7 +162,7 @@ def contrastive(
     """
     check_tensor("contrastive", "x", x, 2)
     check_number("contrastive", "temperature", temperature, above=0)
-    check_routing("contrastive", routing)
+    check_is_routing("contrastive", routing)
     check_shape("contrastive", "routing.experts", routing.experts, (x.shape[0], -1))
     check_tensor("contrastive", "prototypes", prototypes, 2)
     num_experts = routing.demand.shape[0]

@@ -18,7 +18,13 @@ from fastmoe_route._arguments import (
     may_look,
 )
 from fastmoe_route._segments import segment_sum
-from fastmoe_route.losses._statistics import check_routing, routings, shares, statistic, surprise
+from fastmoe_route.losses._statistics import (
+    check_is_routing,
+    routings,
+    shares,
+    statistic,
+    surprise,
+)
 from fastmoe_route.results import Routing
 
 
@@ -110,7 +116,7 @@ def importance(routing: Routing, *, of: str = "scores") -> Tensor:
     """
     if check_choice("importance", "of", of, ("scores", "weights")) == 0:
         return cv_squared(statistic("importance", routing, "score_sum"))
-    check_routing("importance", routing)
+    check_is_routing("importance", routing)
     return cv_squared(_weight_sum(routing))
 
 
@@ -189,7 +195,7 @@ def assigned_balance(routing: Routing) -> Tensor:
     Returns:
         A scalar, differentiable through `weights`; 0 where all experts have equally many slots.
     """
-    check_routing("assigned_balance", routing)
+    check_is_routing("assigned_balance", routing)
     n = routing.demand.to(routing.weights.dtype)
     mean = n.mean().clamp(min=torch.finfo(n.dtype).tiny)
     return ((n - mean) / mean * _weight_sum(routing)).sum()

@@ -75,6 +75,7 @@ def moe_mlp(
     bias_down: Tensor | None = None,
     weights_on: str = "output",
     plan: DispatchPlan | None = None,
+    allow_unrouted: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`out[t] = sum over j of weights[t, j] * expert_{experts[t, j]}(x[t])`, kept slots only.
@@ -86,7 +87,7 @@ def moe_mlp(
     wide = arithmetic_dtype(x, dtype)
     experts, weights = routing[0], routing[1].to(wide)
     if plan is None:
-        plan = plan_dispatch(experts, w_up.shape[0])
+        plan = plan_dispatch(experts, w_up.shape[0], allow_unrouted=allow_unrouted)
     rows = permute(x.to(wide), plan)
     on_input = weights_on == "input"
     if on_input:

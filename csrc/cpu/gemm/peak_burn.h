@@ -1,4 +1,4 @@
-// The frame of every peak kernel: burn(iterations) does a fixed number of operations on registers, and all threads do
+// What every peak kernel runs in: burn(iterations) does a fixed number of operations on registers, and all threads do
 // their share at the same time.
 #pragma once
 
