@@ -142,7 +142,7 @@ def _recorder(
     # What the engine calls of the node. torch's own finds out in every call that it is `backward`,
     # which takes 1 us of 33.
     if hasattr(Function, "_backward_cls"):
-        Function._backward_cls.apply = Function.backward
+        Function._backward_cls.apply = Function.backward  # type: ignore[attr-defined]
     apply = super(torch.autograd.Function, Function).apply  # type: ignore[misc]
 
     def record(*args: Any) -> Any:

@@ -250,8 +250,8 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. An Intel's L1 (48
-// KB) is a gain for up to eight of them: more take fewer streams, and panels are as fast.
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. Intel's larger
+// L1 is a gain for up to eight of them: more take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
