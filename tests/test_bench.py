@@ -207,7 +207,7 @@ class TestRows:
     @pytest.mark.parametrize("row", rows_of("grouped_mm", "moe_mlp"), ids=str)
     def test_products_are_held_against_as_many_on_registers(self, row, monkeypatch):
         assert run_tiny(row).multiply == 0.0  # too few of them
-        monkeypatch.setattr(expert_cases, "_MULTIPLY_FLOPS", 0.0)
+        monkeypatch.setattr(expert_cases, "_LEAST_FLOPS", 0.0)
         result = run_tiny(row)
         assert result.yardsticks["multiply-adds"].median > 0
         assert result.bound_by != "arithmetic" or result.floor_seconds == pytest.approx(

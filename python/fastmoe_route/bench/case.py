@@ -19,7 +19,7 @@ from fastmoe_route.bench.timing import Call
 
 EXP_FLOPS = 20
 READ = "read of weights"
-MULTIPLY = "multiply-adds"  # as many, on registers: if timed, a row's limit by arithmetic
+MULTIPLY = "multiply-adds"  # on registers
 _RMS_ELEMENTS = 16  # of fewer, such as the one weight of a token with one slot, an rms is chance
 Function = Callable[..., Tensor]
 
@@ -38,6 +38,7 @@ class Case:
     written: int = 0  # of num_bytes, those of outputs that later calls write again
     yardsticks: dict[str, Call] = field(default_factory=dict)  # timed beside; no way to do the work
     read_bytes: int = 0  # of the yardstick READ, whose rate then is this row's limit by memory
+    multiply_flops: float = 0.0  # of the yardstick MULTIPLY, the limit by arithmetic likewise
     notes: list[str] = field(default_factory=list)  # contenders that were left out, and why
 
 

@@ -23,7 +23,8 @@ from fastmoe_route.bench.workload import (
     require_memory,
 )
 
-_MULTIPLY_FLOPS = 1e9  # of the row, at least: of shorter loops the start of threads would be a part
+_LEAST_FLOPS = 1e9  # of the row: of shorter loops the start of threads would be a part
+_MULTIPLY_FLOPS = 1e10  # at most, of the yardstick beside: long beside a burst at a higher clock
 _CHECKED_TOKENS = 4
 _CHECKED_EXPERTS = 4
 _READ_BYTES = 128 << 20  # at most, of the yardstick beside
@@ -32,11 +33,12 @@ _READ_BYTES = 128 << 20  # at most, of the yardstick beside
 def _add_yardsticks(case: Case, weights: Weights) -> Case:
     """Adds those that do as many operations and read as many bytes as the case declares.
 
-    The bytes up to a limit, of the weights themselves, another part of them in every call.
+    Both up to a limit; the bytes are of the weights themselves, another part in every call.
     """
-    if case.row.dtype in DTYPE_CODES and case.flops >= _MULTIPLY_FLOPS:
+    if case.row.dtype in DTYPE_CODES and case.flops >= _LEAST_FLOPS:
+        case.multiply_flops = min(case.flops, _MULTIPLY_FLOPS)
         multiply, code = torch.ops.fastmoe_route.machine_peak, DTYPE_CODES[case.row.dtype]
-        case.yardsticks[MULTIPLY] = lambda _: multiply(code, case.flops)
+        case.yardsticks[MULTIPLY] = lambda _: multiply(code, case.multiply_flops)
     if not case.cached:
         flat = [up.detach().view(-1).view(torch.float32) for up in weights.ups]
         count = min(case.num_bytes, _READ_BYTES, 4 * flat[0].numel()) // 4

@@ -11,7 +11,7 @@
 
 The best of several probes counts, and probes are repeated through the run: a limit is what the
 machine reaches when nobody disturbs it. Rows of products are held against what was read of their
-weights, and against as many multiply-adds on registers, in turns with the contenders instead: on
+weights, and against multiply-adds on registers, in turns with the contenders instead: on
 shared machines the rate of the memory drifts within minutes, and a processor multiplies faster for
 milliseconds than for longer. The rates of `torch.mm` are printed beside the peaks: a peak below
 them would be wrong.

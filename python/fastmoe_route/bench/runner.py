@@ -177,8 +177,8 @@ def run_row(
     result.yardsticks = {name: result.timing.ratios.pop(name) for name in case.yardsticks}
     if case.read_bytes > 0:
         result.read = case.read_bytes / result.timing.seconds[READ].median
-    if MULTIPLY in case.yardsticks:
-        result.multiply = case.flops / result.timing.seconds[MULTIPLY].median
+    if case.multiply_flops > 0:
+        result.multiply = case.multiply_flops / result.timing.seconds[MULTIPLY].median
     result.floor_seconds, result.bound_by = limits.floor(
         case.num_bytes,
         case.flops,
