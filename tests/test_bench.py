@@ -205,7 +205,7 @@ class TestRows:
         assert run_tiny(row).passed
 
     @pytest.mark.parametrize("row", rows_of("grouped_mm", "moe_mlp"), ids=str)
-    def test_products_are_held_against_as_many_on_registers(self, row, monkeypatch):
+    def test_products_are_held_against_multiply_adds_beside(self, row, monkeypatch):
         assert run_tiny(row).multiply == 0.0  # too few of them
         monkeypatch.setattr(expert_cases, "_LEAST_FLOPS", 0.0)
         result = run_tiny(row)

@@ -550,7 +550,7 @@ def test_plans_made_by_hand_are_checked(backend: str) -> None:
         spoiled[0] = stray
         with pytest.raises(RuntimeError, match=r"permute: plan must come from plan_dispatch"):
             fr.permute(X, PLAN._replace(row_to_slot=spoiled))
-    # A row that two slots name, and one that is padding to one map alone, had a gradient of zero.
+    # A row that two slots name, and one that is padding to one map alone: gradients would be lost.
     shared, unused = PLAN.slot_to_row.clone(), PLAN.row_to_slot.clone()
     shared[2, 0], unused[0] = shared[0, 1], -1
     for plan in (PLAN._replace(slot_to_row=shared), PLAN._replace(row_to_slot=unused)):
