@@ -196,6 +196,18 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
         lambda: fr.gate(LOGITS, 2, bias=NESTED_ROWS)
     ),
     "gate: score must be one of softmax, ": lambda: fr.gate(LOGITS, 2, score=STRINGS),
+    "gate: softmax_over must be one of all, group, got array(": (
+        lambda: fr.gate(LOGITS, 2, softmax_over=STRINGS)
+    ),
+    "gate: group_score must be one of max, top2_sum, got array(": (
+        lambda: fr.gate(LOGITS, 2, group_score=STRINGS)
+    ),
+    "plan_dispatch: drop_policy must be one of position, score, got array(": (
+        lambda: fr.plan_dispatch(EXPERTS, 3, drop_policy=STRINGS)
+    ),
+    "softmax: method must be one of auto, three_pass, online, two_pass, got array(": (
+        lambda: fr.softmax(LOGITS, method=STRINGS)
+    ),
     "reroute: fill must be None, 'turned_away' or 'any', got array(": (
         lambda: fr.reroute(PAIR, 3, 1, 1, fill=STRINGS)
     ),

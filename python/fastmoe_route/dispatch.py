@@ -42,7 +42,8 @@ _permute_direct = direct(_permute_forward)
 _unpermute_direct = direct(_unpermute_forward)
 MAX_EXPERTS = 65536
 INT32_LIMIT = 2**31
-DROP_POLICIES = ("position", "score")
+_POSITION = "position"  # the default, told by identity: an array has its error
+DROP_POLICIES = (_POSITION, "score")
 
 
 # ---- plan_dispatch -----------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def plan_dispatch(
     num_experts: int,
     *,
     capacity: int | None = None,
-    drop_policy: str = "position",
+    drop_policy: str = _POSITION,
     weights: Tensor | None = None,
     scope_ids: Tensor | None = None,
     num_scopes: int = 1,
@@ -152,7 +153,7 @@ def plan_dispatch(
         and max_rows is None
         and weights is None
         and scope_ids is None
-        and drop_policy == "position"
+        and drop_policy is _POSITION
         and type(num_experts) is type(num_scopes) is type(align) is int
         and num_scopes == align == 1
         and allow_unrouted is False

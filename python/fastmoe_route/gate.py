@@ -29,12 +29,12 @@ from fastmoe_route._autograd import differentiable, direct, register_autograd
 from fastmoe_route.results import Routing
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
-SOFTMAX_OVER = ("all", "group")
-GROUP_SCORES = ("max", "top2_sum")
 MAX_EXPERTS = 8192
 _SCORE_CODES = {score: code for code, score in enumerate(SCORES)}
-# Defaults, which are told by identity: True and 1.0 are no ints, and have their errors.
-_ZERO, _ONE = 0, 1
+# Defaults, told by identity: True and 1.0 are no ints, an array is no name, and have their errors.
+_ZERO, _ONE, _ALL, _MAX = 0, 1, "all", "max"
+SOFTMAX_OVER = (_ALL, "group")
+GROUP_SCORES = (_MAX, "top2_sum")
 
 _ops = torch.ops.fastmoe_route
 _gate = _ops.gate.default
@@ -52,13 +52,13 @@ def gate(
     top_k: int,
     *,
     score: str = "softmax",
-    softmax_over: str = "all",
+    softmax_over: str = _ALL,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     noise: Tensor | None = None,
     num_groups: int = _ONE,
     topk_groups: int | None = None,
-    group_score: str = "max",
+    group_score: str = _MAX,
     max_per_group: int | None = None,
     top_p: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
@@ -125,12 +125,12 @@ def gate(
         (tensor([[1, 2]], dtype=torch.int32), tensor([[0.5000, 0.5000]]))
     """
     is_limited = (
-        (num_null is not _ZERO or softmax_over != "all" or min_k is not _ONE)
+        (num_null is not _ZERO or softmax_over is not _ALL or min_k is not _ONE)
         or (mask is not None or noise is not None or k_per_token is not None)
         or (top_p is not None or threshold is not None or max_per_group is not None)
     )
     is_grouped = num_groups is not _ONE or topk_groups is not None
-    has_options = is_limited or is_grouped or bias is not None or group_score != "max"
+    has_options = is_limited or is_grouped or bias is not None or group_score is not _MAX
     failed = None
     if (
         not (has_options or keep_scores is not False or is_dynamo_compiling())

@@ -25,8 +25,9 @@ from fastmoe_route._arguments import (
 )
 from fastmoe_route._autograd import direct, register_autograd
 
-_LAST = -1  # the default, told by identity: -1.0 is no int, and has its error
-_METHODS = ("auto", "three_pass", "online", "two_pass")
+# Defaults, told by identity: -1.0 is no int and an array no method, and both have their errors.
+_LAST, _AUTO = -1, "auto"
+_METHODS = (_AUTO, "three_pass", "online", "two_pass")
 _MAX_K = 64
 _ops = torch.ops.fastmoe_route
 _softmax_forward = _ops.softmax_forward.default
@@ -37,7 +38,7 @@ _softmax_backward_op = _ops.softmax_backward.default
 
 
 def softmax(
-    x: Tensor, dim: int = _LAST, *, method: str = "auto", out: Tensor | None = None
+    x: Tensor, dim: int = _LAST, *, method: str = _AUTO, out: Tensor | None = None
 ) -> Tensor:
     """Computes `exp(x - max) / sum(exp(x - max))` along `dim`.
 
@@ -70,7 +71,7 @@ def softmax(
         tensor([0.5000, 0.5000, 0.0000])
     """
     failed = None
-    if not is_dynamo_compiling() and dim is _LAST and method == "auto":
+    if not is_dynamo_compiling() and dim is _LAST and method is _AUTO:
         # The operator checks in half the time of what follows, which says more; what needs_grad
         # asks first stands here without its call.
         try:

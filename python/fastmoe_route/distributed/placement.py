@@ -93,15 +93,15 @@ def plan_placement(
     check_number("plan_placement", "time_limit", time_limit, above=0)
     trace = _check(experts, num_experts, num_ranks, sources)
     default = tuple(e // (num_experts // num_ranks) for e in range(num_experts))
-    before = _cost(trace, sources, default, num_experts, num_ranks)
+    before = _cost(trace, sources, default, num_ranks)
     chosen, is_optimal = default, True
     if num_ranks > 1 and trace.numel() > 0:
         problem = _Problem(trace, sources, num_experts, num_ranks, traffic_weight, max_pairs)
         solved, is_optimal = problem.solve(time_limit)
-        after = _cost(trace, sources, solved, num_experts, num_ranks)
+        after = _cost(trace, sources, solved, num_ranks)
         if _value(after, trace, traffic_weight) < _value(before, trace, traffic_weight):
             chosen = solved
-    after = _cost(trace, sources, chosen, num_experts, num_ranks)
+    after = _cost(trace, sources, chosen, num_ranks)
     return Placement(chosen, after[0], after[1], before[0], before[1], is_optimal)
 
 
@@ -127,7 +127,7 @@ def _check(experts: Any, num_experts: int, num_ranks: int, sources: Any) -> Tens
 
 
 def _cost(
-    trace: Tensor, sources: Tensor | None, ranks: tuple[int, ...], num_experts: int, num_ranks: int
+    trace: Tensor, sources: Tensor | None, ranks: tuple[int, ...], num_ranks: int
 ) -> tuple[float, int]:
     """The exact cost of a placement on the trace: fullest rank over even share, and rows moved."""
     real = trace >= 0
