@@ -39,8 +39,10 @@ inline void normal(Vec64 x, Vec64& cumulative, Vec64& density) {
   density.v = 0.39894228040143267794 * std::exp(-0.5 * x.v * x.v);
 }
 
+// Not named sigmoid: that of the gate (gate_score.h) rounds otherwise, and of two templates of one name in a level the
+// linker keeps one.
 template <class V>
-inline V sigmoid(V x) {
+inline V logistic(V x) {
   return V::all(1) / (V::all(1) + exp(V::zero() - x));
 }
 
@@ -51,7 +53,7 @@ struct Silu {
   }
   template <class V>
   static V slope(V x, V& d) {
-    const V s = sigmoid(x);
+    const V s = logistic(x);
     d = s * fma(x, V::all(1) - s, V::all(1));
     return x * s;
   }
@@ -143,7 +145,7 @@ struct SwiGluClamped {
     const V seven = V::all(7), one = V::all(1);
     const V g = min(seven, gate);
     const V u = min(seven, max(V::all(-7), up)) + one;
-    const V s = sigmoid(V::all(1.702) * g);
+    const V s = logistic(V::all(1.702) * g);
     const V glu = g * s;
     // The clamps pass the gradient on their bounds, as torch's do.
     d_gate = select(seven >= gate, u * s * fma(V::all(1.702) * g, one - s, one), V::zero());
