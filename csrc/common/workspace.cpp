@@ -48,8 +48,4 @@ size_t scratch_bytes() {
   return total;
 }
 
-void release_scratch() {
-  for (Buffer& buffer : buffers) buffer.release();
-}
-
 }  // namespace fastmoe_route

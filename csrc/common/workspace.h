@@ -27,8 +27,7 @@ enum class Scratch {
 // asks for the same slot again. Throws std::bad_alloc.
 void* scratch(Scratch slot, size_t bytes);
 
-// Bytes held now by the calling thread, and their release (tests, and users who want the memory back).
+// Bytes held now by the calling thread.
 size_t scratch_bytes();
-void release_scratch();
 
 }  // namespace fastmoe_route

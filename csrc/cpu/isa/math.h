@@ -132,15 +132,4 @@ inline Vec log1p_positive(Vec x) {
   return select(u == one, x, log_positive(u) + lost / u);
 }
 
-// Sum of n floats in a fixed order: four vector accumulators, then one tree. Independent of alignment.
-inline float sum(const float* p, int64_t n) {
-  Vec s[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-  int64_t i = 0;
-  for (; i + 4 * Vec::kLanes <= n; i += 4 * Vec::kLanes)
-    for (int j = 0; j < 4; ++j) s[j] = s[j] + Vec::load(p + i + j * Vec::kLanes);
-  for (; i < n; i += Vec::kLanes)
-    s[0] = s[0] + Vec::load(p + i, n - i < Vec::kLanes ? static_cast<int>(n - i) : Vec::kLanes);
-  return reduce_add((s[0] + s[1]) + (s[2] + s[3]));
-}
-
 FASTMOE_ROUTE_ISA_END

@@ -79,7 +79,6 @@ struct Vec {
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
   friend Vec negative_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
   friend Vec reciprocal(Vec a) { return all(1.0f) / a; }
-  friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   friend Vec ldexp(Vec a, Vec n) {
     // Two powers of two: the first product is exact for a near 1, so the result is rounded once.
     const __m256 bounded = _mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-252.0f)), _mm256_set1_ps(254.0f));

@@ -83,7 +83,6 @@ struct Vec {
     const __m512 r = _mm512_rcp14_ps(a.v);
     return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0f)), r)};
   }
-  friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   // a * 2^n for |a| in [0.5, 2] and integral n, rounded once through the subnormal range, 0 or inf past it.
   friend Vec ldexp(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
   // The lanes rounded to integers, as they are; what does not fit an integer gives something.
@@ -132,7 +131,7 @@ struct Vec {
   __m256i f16_bits() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
-// Integers of the width of a Vec lane, for exact comparison of floats (ordered_keys below).
+// Integers of the width of a Vec lane, for exact comparison of floats (gate_select.h).
 struct Keys {
   static constexpr int kLanes = 16;
   __m512i v;

@@ -90,10 +90,6 @@ struct Vec {
   }
   friend Vec negative_abs(Vec a) { return Vec::zero() - abs(a); }
   friend Vec reciprocal(Vec a) { return {1.0f / a.v}; }
-  friend Vec round(Vec a) {
-    for (int i = 0; i < kLanes; ++i) a.v[i] = std::nearbyint(static_cast<float>(a.v[i]));
-    return a;
-  }
   friend Vec ldexp(Vec a, Vec n) {
     // As with AVX2; a NaN exponent becomes -252, and the NaN is in a.
     const Vec bounded = min(max(n, all(-252.0f)), all(254.0f));
@@ -102,7 +98,8 @@ struct Vec {
     return {a.v * power(half) * power(whole - half)};
   }
   friend Vec integer_bits(Vec a) {
-    return {reinterpret_cast<Float8>(__builtin_convertvector(min(max(round(a), all(-1e9f)), all(1e9f)).v, Int8))};
+    for (int i = 0; i < kLanes; ++i) a.v[i] = std::nearbyint(static_cast<float>(a.v[i]));
+    return {reinterpret_cast<Float8>(__builtin_convertvector(min(max(a, all(-1e9f)), all(1e9f)).v, Int8))};
   }
   friend Vec product_gradual(Vec a, Vec b) { return a * b; }
   friend void frexp(Vec x, Vec& mantissa, Vec& exponent) {

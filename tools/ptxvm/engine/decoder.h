@@ -71,7 +71,6 @@ class Decoder {
   void location(std::string_view text);
   void instruction(const Statement& statement);
   void check_modifiers() const;
-  Operand lookup(std::string_view name) const;
   bool find_register(std::string_view name, Operand& found) const;
   bool special(std::string_view name, Operand& found);
   Operand new_register(int bytes);

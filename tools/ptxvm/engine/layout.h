@@ -12,6 +12,5 @@ constexpr uint64_t kParamWindow = uint64_t{3} << 56;
 constexpr uint64_t kWindowSize = uint64_t{1} << 32;
 // Offset of the first variable in shared memory: 0 stays invalid.
 constexpr uint64_t kSharedStart = 1024;
-constexpr uint64_t kLocalStart = 1024;
 
 }  // namespace ptxvm

@@ -14,7 +14,6 @@ namespace ptxvm {
 struct Region {
   uint64_t base = 0, bytes = 0;
   bool is_writable = true;
-  bool is_written_by_host_only = false;  // kept for messages: an input
   int users = 1;
   uint64_t launch = 0;  // whose times the shadow holds
   std::string what;

@@ -8,8 +8,6 @@ from engine_fixture import Buffer, engine, run_text
 from numpy.typing import NDArray
 from oracle import BF16, F16, F32, decode, encode
 
-LANES = np.arange(32)
-
 
 def run(
     body: str, inputs: list[NDArray[np.generic]], out: NDArray[np.generic], **options: object
@@ -55,7 +53,6 @@ def place_c(kind: str, lane: int, i: int) -> tuple[int, int]:
     return group + (8 if i >= 2 else 0), part * 2 + i % 2
 
 
-FORM = {"f16": F16, "bf16": BF16, "tf32": F32}
 SHAPES = [
     ("m16n8k16", "bf16", "f32"),
     ("m16n8k16", "f16", "f32"),
