@@ -186,20 +186,27 @@ def gate(
         )
     if failed is not None:
         raise failed.pop()
-    wants_grad = needs_grad(logits)
-    if not (stats or keep_scores):
-        if wants_grad:
-            choose = _gate_forward_autograd
-        else:
-            choose = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
-        weights, experts, demand = choose(logits, top_k, score_code, normalize, scale, *options)
-        return Routing(experts, weights, demand)
-    if wants_grad:
+    given = (logits, top_k, score_code, normalize, scale)
+    if stats or keep_scores:
+        return _with_statistics(given, stats, keep_scores, options)
+    if needs_grad(logits):
+        choose = _gate_forward_autograd
+    else:
+        choose = _gate_forward if is_dynamo_compiling() else _gate_forward_direct
+    weights, experts, demand = choose(*given, *options)
+    return Routing(experts, weights, demand)
+
+
+def _with_statistics(
+    given: tuple[Any, ...], stats: bool, keep_scores: bool, options: tuple[Any, ...]
+) -> Routing:
+    """A checked call with `stats` or `keep_scores`."""
+    if needs_grad(given[0]):
         op = _gate_autograd
     else:
         op = _gate_stats_forward if is_dynamo_compiling() else _gate_stats_direct
     weights, score_sum, logsumexp, scores, experts, demand = op(
-        logits, top_k, score_code, normalize, scale, stats, keep_scores, *options
+        *given, stats, keep_scores, *options
     )
     return Routing(
         *(experts, weights, demand),
