@@ -10,6 +10,7 @@ import fastmoe_route as fr
 import numpy as np
 import pytest
 import torch
+from fastmoe_route.routers import estimators
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -291,6 +292,24 @@ BAD_CALLS: dict[str, Callable[[], Any]] = {
     ),
     "moe_mlp: plan.row_to_slot must be a torch.Tensor, got [0]": lambda: fr.moe_mlp(
         LOGITS, (EXPERTS, torch.ones(3, 2)), W_UP, W_DOWN, plan=PLAN._replace(row_to_slot=[0])
+    ),
+    "expert_schedule: total must be an int, got 9.5": (
+        lambda: fr.routers.expert_schedule("wave", 4, 9.5)
+    ),
+    "score_function: reward must have shape ": (
+        lambda: estimators.score_function(torch.ones(3), torch.zeros(2))
+    ),
+    "dense_mixing: scores must have shape ": (
+        lambda: estimators.dense_mixing(LOGITS, EXPERTS[:1], torch.ones(1, 2, 4))
+    ),
+    "rerouted: query must have shape ": (
+        lambda: fr.routers.rerouted(torch.ones(2), None, torch.ones(3), torch.ones(5, 2))
+    ),
+    "LoraExperts.merged_blockwise: weights must have shape ": (
+        lambda: fr.adapters.LoraExperts(W_UP, W_UP).merged_blockwise(torch.ones(2, 2))
+    ),
+    "noisy_sparse_softmax: noise must be a torch.Tensor, got array(": (
+        lambda: fr.softmax_variants.noisy_sparse_softmax(LOGITS, 1.0, noise=STRINGS)
     ),
 }
 

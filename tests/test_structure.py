@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shutil
 import subprocess
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 
 import fastmoe_route
 import pytest
@@ -22,6 +26,7 @@ LEVELS = ("portable", "avx2", "avx512", "bf16")
 SUFFIXES = ("_forward", "_backward", "_wgrad", "_out")
 
 MAX_LINES = 600
+MAX_FUNCTION_LINES = 75
 MAX_COLUMNS = {".cpp": 120, ".h": 120, ".cu": 120, ".cuh": 120, ".py": 100, ".sh": 120}
 HEADINGS = ("literals", "reference", "gradients", "registration", "edges", "layouts", "errors")
 
@@ -127,6 +132,40 @@ def test_python_registers_only_ops_that_exist() -> None:
     in_python = re.findall(r'define\(\s*"(\w+)\(', text)  # in plain torch, for every device
     assert set(in_python).isdisjoint(schemas())
     assert set(named) <= {*schemas(), *in_python}
+
+
+# ---- every public function says what it takes, returns and raises -------------------------------
+
+MODULES = (
+    *("adapters", "audit", "distributed", "integrations.transformers", "invariance", "losses"),
+    *("methods", "nn", "routers", "routers.estimators", "softmax_variants"),
+)
+RAISES_NOTHING = {"methods"}
+
+
+def public_functions() -> dict[str, FunctionType]:
+    found = {}
+    for module in (import_module(f"{NAMESPACE}.{name}") for name in MODULES):
+        own = [name for name, value in vars(module).items() if not name.startswith("_")]
+        for name in getattr(module, "__all__", own):
+            value = getattr(module, name)
+            if inspect.isfunction(value) and value.__module__.startswith(module.__name__):
+                found[f"{value.__module__}.{name}".removeprefix(f"{NAMESPACE}.")] = value
+    return found
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_function_says_what_it_takes_returns_and_raises(name: str) -> None:
+    function = public_functions()[name]
+    text, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    missing = []
+    if signature.parameters and "Args:" not in text:
+        missing.append("Args")
+    if signature.return_annotation not in (None, "None") and "Returns:" not in text:
+        missing.append("Returns")
+    if "Raises:" not in text and function.__name__ not in RAISES_NOTHING:
+        missing.append("Raises")
+    assert missing == []
 
 
 # ---- the build lists what is there -------------------------------------------------------------
@@ -235,6 +274,19 @@ def test_no_file_is_long() -> None:
     kinds = (".cpp", ".h", ".cu", ".cuh", ".py")
     lengths = {path: len(path.read_text().splitlines()) for path in sources(*kinds)}
     assert {path.name: n for path, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_function_is_long() -> None:
+    """Lines of a Python function's body; a docstring may be as long as it has to say."""
+    long = {}
+    for path in sources(".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                if lines > MAX_FUNCTION_LINES:
+                    long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
+    assert long == {}
 
 
 def test_no_line_is_wide() -> None:

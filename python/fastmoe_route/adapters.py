@@ -70,11 +70,13 @@ class LoraExperts(NamedTuple):
         Head `h` mixes the `h`-th block of the input features of `A` and of the output features of
         `B` (MHR, arXiv:2211.03831).
         """
-        num, heads, experts = weights.shape
-        rank = self.lora_a.shape[2]
+        experts, _, rank = self.lora_a.shape
+        check_shape("LoraExperts.merged_blockwise", "weights", weights, (-1, -1, experts))
+        num, heads, _ = weights.shape
         for name, size in (("H", self.lora_a.shape[1]), ("D", self.lora_b.shape[2])):
             if size % heads:
-                fail(ValueError, "merged_blockwise", name, f"be a multiple of {heads} heads", size)
+                rule = f"be a multiple of {heads} heads"
+                fail(ValueError, "LoraExperts.merged_blockwise", name, rule, size)
         w = weights.to(self.lora_a.dtype)
         a = self.lora_a.view(experts, heads, -1, rank)
         b = self.lora_b.view(experts, rank, heads, -1)
@@ -102,6 +104,9 @@ class MixtureOfShards(nn.Module):
         pool_size: public shards in each pool.
         num_private: private rows per module.
         generator: draws the indices.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
 
     index_a: Tensor
@@ -163,6 +168,9 @@ class QueryableLora(nn.Module):
         rank: `r`.
         num_atoms: shared `r x r` operators.
         scaling: `s`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
 
     def __init__(
@@ -225,7 +233,10 @@ def project_update(update: Tensor, kept: Tensor) -> Tensor:
         kept: `[H, r]`, columns that span the kept subspace; of any length, dependent or 0 as well.
 
     Returns:
-        `[H, E]` with `U^T result = 0`.
+        `[H, E]` with `U^T result = 0`; differentiable in `update`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("project_update", "update", update, 2)
     check_shape("project_update", "kept", kept, (update.shape[0], -1))
@@ -237,7 +248,9 @@ def project_update(update: Tensor, kept: Tensor) -> Tensor:
 
 
 def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
-    """The leading singular directions of old inputs that hold a share of their energy (SAME).
+    """The leading singular directions of old inputs that hold a share of their energy.
+
+    SAME (arXiv:2602.01990) keeps them from being unlearned.
 
     Args:
         inputs: `[N, H]` hidden states of an old task.
@@ -245,6 +258,9 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
 
     Returns:
         `[H, r]`, orthonormal columns; differentiable as far as singular vectors are.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("kept_directions", "inputs", inputs, 2)
     check_number("kept_directions", "energy", energy, high=1, above=0)
@@ -256,7 +272,9 @@ def kept_directions(inputs: Tensor, energy: float = 0.99) -> Tensor:
 
 
 def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3) -> Tensor:
-    """SAME's step of an expert: `(C + damping I)^-1 grad`, small where old inputs were strong.
+    """SAME's step of an expert (arXiv:2602.01990): `(C + damping I)^-1 grad`.
+
+    Small where old inputs were strong.
 
     Args:
         grad: `[H, D]`, gradient of an expert's weight.
@@ -264,7 +282,10 @@ def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3)
         damping: keeps unseen directions finite.
 
     Returns:
-        `[H, D]`.
+        `[H, D]`, differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("precondition_update", "grad", grad, 2)
     check_shape("precondition_update", "covariance", covariance, (grad.shape[0], grad.shape[0]))
@@ -275,14 +296,17 @@ def precondition_update(grad: Tensor, covariance: Tensor, damping: float = 1e-3)
 
 
 def freeze_experts(weight: Tensor, frozen: Tensor) -> RemovableHandle:
-    """Zeroes the gradient of some experts of a weight `[E, ...]` whenever it is computed (SAME).
+    """Zeroes the gradient of some experts of a weight whenever it is computed (arXiv:2602.01990).
 
     Args:
-        weight: a leaf that requires a gradient, one slice per expert.
+        weight: `[E, ...]`, a leaf that requires a gradient, one slice per expert.
         frozen: bool `[E]`, True where the gradient becomes 0: experts that are little used.
 
     Returns:
         A handle whose `remove` thaws them.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("freeze_experts", "weight", weight)
     if not weight.requires_grad:

@@ -97,6 +97,9 @@ def register(
     Returns:
         A decorator that returns its argument, with the entry as attribute `method`, and its source
         at the end of its docstring.
+
+    Raises:
+        ValueError: a key that is not known, or a name that is taken.
     """
     check_choice("register", "verified", verified, tuple(VERIFIED))
     check_choice("register", "invariance", invariance, tuple(INVARIANCE))

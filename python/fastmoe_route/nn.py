@@ -69,6 +69,9 @@ class Experts(nn.Module):
         w_down: `[E, H, I]`.
         bias_up: `[E, 2I]` or `[E, I]`, or None.
         bias_down: `[E, H]`, or None.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
 
     def __init__(
@@ -434,6 +437,9 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Returns:
         A float32 scalar to add to the loss; 0 if no layer has one. Differentiable.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     check_module("aux_loss", "model", model)
     total = torch.zeros(())

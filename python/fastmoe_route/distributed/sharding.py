@@ -88,6 +88,9 @@ def run_sharded(
     Returns:
         `Sharded`; `y` `[T, H]`, differentiable in `x`, `weights` and what `compute` uses. Backward
         is collective too: every rank has to run it, a rank without tokens as well.
+
+    Raises:
+        ExchangeError: a rank died or did not arrive within the timeout of the group.
     """
     num_ranks = dist.get_world_size(group)
     ranks = torch.arange(num_ranks, dtype=torch.int32, device=x.device)

@@ -83,5 +83,9 @@ class LayerRepository:
 
 
 def mapping() -> dict[str, dict[str, Any]]:
-    """What `kernels.register_kernel_mapping` takes: by layer name and device type."""
+    """What `kernels.register_kernel_mapping` takes.
+
+    Returns:
+        By layer name and device type, where the layer of this package is found.
+    """
     return {name: dict.fromkeys(DEVICES, LayerRepository(name)) for name in _LAYERS}

@@ -26,6 +26,9 @@ def imitation(logits: Tensor, experts: Tensor) -> Tensor:
 
     Returns:
         The mean over tokens with an expert, differentiable in `logits`; 0 if there are none.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     labels = _labels("imitation", logits, "experts", experts)
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
@@ -44,6 +47,9 @@ def focal(logits: Tensor, labels: Tensor, *, gamma: float = 2.0) -> Tensor:
 
     Returns:
         The mean over labelled rows, differentiable in `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_number("focal", "gamma", gamma, 0)
     labels = _labels("focal", logits, "labels", labels)
@@ -75,6 +81,10 @@ def response_matching(source: Routing | Tensor, target: Routing | Tensor) -> Ten
 
     Returns:
         A scalar, differentiable through the scores of `source`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a routing without its statistics,
+            by name.
     """
     p = probabilities("response_matching", source)
     q = probabilities("response_matching", target).detach()
@@ -90,6 +100,9 @@ def diversity(outputs: Tensor) -> Tensor:
 
     Returns:
         A scalar in [-1, 1], differentiable; 0 for fewer than two experts.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("diversity", "outputs", outputs, 3)
     num_tokens, k, _ = outputs.shape
@@ -110,6 +123,9 @@ def consistency(logits: Tensor, other: Tensor) -> Tensor:
 
     Returns:
         A scalar, differentiable in both; 0 where both passes agree.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("consistency", "logits", logits, 2)
     check_tensor("consistency", "other", other, 2)
@@ -131,6 +147,9 @@ def kl_diversity(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
 
     Returns:
         A scalar, differentiable; 0 where all experts predict the same.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     if not isinstance(logits, (list, tuple)) or not logits:
         fail(ValueError, "kl_diversity", "logits", "be a non-empty list of tensors", logits)
@@ -159,6 +178,9 @@ def contrastive(
 
     Returns:
         A scalar, differentiable in `x` and `prototypes`; 0 without a slot.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("contrastive", "x", x, 2)
     check_number("contrastive", "temperature", temperature, above=0)
@@ -190,6 +212,9 @@ def commitment(x: Tensor, codes: Tensor, *, beta: float = 0.25) -> Tensor:
 
     Returns:
         A scalar, differentiable in both.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("commitment", "x", x)
     check_tensor("commitment", "codes", codes)
@@ -199,7 +224,7 @@ def commitment(x: Tensor, codes: Tensor, *, beta: float = 0.25) -> Tensor:
 
 
 def budget(cost: Tensor, target: float) -> Tensor:
-    """`(mean of cost - target)^2`: spend the target on average (Dynamic Token Routing).
+    """`(mean of cost - target)^2`: spend the target on average (arXiv:2308.03409).
 
     Args:
         cost: the share of compute that each token spends, any shape; open gates, or what they cost.
@@ -207,6 +232,9 @@ def budget(cost: Tensor, target: float) -> Tensor:
 
     Returns:
         A scalar, differentiable in `cost`; 0 at the target.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("budget", "cost", cost)
     check_number("budget", "target", target)

@@ -82,12 +82,17 @@ def z_loss(routing: Routing) -> Tensor:
 def cv_squared(values: Tensor) -> Tensor:
     """The squared coefficient of variation, `variance / mean^2` with the population variance.
 
+    Shazeer et al. (arXiv:1701.06538) add that of importance and load.
+
     Args:
         values: `[N]`, not negative.
 
     Returns:
         A scalar, differentiable; 0 where all values are equal, their sum being 0 included, and
         `N - 1` where one value holds everything.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("cv_squared", "values", values, 1)
     if not values.is_floating_point():
@@ -194,6 +199,9 @@ def assigned_balance(routing: Routing) -> Tensor:
 
     Returns:
         A scalar, differentiable through `weights`; 0 where all experts have equally many slots.
+
+    Raises:
+        TypeError: `routing` is not a `Routing`.
     """
     check_is_routing("assigned_balance", routing)
     n = routing.demand.to(routing.weights.dtype)
@@ -202,7 +210,7 @@ def assigned_balance(routing: Routing) -> Tensor:
 
 
 def pool_balance(pool: Sequence[Routing]) -> Tensor:
-    """Switch's loss on usage summed over layers that share one pool of experts (UniPool).
+    """Switch's loss on usage summed over layers that share one pool (arXiv:2605.06665).
 
     A layer may use few experts as long as all layers together use all of them: counts and score
     sums are added over the layers before the loss is taken, so for softmax scores it is 1 where

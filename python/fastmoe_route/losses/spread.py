@@ -50,6 +50,10 @@ def usage_entropy(source: Routing | Tensor) -> Tensor:
 
     Returns:
         A scalar, differentiable through `score_sum`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a routing without its statistics,
+            by name.
     """
     if isinstance(source, Tensor):
         total = probabilities("usage_entropy", source).sum(0)
@@ -69,6 +73,10 @@ def information_gain(source: Routing | Tensor) -> Tensor:
 
     Returns:
         A scalar, differentiable through the scores.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a routing without its statistics,
+            by name.
     """
     return usage_entropy(source) - entropy(source)
 
@@ -99,8 +107,8 @@ def tsallis_entropy(p: Tensor, q: float = 1.1) -> Tensor:
 def entropy_target(source: Routing | Tensor, num_experts: float) -> Tensor:
     """`(H - log n)^2` with `H` the usage entropy: use as many experts as `n` equal ones.
 
-    UniPool's lock term, with `n = 8` and coefficient 5e-3, averaged over layers by the caller
-    (known from a third party: unverified).
+    UniPool's lock term (arXiv:2605.06665), with `n = 8` and coefficient 5e-3, averaged over
+    layers by the caller (known from a third party: unverified).
 
     Args:
         source: as in `usage_entropy`.
@@ -108,6 +116,10 @@ def entropy_target(source: Routing | Tensor, num_experts: float) -> Tensor:
 
     Returns:
         A scalar, differentiable through `score_sum`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or a routing without its statistics,
+            by name.
     """
     check_number("entropy_target", "num_experts", num_experts, above=0)
     entropy_now = usage_entropy(source)
@@ -163,6 +175,9 @@ def activation_locality(activations: Tensor, sharpness: float = 100.0) -> Tensor
 
     Returns:
         A scalar, differentiable; 0 for fewer than two tokens.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("activation_locality", "activations", activations, 2, 3)
     check_number("activation_locality", "sharpness", sharpness)
@@ -189,6 +204,9 @@ def chunk_sparsity(activations: Tensor, chunk: int = 64, eps: float = 1e-5) -> T
 
     Returns:
         A scalar, differentiable; 0 (but for `eps`) where nothing is active.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("chunk_sparsity", "activations", activations, 2)
     chunk = check_int("chunk_sparsity", "chunk", chunk, 1)

@@ -214,6 +214,9 @@ def update(model: nn.Module) -> int:
     Returns:
         The number of routers in it.
 
+    Raises:
+        TypeError: `model` is no module.
+
     >>> update(build("loss_free", 16, 4))
     1
     """

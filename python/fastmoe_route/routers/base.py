@@ -120,6 +120,10 @@ class Router(Checks, nn.Module):
             not registered is taken for one of invariance I, and goes by its class name.
         unused: common losses that a method has nothing to compute from, and therefore refuses.
         serving: whether calls that could leak from one request to another are refused.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name; so for every
+            method, when it is made and when it is called.
     """
 
     method: ClassVar[Method] = Method("", "", "", "mem", "I", "ok", (), None)

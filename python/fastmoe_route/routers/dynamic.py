@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._arguments import check_choice, check_int, fail
+from fastmoe_route._arguments import check_choice, check_int
 from fastmoe_route._segments import segment_mean, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
@@ -215,13 +215,15 @@ def expert_schedule(shape: str, num_layers: int, total: int) -> list[int]:
         One number per layer, summing to `total`: one for each, the rest in proportion to the shape
         (largest remainders, ties to the lower layer).
 
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+
     >>> expert_schedule("descending", 4, 20)
     [7, 6, 4, 3]
     """
     check_choice("expert_schedule", "shape", shape, SCHEDULES)
     num_layers = check_int("expert_schedule", "num_layers", num_layers, 1)
-    if total < num_layers:
-        fail(ValueError, "expert_schedule", "total", f"be at least {num_layers}", total)
+    total = check_int("expert_schedule", "total", total, num_layers)
     n = num_layers
     middle = [min(layer + 1, n - layer) for layer in range(n)]
     share = {

@@ -27,6 +27,9 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
     Returns:
         `hard + (soft - soft)`, whose second part has value 0 and the gradient of `soft`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_shape("straight_through", "soft", soft, hard.shape)
     return hard.detach() + (soft - soft.detach())
@@ -46,6 +49,9 @@ def ordered_log_prob(logits: Tensor, experts: Tensor) -> Tensor:
 
     Returns:
         `[T]`, differentiable in `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("ordered_log_prob", "logits", logits, 2)
     check_shape("ordered_log_prob", "experts", experts, (logits.shape[0], -1))
@@ -95,7 +101,12 @@ def score_function(reward: Tensor, log_prob: Tensor, baseline: Tensor | float = 
 
     Returns:
         A scalar to minimise, differentiable in `log_prob` (arXiv:1308.3432).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
+    check_tensor("score_function", "log_prob", log_prob, 1)
+    check_shape("score_function", "reward", reward, log_prob.shape)
     advantage = (reward - baseline).detach()
     return -(advantage * log_prob).sum() / max(log_prob.numel(), 1)
 
@@ -113,8 +124,13 @@ def dense_mixing(y: Tensor, scores: Tensor, outputs: Tensor) -> Tensor:
         outputs: `[T, E, H]`, what every expert makes; constants.
 
     Returns:
-        `[T, H]`, the bits of `y`.
+        `[T, H]`, the bits of `y`; differentiable in `y` and `scores`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
+    check_tensor("dense_mixing", "y", y, 2)
+    check_shape("dense_mixing", "scores", scores, (y.shape[0], -1))
     check_shape("dense_mixing", "outputs", outputs, (*scores.shape, y.shape[1]))
     mixture = torch.einsum("te,teh->th", scores.to(outputs.dtype), outputs.detach())
     return y + (mixture - mixture.detach())
@@ -159,6 +175,9 @@ def sparsemixer(
 
     Returns:
         int64 `[T]` experts and their weights `[T]`, differentiable in `logits`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("sparsemixer", "logits", logits, 2)
     if epsilon != math.inf:

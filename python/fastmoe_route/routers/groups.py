@@ -251,6 +251,9 @@ def angle_capacity(cosine: float, hidden_size: int, num_experts: int) -> float:
     Returns:
         Tokens, at least 1, rounded up; inf where a float cannot hold them.
 
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+
     >>> angle_capacity(0.1, 512, 8), angle_capacity(0.05, 512, 8)
     (2.0, 1.0)
     """

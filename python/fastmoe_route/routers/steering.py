@@ -63,6 +63,9 @@ def rewire(
 
     Returns:
         The loss before the last step.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     steps = check_int("rewire", "steps", steps, 1)
     for router in routers:
@@ -139,6 +142,9 @@ def task_experts(task_frequency: Tensor, general_frequency: Tensor, tau: float =
 
     Returns:
         bool `[E]`, `task - general > tau` (arXiv:2510.04694).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("task_experts", "task_frequency", task_frequency, 1)
     check_number("task_experts", "tau", tau)
@@ -211,7 +217,12 @@ def rerouted(
 
     Returns:
         The new weights, a constant.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
+    check_tensor("rerouted", "references", references, 2)
+    check_shape("rerouted", "query", query, references.shape[1:])
     k = check_int("rerouted", "k", k, 1, references.shape[0])
     steps = check_int("rerouted", "steps", steps, 0)
     similarity = torch.nn.functional.cosine_similarity(query[None], references, dim=1)

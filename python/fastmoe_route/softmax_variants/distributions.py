@@ -34,6 +34,9 @@ def two_pass_softmax(x: Tensor) -> Tensor:
 
     Returns:
         The shape of `x`, rows (last dimension) sum to 1; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("two_pass_softmax", "x", x)
     return softmax(x, method="two_pass")
@@ -91,6 +94,9 @@ def sparse_softmax_loss(
 
     Returns:
         A scalar, differentiable; the gradient is 0 outside the sum and the target.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("sparse_softmax_loss", "x", x, 2)
     check_shape("sparse_softmax_loss", "target", target, x.shape[:1])
@@ -119,6 +125,9 @@ def adaptive_temperature_softmax(x: Tensor) -> Tensor:
 
     Returns:
         The shape of `x`, differentiable (through `beta` too).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("adaptive_temperature_softmax", "x", x)
     p = x.softmax(-1)
@@ -146,6 +155,9 @@ def softpick(x: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6) -> Ten
 
     Returns:
         The shape of `x`, differentiable. Rows without a positive entry are exactly 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("softpick", "x", x)
     check_number("softpick", "eps", eps, 0)
@@ -207,6 +219,9 @@ def stablemax(x: Tensor, dim: int = -1) -> Tensor:
 
     Returns:
         The shape of `x`, differentiable once everywhere (`s` is continuous with its derivative).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("stablemax", "x", x)
     dim = check_int("stablemax", "dim", dim, -x.dim(), x.dim() - 1)
@@ -229,6 +244,9 @@ def stablemax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         A scalar in the dtype of `logits`, differentiable (arXiv:2501.04697).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("stablemax_cross_entropy", "logits", logits, 2)
     check_shape("stablemax_cross_entropy", "target", target, logits.shape[:1])
@@ -250,15 +268,20 @@ def noisy_sparse_softmax(
     Args:
         x: `[..., N]` architecture weights.
         temperature: above 0; towards 0 the result is one-hot.
-        noise: added before, or None.
+        noise: added before, broadcasts to `x`; None for none.
         k: entries kept; None for all.
 
     Returns:
         The shape of `x`, differentiable, exactly 0 outside the `k`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("noisy_sparse_softmax", "x", x)
     check_number("noisy_sparse_softmax", "temperature", temperature, above=0)
     if k is not None:
         k = check_int("noisy_sparse_softmax", "k", k, 1, x.shape[-1])
+    if noise is not None:
+        check_tensor("noisy_sparse_softmax", "noise", noise)
     z = (x if noise is None else x + noise) / temperature
     return softmax(z) if k is None else sparse_softmax(z, k)

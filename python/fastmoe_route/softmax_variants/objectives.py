@@ -51,6 +51,9 @@ def pairwise_softmax_loss(
 
     Returns:
         A scalar, differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("pairwise_softmax_loss", "negative", negative, 2)
     check_shape("pairwise_softmax_loss", "positive", positive, negative.shape[:1])
@@ -87,6 +90,9 @@ def topk_softmax_loss(
 
     Returns:
         A scalar, differentiable in the scores.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("topk_softmax_loss", "negative", negative, 2)
     check_shape("topk_softmax_loss", "positive", positive, negative.shape[:1])
@@ -114,6 +120,9 @@ def sample_classes(
 
     Returns:
         int64 ids, ascending, without repetition; always with every class of the batch.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_tensor("sample_classes", "labels", labels, 1)
     check_dtype("sample_classes", "labels", labels, INT_DTYPES)
@@ -142,6 +151,9 @@ def sharded_cross_entropy(
     Returns:
         The mean over rows, the same on every rank; differentiable once, in this rank's logits
         (arXiv:2203.15565).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("sharded_cross_entropy", "logits", logits, 2)
     check_shape("sharded_cross_entropy", "labels", labels, logits.shape[:1])

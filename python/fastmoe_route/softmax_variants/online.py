@@ -21,6 +21,9 @@ def normalizer(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `m` and `d`, both `[...]` in the dtype of `x`; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("normalizer", "x", x)
     if x.shape[-1] == 0:
@@ -32,10 +35,10 @@ def normalizer(x: Tensor) -> tuple[Tensor, Tensor]:
 def merge_normalizers(
     one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The normaliser of two parts of a row, from those of the parts: associative, commutative.
+    """The normaliser of two parts of a row, from those of the parts (arXiv:1805.02867).
 
-    `m = max(m1, m2)`, `d = d1 exp(m1 - m) + d2 exp(m2 - m)`. Two neutral elements merge to the
-    neutral element, where the bare formula gives NaN.
+    `m = max(m1, m2)`, `d = d1 exp(m1 - m) + d2 exp(m2 - m)`: associative and commutative. Two
+    neutral elements merge to the neutral element, where the bare formula gives NaN.
 
     Args:
         one: `(m, d)` of one part, any shape.
@@ -43,6 +46,9 @@ def merge_normalizers(
 
     Returns:
         `(m, d)` of both, differentiable in all four.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     for argument, value in (("one", one), ("other", other)):
         if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -22,13 +22,18 @@ from fastmoe_route.methods import register
 def quantize_probabilities(p: Tensor, bits: int = 8, bias: Tensor | float = 0.0) -> Tensor:
     """`round(p (2^bits - 1)) / (2^bits - 1) + bias`: what an unsigned integer softmax puts out.
 
+    The quantiser whose bias arXiv:2309.01729 measures.
+
     Args:
-        p: probabilities, any shape.
+        p: probabilities, any shape of at least one dimension.
         bits: 1 to 23.
         bias: from `quantization_bias`; in hardware it goes into the zero point.
 
     Returns:
         The shape of `p`; gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("quantize_probabilities", "p", p)
     bits = check_int("quantize_probabilities", "bits", bits, 1, 23)
@@ -52,6 +57,9 @@ def quantization_bias(p: Tensor, bits: int = 8, dims: tuple[int, ...] | None = N
 
     Returns:
         The bias, with `dims` kept as size 1; its gradient is that of a mean, as rounding has none.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("quantization_bias", "p", p)
     bits = check_int("quantization_bias", "bits", bits, 1, 23)
@@ -109,6 +117,9 @@ def entropy_tolerance(p: Tensor, threshold: Tensor, tolerance: float) -> Tensor:
 
     Returns:
         A scalar, differentiable in `p` and `threshold`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("entropy_tolerance", "p", p)
     check_shape("entropy_tolerance", "threshold", threshold, p.shape[:1])

@@ -18,17 +18,22 @@ def temperature_schedule(
 ) -> float:
     """Decay from `start` at step 0 to `end` at `num_steps`, constant from there.
 
+    The exponential is that of architecture search (arXiv:2306.06855), the cosine that of the step
+    of `polytope_weights` (arXiv:2605.01928).
+
     Args:
         step: 0 or more.
         num_steps: at least 1.
         start: above 0.
         end: above 0; a cosine may end at 0.
-        shape: `exponential` (small temperatures for architecture search) or `cosine` (the step of
-            `polytope_weights`).
+        shape: `exponential` or `cosine`.
 
     Returns:
         `start * (end / start)^s`, or `end + (start - end) * (1 + cos(pi s)) / 2`, with
         `s = step / num_steps`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
 
     >>> temperature_schedule(5, 10, 4.0, 1.0), temperature_schedule(5, 10, 4.0, 0.0, shape="cosine")
     (2.0, 2.0)
@@ -60,6 +65,9 @@ def entropy_temperature(x: Tensor, share: float, iters: int = 60) -> Tensor:
     Returns:
         `[..., 1]`, without gradient. A row whose entries are all equal has no such temperature and
         gets a large one.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("entropy_temperature", "x", x)
     check_int("entropy_temperature", "N", x.shape[-1], 2)
@@ -89,7 +97,10 @@ def polytope_weights(losses: Tensor, epsilon: float) -> Tensor:
         epsilon: above 0; 0 gives the vertex of least loss, ties to the lower one.
 
     Returns:
-        `[..., V]`, rows sum to 1.
+        `[..., V]`, rows sum to 1; differentiable where `epsilon` is above 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
     """
     check_rows("polytope_weights", "losses", losses)
     check_number("polytope_weights", "epsilon", epsilon, 0)

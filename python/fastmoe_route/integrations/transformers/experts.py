@@ -102,6 +102,9 @@ def explain(model: nn.Module) -> dict[str, str]:
     Returns:
         By module name: `fused NAME`, NAME being an activation of `moe_mlp`; `own activation`, for
         the module's own function between two grouped products; or `refused: WHY`.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     check_module("explain", "model", model)
     found = {}

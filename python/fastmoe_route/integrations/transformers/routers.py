@@ -222,7 +222,17 @@ def patch_routers(model: nn.Module | None = None) -> list[str]:
 
 
 def unpatch_routers(model: nn.Module) -> list[str]:
-    """Takes back `patch_routers(model)`, and returns the names of the modules it was taken from."""
+    """Takes back `patch_routers(model)`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The names of the modules it was taken from.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
     check_module("unpatch_routers", "model", model)
     unpatched = []
     for name, module in model.named_modules():
