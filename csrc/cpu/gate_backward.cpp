@@ -72,10 +72,10 @@ class GateBackward {
   using Row = BackwardRow<V>;
 
   GateBackward(const GateBackwardArgs& args, char* memory)
-      : a_(args), shape_(args.shape), num_columns_(shape_.num_experts + shape_.num_null),
+      : args_(args), shape_(args.shape), num_columns_(shape_.num_experts + shape_.num_null),
         padded_(round_up(num_columns_, V::kLanes)), is_softmax_(shape_.score == Score::kSoftmax),
         num_parts_(is_softmax_ && shape_.softmax_over_group ? shape_.num_groups : 1), part_(num_columns_ / num_parts_),
-        is_sparse_(!a_.grad_score_sum && !a_.grad_scores && !a_.grad_logsumexp &&
+        is_sparse_(!args_.grad_score_sum && !args_.grad_scores && !args_.grad_logsumexp &&
                    (!is_softmax_ || (num_parts_ == 1 && shape_.normalize))) {
     Float* next = reinterpret_cast<Float*>(memory);
     const auto give = [&](Float*& buffer, int64_t count) { buffer = next, next += count; };
@@ -105,7 +105,7 @@ class GateBackward {
       for (int64_t r = 0; r < count; ++r)
         if (!rows_[r].is_sparse) weigh(rows_[r]);
       for (int64_t r = 0; r < count; ++r)
-        finish(rows_[r], t + r, static_cast<T*>(a_.grad_logits) + (t + r) * num_columns_);
+        finish(rows_[r], t + r, static_cast<T*>(args_.grad_logits) + (t + r) * num_columns_);
     }
   }
 
@@ -118,10 +118,10 @@ class GateBackward {
   }
 
   void read(Row& row, int64_t t) const {
-    if (is_sparse_) load_row<V>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
-    else load_row<V, true>(a_.dtype, a_.logits, t, num_columns_, row.buffer, row.logits);
-    row.experts = a_.experts + t * shape_.top_k;
-    row.grad_weights = row_of(a_.grad_weights, t, shape_.top_k);
+    if (is_sparse_) load_row<V>(args_.dtype, args_.logits, t, num_columns_, row.buffer, row.logits);
+    else load_row<V, true>(args_.dtype, args_.logits, t, num_columns_, row.buffer, row.logits);
+    row.experts = args_.experts + t * shape_.top_k;
+    row.grad_weights = row_of(args_.grad_weights, t, shape_.top_k);
     int64_t j = 0;
     for (; row.grad_weights != nullptr && j < shape_.top_k && row.experts[j] >= 0; ++j)
       row.taken_z[j] = row.logits.z[row.experts[j]];
@@ -234,8 +234,9 @@ class GateBackward {
 
   // grad_z = the gradients of all columns; room for whole vectors.
   void dense(const Row& row, int64_t t, Float* grad_z) const {
-    const bool takes_part = a_.logsumexp == nullptr || *row_of(a_.logsumexp, t, 1) != -static_cast<Float>(INFINITY);
-    const Float* of_logsumexp = takes_part ? row_of(a_.grad_logsumexp, t, 1) : nullptr;
+    const bool takes_part =
+        args_.logsumexp == nullptr || *row_of(args_.logsumexp, t, 1) != -static_cast<Float>(INFINITY);
+    const Float* of_logsumexp = takes_part ? row_of(args_.grad_logsumexp, t, 1) : nullptr;
     const Float* of_scores = grad_scores(t, takes_part);
     if (!is_softmax_) elementwise_backward(row, of_scores, grad_z);
     else if (num_parts_ > 1) groups_backward(row, of_scores, grad_z);
@@ -257,8 +258,8 @@ class GateBackward {
 
   // The gradients of all scores but for what the weights add to the chosen; null where there are none.
   const Float* grad_scores(int64_t t, bool takes_part) const {
-    const Float* of_sum = takes_part ? static_cast<const Float*>(a_.grad_score_sum) : nullptr;
-    const Float* of_scores = row_of(a_.grad_scores, t, shape_.num_experts);
+    const Float* of_sum = takes_part ? static_cast<const Float*>(args_.grad_score_sum) : nullptr;
+    const Float* of_scores = row_of(args_.grad_scores, t, shape_.num_experts);
     if (shape_.num_null == 0 && of_sum == nullptr) return of_scores;
     if (shape_.num_null == 0 && of_scores == nullptr) return of_sum;
     for (int64_t i = 0; i < num_columns_; ++i) grad_scores_[i] = 0;
@@ -320,7 +321,7 @@ class GateBackward {
     for (int64_t j = 0; j < row.num_chosen; ++j) grad_z[row.experts[j]] += row.grad_taken[j];
   }
 
-  GateBackwardArgs a_;
+  GateBackwardArgs args_;
   GateShape shape_;
   int64_t num_columns_, padded_;
   bool is_softmax_;

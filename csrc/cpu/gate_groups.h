@@ -16,21 +16,21 @@ class GateGroups {
   using KeyVec = typename Arithmetic<V>::KeyVec;
 
   explicit GateGroups(const GateArgs& args)
-      : a_(args), needs_(args), num_groups_(args.shape.num_groups),
+      : args_(args), needs_(args), num_groups_(args.shape.num_groups),
         group_size_(args.shape.num_experts / args.shape.num_groups) {}
 
   // Leaves out the keys of every expert outside the best groups, or disallows them.
   void close(GateRow<V>& row) const {
     form_group_keys(row);
     if constexpr (V::kLanes > 1) {
-      if (num_groups_ <= 16 && group_size_ % V::kLanes == 0 && a_.max_per_group >= a_.shape.top_k) {
-        keep_groups(row, Shortlist<V, 16>::best_lanes(row.group_keys, num_groups_, a_.topk_groups));
+      if (num_groups_ <= 16 && group_size_ % V::kLanes == 0 && args_.max_per_group >= args_.shape.top_k) {
+        keep_groups(row, Shortlist<V, 16>::best_lanes(row.group_keys, num_groups_, args_.topk_groups));
         return;
       }
     }
     for (int64_t g = 0; g < num_groups_; ++g) row.group_count[g] = 0;
     Selector<V> groups(row.group_keys, num_groups_, row.group_block_max);
-    const int64_t open = groups.take(a_.topk_groups, row.group_order, row.group_taken);
+    const int64_t open = groups.take(args_.topk_groups, row.group_order, row.group_taken);
     for (int64_t j = 0; j < open; ++j) row.group_count[row.group_order[j]] = 1;
     for (int64_t g = 0; g < num_groups_; ++g)
       if (row.group_count[g] == 0)
@@ -87,7 +87,7 @@ class GateGroups {
       for (int g = 0; g < half; ++g) fold(g, 2 * g, 2 * g + 1);
 #pragma GCC unroll 4
     for (int lanes = V::kLanes / kRoom; lanes > 1; lanes /= 2) fold(0, 0, 0);
-    if (a_.group_score == GroupScore::kMax) return first[0];
+    if (args_.group_score == GroupScore::kMax) return first[0];
     const KeyVec other = select_lanes(equal_lanes(second[0], disallowed), KeyVec::all(0), second[0]);
     const V sum = first[0].flip_negative().as_floats() + other.flip_negative().as_floats();
     return select_lanes(equal_lanes(first[0], disallowed), disallowed, ordered_keys(sum));
@@ -95,7 +95,7 @@ class GateGroups {
 
   // The best and the second best key of every lane of the group that begins at column `begin`.
   void two_best(const GateRow<V>& row, int64_t begin, KeyVec& first, KeyVec& second) const {
-    const bool by_score = a_.group_score == GroupScore::kTop2Sum && needs_.logit_keys;
+    const bool by_score = args_.group_score == GroupScore::kTop2Sum && needs_.logit_keys;
     const auto insert = [&](KeyVec key) {
       second = max(second, min(first, key));
       first = max(first, key);
@@ -121,7 +121,7 @@ class GateGroups {
 
   static Key ordered(Float value) { return ordered_keys(V::all(value)).first(); }
 
-  GateArgs a_;
+  GateArgs args_;
   GateNeeds needs_;
   int64_t num_groups_, group_size_;
 };

@@ -16,25 +16,25 @@ struct GateNeeds {
   bool weigh_keys;    // a chosen key, taken back to its logit, gives the weight
   bool carry_scores;  // nothing but score_sum needs the scores of rows whose logits decide
 
-  explicit GateNeeds(const GateArgs& a) {
-    const GateShape& shape = a.shape;
+  explicit GateNeeds(const GateArgs& args) {
+    const GateShape& shape = args.shape;
     const bool softmax = shape.score == Score::kSoftmax;
     const bool monotone = shape.score != Score::kRelu && !(softmax && shape.softmax_over_group);
     const bool restricted =
-        a.bias.data || a.mask.data || a.noise.data || shape.num_groups > 1 || a.max_per_group < shape.top_k;
-    const bool stops =
-        a.top_p_per_token.data || a.threshold_per_token.data || a.top_p < INFINITY || a.threshold > -INFINITY;
-    const bool sums_groups = a.topk_groups < shape.num_groups && a.group_score == GroupScore::kTop2Sum;
-    logit_keys = monotone && !a.bias.data;
-    scores = !logit_keys || a.score_sum || a.scores || stops || sums_groups;
-    noisy_scores = a.noise.data && (!logit_keys || stops || sums_groups);
-    softmax_sum = softmax && (scores || a.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
+        args.bias.data || args.mask.data || args.noise.data || shape.num_groups > 1 || args.max_per_group < shape.top_k;
+    const bool stops = args.top_p_per_token.data || args.threshold_per_token.data || args.top_p < INFINITY ||
+                       args.threshold > -INFINITY;
+    const bool sums_groups = args.topk_groups < shape.num_groups && args.group_score == GroupScore::kTop2Sum;
+    logit_keys = monotone && !args.bias.data;
+    scores = !logit_keys || args.score_sum || args.scores || stops || sums_groups;
+    noisy_scores = args.noise.data && (!logit_keys || stops || sums_groups);
+    softmax_sum = softmax && (scores || args.logsumexp || restricted || shape.num_null > 0 || !shape.normalize);
     late_scale = softmax && logit_keys && !stops && !sums_groups;
     // The key of a logit -0 is that of +0: only the identity would tell.
-    weigh_keys = logit_keys && !a.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
+    weigh_keys = logit_keys && !args.noise.data && !stops && shape.num_null == 0 && shape.score != Score::kIdentity &&
                  (late_scale || !softmax);
     logits_only = logit_keys && !restricted;
-    carry_scores = logits_only && weigh_keys && softmax && a.score_sum && !a.scores;
+    carry_scores = logits_only && weigh_keys && softmax && args.score_sum && !args.scores;
   }
 };
 
@@ -42,6 +42,12 @@ struct GateNeeds {
 template <class V>
 int64_t padded_columns(const GateShape& shape) {
   return round_up(shape.num_experts + shape.num_null, V::kLanes);
+}
+
+// Row t of a matrix of T.
+template <class T, class S>
+inline const T* row_of(const Strided<S>& matrix, int64_t t) {
+  return static_cast<const T*>(static_cast<const void*>(matrix.data)) + t * matrix.stride_row;
 }
 
 // What one row needs while it is in flight: its logits, z, lie in `buffer` or where they came from.

@@ -238,11 +238,7 @@ inline void double_row(const double* x, double* y, int64_t n) {
 
 // ---- All rows.
 
-// Speed over torch.softmax(out=), busy 2-core AVX-512 machine (2 MB of L2 a core), one thread, three_pass / online /
-// two_pass. float32: 1.74 / 1.03 / 1.02 at 64 columns, 1.94 / 1.25 / 1.17 at 128, 1.72 / 1.28 / 1.32 at 256,
-// 1.26 / 1.35 / 1.12 at 128,256, and on two threads 0.75 / 1.10 / 0.89 at 16M. bfloat16: 1.35 / 0.92 / 0.85 at 64,
-// 1.56 / 1.03 / 1.00 at 128, 1.75 / 1.77 / 1.38 at 4,096, 1.66 / 1.39 / 1.58 at 32,768, and on two threads
-// 1.95 / 2.70 / 2.79 at 16M. So: three_pass while its exponentials can be kept, then online, for every dtype.
+// three_pass while its exponentials can be kept, then online, for every dtype; the measurements are in docs/numerics.md.
 SoftmaxMethod resolve(const SoftmaxArgs& args) {
   if (args.method != SoftmaxMethod::kAuto) return args.method;
   return args.num_cols <= kKeepColumns ? SoftmaxMethod::kThreePass : SoftmaxMethod::kOnline;
