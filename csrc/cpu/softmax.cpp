@@ -238,7 +238,7 @@ inline void double_row(const double* x, double* y, int64_t n) {
 
 // ---- All rows.
 
-// three_pass while its exponentials can be kept, then online, for every dtype; the measurements are in docs/numerics.md.
+// three_pass while its exponentials can be kept, then online, for every dtype; docs/numerics.md has the measurements.
 SoftmaxMethod resolve(const SoftmaxArgs& args) {
   if (args.method != SoftmaxMethod::kAuto) return args.method;
   return args.num_cols <= kKeepColumns ? SoftmaxMethod::kThreePass : SoftmaxMethod::kOnline;
