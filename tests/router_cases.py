@@ -1,4 +1,4 @@
-"""A small router of every registered method, inputs that suit them all, and how close is near."""
+"""A small router of every registered method, and inputs that suit them all."""
 
 from __future__ import annotations
 
@@ -89,10 +89,3 @@ def set_logits(router: fr.routers.Router, logits: Tensor) -> Tensor:
     weight[:, :num_columns] = torch.eye(num_columns)
     router.score.weight.data.copy_(weight)
     return F.pad(logits, (0, router.hidden_size - num_columns))
-
-
-def near(got: Tensor | float, wanted: Tensor | float, bound: float = 1e-5) -> bool:
-    """Whether all elements are within the bound of what is wanted: a number, or the same shape."""
-    got, wanted = torch.as_tensor(got).double(), torch.as_tensor(wanted).double()
-    assert wanted.dim() == 0 or got.shape == wanted.shape
-    return bool(((got - wanted).abs() <= bound).all())

@@ -55,9 +55,10 @@ def assert_bound(actual: Tensor, expected: Tensor, limit: Tensor | float) -> Non
 
 
 def close(actual: Tensor | float, expected: Tensor | float | list, limit: float = 1e-6) -> None:
-    """`assert_bound` of numbers as they are written in a paper: tensors, lists or floats."""
+    """`assert_bound` of numbers as in a paper: tensors, lists, or one float for every element."""
+    got = torch.as_tensor(actual)
     wanted = torch.as_tensor(expected, dtype=torch.float64)
-    assert_bound(torch.as_tensor(actual), wanted, limit)
+    assert_bound(got, wanted.expand_as(got) if wanted.dim() == 0 else wanted, limit)
 
 
 def assert_literal(actual: Tensor, expected: list) -> None:
