@@ -168,6 +168,14 @@ def test_routers_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None
     assert "switch" in capsys.readouterr().err
 
 
+def test_a_kind_that_no_method_has_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["routers", "--kind", "audit"]) == 0
+    assert "isolation" in capsys.readouterr().out
+    assert cli.main(["routers", "--kind", "routers"]) == 2
+    wanted = "--kind must be one of adapters, audit, loss, router, softmax, got 'routers'"
+    assert wanted in capsys.readouterr().err
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = [sys.executable, "-m", "fastmoe_route", "routers"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

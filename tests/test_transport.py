@@ -318,10 +318,12 @@ def test_layouts(backend: str, method: str) -> None:
         ({"method": "ksparse", "k": 0}, ValueError, r"k must be in \[1, 4\], got 0"),
         ({"marginal": torch.ones(3)}, ValueError, r"marginal must have shape \[4\]"),
         ({"method": "bip", "marginal": torch.ones(4)}, ValueError, "marginal must be None for bip"),
+        ({"method": "bip", "marginal": 1.0}, ValueError, "marginal must be None for bip, got 1.0"),
         ({"scope_ids": torch.zeros(3).int()}, ValueError, r"scope_ids must have shape \[8\]"),
         ({"scope_ids": torch.zeros(8)}, TypeError, "scope_ids must be int32 or int64"),
         ({"k": "x"}, TypeError, "k must be an int, got 'x'"),
-        ({"num_scopes": 2**70}, ValueError, r"num_scopes must be in \[1, 2147483648\]"),
+        ({"num_scopes": 2**70}, ValueError, r"num_scopes must be in \[1, 2147483647\]"),
+        ({"num_scopes": 2**31}, ValueError, r"num_scopes must be in \[1, 2147483647\]"),
         ({"num_scopes": 2}, ValueError, "scope_ids must be given with num_scopes, got None"),
     ],
 )

@@ -21,6 +21,7 @@ from fastmoe_route._arguments import (
     check_int,
     check_tensor,
     check_vector,
+    describe,
     fail,
     needs_grad,
 )
@@ -118,12 +119,12 @@ def transport(
     k = check_int("transport", "k", k, 1, num_experts)
     if marginal is not None:
         if method != "sinkhorn":
-            fail(ValueError, "transport", "marginal", f"be None for {method}", "a tensor")
+            fail(ValueError, "transport", "marginal", f"be None for {method}", describe(marginal))
         check_vector("transport", "marginal", marginal, num_experts, FLOAT_DTYPES, scores)
     if scope_ids is not None:
         check_vector("transport", "scope_ids", scope_ids, num_tokens, ID_DTYPES, scores)
     if num_scopes is not None:
-        num_scopes = check_int("transport", "num_scopes", num_scopes, 1, INT32_LIMIT)
+        num_scopes = check_int("transport", "num_scopes", num_scopes, 1, INT32_LIMIT - 1)
         if scope_ids is None and num_scopes != 1:
             fail(ValueError, "transport", "scope_ids", "be given with num_scopes", None)
     if not (method == "sinkhorn" and needs_grad(scores)):

@@ -51,7 +51,12 @@ def description(method: Method) -> str:
 def print_methods(name: str | None, kind: str | None) -> int:
     """Prints the list, or one description; returns the exit code."""
     if name is None:
-        print(table(methods(kind)))
+        found = methods(kind)
+        if not found:
+            kinds = ", ".join(sorted({method.kind for method in methods()}))
+            print(f"routers: --kind must be one of {kinds}, got {kind!r}", file=sys.stderr)
+            return 2
+        print(table(found))
         return 0
     try:
         print(description(find(name)))
