@@ -92,6 +92,25 @@ def test_a_graph_of_the_gradient_leaves_the_gradient_as_it_is(name: str) -> None
 
 
 @pytest.mark.parametrize("name", FLOAT_OPS)
+def test_gradient_through_a_tensor_that_outlived_a_transform(name: str) -> None:
+    """torch.func leaves a dead wrapper behind; the gradient must reach what is in it."""
+    x = torch.arange(12.0).reshape(3, 4).sin()
+    scale = torch.tensor(2.0, requires_grad=True)
+    kept = []
+
+    def outer(t: Tensor) -> Tensor:
+        kept.append(t * scale)
+        return t.sum()
+
+    torch.func.grad(outer)(x)
+    grads = [
+        torch.autograd.grad(FLOAT_OPS[name](t).square().sum(), scale)[0]
+        for t in (kept[0], x * scale)
+    ]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", FLOAT_OPS)
 def test_forward_mode_is_an_error_and_never_zero(name: str) -> None:
     x = torch.arange(12.0).reshape(3, 4).sin()
     with (

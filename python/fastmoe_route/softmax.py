@@ -171,7 +171,11 @@ def _softmax_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, N
 
 
 _differentiable_softmax = register_autograd(
-    "softmax", _softmax_backward, setup_context=_softmax_setup_context, bare="softmax_forward"
+    "softmax",
+    _softmax_backward,
+    setup_context=_softmax_setup_context,
+    bare="softmax_forward",
+    one_input=True,
 )
 
 
