@@ -251,12 +251,14 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
 }
 
 // Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. Intel's larger
-// L1 is a gain for up to eight of them: more take fewer streams, and panels are as fast.
+// L1 is a gain for up to eight of them: more take fewer streams, and panels are as fast. Eight rows of floats are one
+// tile there even where L2 holds them; of 2-byte elements, whose lines take twice the lines of rows, panels are faster.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
-  const int64_t most = m <= 8 && !prefetch_waits_for_page() ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes;
-  return m <= kDotRows || (m <= kDotStreamRows && m * row_bytes <= most);
+  const bool is_eight = kDotStreamRows > kDotRows && m <= 8 && !prefetch_waits_for_page();
+  if (m <= kDotRows || (is_eight && sizeof(typename Math::Element) == sizeof(float))) return true;
+  return m <= kDotStreamRows && m * row_bytes <= (is_eight ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes);
 }
 // Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
 inline int64_t dot_stream_tile(int64_t m) { return m > 2 && kDotStreamRows > kDotRows ? round_up(m, 2) : m; }
