@@ -81,7 +81,7 @@ struct WidenedMath<BFloat16> {
   static constexpr int64_t kStep = 2 * Vec::kLanes;
   static constexpr int kVectors = 2;
   static constexpr int64_t kSpread = 1;
-  static constexpr bool kWidens = true;
+  static constexpr bool kWidens = kVectorRegisters > 8;
   static constexpr int64_t kStreamAhead = 1024;
   static constexpr int64_t kMaxBlock = 1024;
 
@@ -466,7 +466,7 @@ void dot_panels(const DotProblem<Math>& p, int64_t m, int64_t begin, int64_t dep
 template <class Math>
 void dot_many_rows(const DotProblem<Math>& p, int64_t m) {
   for (int64_t q = 0; q < p.k; q += p.panel_blocks * p.block)
-    if (prefetch_waits_for_page()) dot_panels<LineFetcher>(p, m, q, dot_panel_depth(p, q));
+    if (waits_for_page<typename Math::Element>()) dot_panels<LineFetcher>(p, m, q, dot_panel_depth(p, q));
     else dot_panels<TurnFetcher>(p, m, q, dot_panel_depth(p, q));
 }
 
@@ -489,7 +489,7 @@ void dot_multiply(const void* packed, int64_t m, const void* w, int64_t w_stride
     return with_stream_tile(m, [&](auto count) {
       constexpr int R = decltype(count)::value;
       constexpr DotFetch kWaits = R <= 2 ? DotFetch::kNone : DotFetch::kStream;
-      if (prefetch_waits_for_page()) dot_few_rows<R, kWaits>(problem, m);
+      if (waits_for_page<Element>()) dot_few_rows<R, kWaits>(problem, m);
       else dot_few_rows<R, DotFetch::kTwice>(problem, m);
     });
   const int64_t padded = round_up(k, Math::kStep), blocks = dot_row_blocks(m);

@@ -311,7 +311,7 @@ void outer_multiply(const void* packed, int64_t m, const void* w, int64_t w_stri
     const bool is_last = begin + span >= n;
     const int64_t end = is_last ? n : begin + span;
     const T* const next = is_last ? static_cast<const T*>(after) : p.w + end;
-    if (prefetch_waits_for_page()) outer_span<LineFetcher>(p, m, begin, end, next);
+    if (waits_for_page<T>()) outer_span<LineFetcher>(p, m, begin, end, next);
     else outer_span<TurnFetcher>(p, m, begin, end, next);
   }
 }

@@ -1,6 +1,9 @@
 // What the two vector forms of the matrix product share: register barriers, prefetch, and the copy of rows.
 #pragma once
 
+#include <type_traits>
+
+#include "common/cache.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/vec.h"
 
@@ -47,6 +50,20 @@ inline __attribute__((always_inline)) void with_rows(int64_t rows, const F& f) {
 // function that only prefetches for one without effects, and removes calls not yet inlined.
 inline __attribute__((always_inline)) void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// prefetch_waits_for_page() where elements T are multiplied. Half of the kinds of tiles need no compiling where that is
+// known: of processors with AVX-512, those that wait multiply bfloat16 in pairs (avx512_bf16.cpp), and others are
+// faster without (or have AMX); the portable level is tuned for none.
+template <class T>
+constexpr bool waits_for_page() {
+  if (kVectorRegisters == 8) return true;
+#if defined(__AVX512BF16__)
+  return true;
+#else
+  if (kVectorRegisters == 32 && std::is_same_v<T, BFloat16>) return false;
+  return prefetch_waits_for_page();
+#endif
+}
 
 // Fetches rows of weights that are multiplied later into L2, line by line, in runs: a row, or all of them where they
 // have no gaps. A line that goes to L2 had better find its page known (prefetch_later), so pages are touched one at a
