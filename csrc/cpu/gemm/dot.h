@@ -250,15 +250,17 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. Intel's larger
-// L1 is a gain for up to eight of them: more take fewer streams, and panels are as fast. Eight rows of floats are one
-// tile there even where L2 holds them; of 2-byte elements, whose lines take twice the lines of rows, panels are faster.
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. Up to eight do so
+// in Intel's larger L1, and floats are faster as one tile there even if L2 holds them; of 2-byte elements, whose rows
+// take twice the lines of the weights, panels are. More rows take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
+  if (m <= kDotRows) return true;
+  if (m > kDotStreamRows) return false;
+  const bool is_eight = m <= 8 && !waits_for_page<typename Math::Element>();
+  if (is_eight && sizeof(typename Math::Element) == sizeof(float)) return true;
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
-  const bool is_eight = kDotStreamRows > kDotRows && m <= 8 && !prefetch_waits_for_page();
-  if (m <= kDotRows || (is_eight && sizeof(typename Math::Element) == sizeof(float))) return true;
-  return m <= kDotStreamRows && m * row_bytes <= (is_eight ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes);
+  return m * row_bytes <= (is_eight ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes);
 }
 // Its rows: m or one more, the last row twice, so that there are fewer kinds of tiles.
 inline int64_t dot_stream_tile(int64_t m) { return m > 2 && kDotStreamRows > kDotRows ? round_up(m, 2) : m; }
