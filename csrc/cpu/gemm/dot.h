@@ -250,9 +250,9 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
   }
 }
 
-// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. Up to eight do so
-// in Intel's larger L1, and floats are faster as one tile there even if L2 holds them; of 2-byte elements, whose rows
-// take twice the lines of the weights, panels are. More rows take fewer streams, and panels are as fast.
+// Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. In the larger L1
+// of Intel up to eight do, and floats are faster as one tile there even if L2 holds them; of 2-byte elements, whose
+// rows take twice the lines of the weights, panels are. More rows take fewer streams, and panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   if (m <= kDotRows) return true;
