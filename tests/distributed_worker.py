@@ -24,6 +24,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 import torch.distributed as dist
+from deferred import deferred
 from fastmoe_route.distributed import ExchangeError, ExpertParallel
 
 H, WIDTH, E, K = 16, 12, 8, 2
@@ -123,6 +124,10 @@ def routers_learn_from_the_tokens_of_all_ranks() -> None:
                 everywhere = before[key].clone()
                 dist.broadcast(everywhere, 0)
                 assert torch.equal(everywhere, before[key]), (name, key)
+        if name == "kmeans":
+            assert own.has_agreed
+            own.reset_parameters()
+            assert not own.has_agreed
 
 
 @check
@@ -229,6 +234,21 @@ def placement_changes_places_and_not_results() -> None:
     close(step(parallel, rank)[0], step(layer_of(), rank)[0])
     for name, value in parallel.gather_experts().items():
         assert torch.equal(value, layer_of().experts.state_dict()[name])
+
+
+@check
+def weights_are_drawn_later() -> None:
+    size = dist.get_world_size()
+    ranks = [(E - 1 - e) % size for e in range(E)]
+
+    def make() -> ExpertParallel:
+        return ExpertParallel(fr.nn.MoE(H, WIDTH, E, K), placement=ranks)
+
+    later, now = deferred(make).to(device), make().to(device)
+    for name, table in now.named_buffers():
+        assert torch.equal(later.get_buffer(name), table), name
+    assert all(bool(p.isfinite().all()) for p in later.parameters())
+    step(later, dist.get_rank())
 
 
 @check

@@ -6,6 +6,7 @@ import fastmoe_route as fr
 import pytest
 import torch
 from cases import normal
+from deferred import assert_alike, deferred
 from fastmoe_route import adapters
 from router_cases import EXPERTS, HIDDEN
 from tolerance import assert_bound, close
@@ -110,6 +111,19 @@ def test_queryable_lora_with_one_atom_is_lora():
     for given in (None, torch.tensor([0.3, -2.0, 1.0]), normal(5, 3, seed=8)):
         assert_bound(many(x, summary, given)[0].detach(), expected.detach(), 1e-4)
     assert_bound(many(x, summary)[1].detach(), ((summary + u) / 2).detach().double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adapters.MixtureOfShards(16, 8, 3, 4, num_shards=2, num_private=2),
+        lambda: adapters.QueryableLora(16, 8, 4, num_atoms=3),
+    ],
+)
+def test_weights_are_drawn_later(make):
+    later = deferred(make)
+    torch.manual_seed(0)
+    assert_alike(later, make())
 
 
 def test_same_projects_and_freezes():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import fastmoe_route as fr
 import pytest
 import torch
 import torch.nn.functional as F
+from deferred import assert_alike, deferred, draw
 from fastmoe_route import reference, routers
 from fastmoe_route.integrations.transformers import explain, patch_routers, unpatch_routers
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
@@ -327,6 +331,44 @@ def test_a_layer_with_any_router_is_made_without_memory(name):
     layer.to_empty(device="cpu").load_state_dict(filled.state_dict())
     x, given = layer_inputs()
     assert_exact(layer(x, **given), filled(x, **given))
+
+
+@pytest.mark.parametrize("name", names())
+def test_weights_are_drawn_later_with_any_router(name):
+    """On the meta device first, then by `reset_parameters`, as FSDP makes large models."""
+
+    def make():
+        return layer_with(name, bias=True, num_shared_experts=1, shared_gate=True)
+
+    torch.manual_seed(0)
+    layer = make()
+    if name in ("hyper_router", "vqmoe"):  # their constructors draw in another order
+        draw(layer)
+    later = deferred(make)
+    assert_alike(later, layer)
+    x, given = layer_inputs()
+    assert_exact(later.eval()(x, **given), layer.eval()(x, **given))
+    later.train()(x, **given).sum().backward()
+    routers.update(later)
+    assert_alike(draw(later), layer)
+
+
+META = """
+import sys, torch, fastmoe_route as fr
+from router_cases import ARGUMENTS, names
+with torch.device("meta"):
+    for name in {*names()} - {"stable_moe"}:  # torch's own embedding imports it
+        fr.routers.build(name, 16, 8, **ARGUMENTS.get(name, {}))
+    fr.nn.MoE(16, 8, 4, num_shared_experts=1, shared_gate=True, bias=True)
+    fr.adapters.QueryableLora(16, 8)
+    fr.adapters.MixtureOfShards(16, 8, 2)
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+"""
+
+
+def test_the_meta_device_needs_no_compiler():
+    """Importing it takes longer than making a large model there."""
+    subprocess.run([sys.executable, "-c", META], check=True, cwd=Path(__file__).parent)
 
 
 @pytest.mark.parametrize("name", names())

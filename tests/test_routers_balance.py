@@ -220,6 +220,9 @@ def test_stable_moe_freezes_into_the_ids() -> None:
     assert not any(p.requires_grad for p in router.word_score.parameters())
     same = torch.full((24,), 7)
     assert len(router(**{**given, "token_ids": same}).routing.experts.unique()) == 1
+    router.reset_parameters()
+    assert not router.is_frozen
+    assert all(p.requires_grad for p in router.parameters())
 
 
 # ---- balance by bias and price -----------------------------------------------------------------

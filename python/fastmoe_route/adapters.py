@@ -17,6 +17,7 @@ from fastmoe_route._arguments import (
     describe,
     fail,
 )
+from fastmoe_route._initial import draw_normal
 from fastmoe_route.lora_grouped_mm import lora_grouped_mm
 from fastmoe_route.methods import register
 from fastmoe_route.results import DispatchPlan, Routing
@@ -134,18 +135,25 @@ class MixtureOfShards(nn.Module):
             if check_int("mixture_of_shards", name, size, 1) % num_shards:
                 rule = f"be a multiple of num_shards {num_shards}"
                 fail(ValueError, "mixture_of_shards", name, rule, size)
-        private = num_modules * num_private * num_shards
         self.rank, self.num_shards = rank, num_shards
-        for name, size, scale in (("a", hidden_size, hidden_size**-0.5), ("b", out_size, 0.0)):
-            shards = torch.randn(pool_size + private, size // num_shards, generator=generator)
-            self.register_parameter(f"pool_{name}", nn.Parameter(shards * scale))
-            public = torch.randint(
-                pool_size,
-                (num_modules, (rank - num_private), num_shards),
-                generator=generator,
-            )
-            own = torch.arange(private).view(num_modules, num_private, num_shards) + pool_size
-            self.register_buffer(f"index_{name}", torch.cat([public, own], 1))
+        self.pool_size, self.num_private = pool_size, num_private
+        num_rows = pool_size + num_modules * num_private * num_shards
+        for name, size in (("a", hidden_size), ("b", out_size)):
+            pool = nn.Parameter(torch.empty(num_rows, size // num_shards))
+            index = torch.empty(num_modules, rank, num_shards, dtype=torch.int64)
+            self.register_parameter(f"pool_{name}", pool)
+            self.register_buffer(f"index_{name}", index)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws new indices and a new pool of `A`, and sets that of `B` to 0."""
+        for name in ("a", "b"):
+            pool, index = self.get_parameter(f"pool_{name}"), self.get_buffer(f"index_{name}")
+            size = pool.shape[1] * self.num_shards
+            draw_normal(pool, size**-0.5 if name == "a" else 0.0, generator)
+            public, own = index.split([self.rank - self.num_private, self.num_private], 1)
+            public.random_(self.pool_size, generator=generator)
+            own.copy_(torch.arange(self.pool_size, pool.shape[0]).view(own.shape))
 
     def experts(self, scaling: float = 1.0) -> LoraExperts:
         """The modules as they are now, differentiable in the pools."""
@@ -188,11 +196,21 @@ class QueryableLora(nn.Module):
             check_int("queryable_lora", name, size, 1)
         self.rank = rank
         self.scaling = check_number("queryable_lora", "scaling", scaling)
-        self.lora_a = nn.Parameter(torch.randn(hidden_size, rank) * hidden_size**-0.5)
-        self.lora_b = nn.Parameter(torch.zeros(rank, out_size))
-        self.query = nn.Parameter(torch.randn(2 * rank, rank) * rank**-0.5)
-        self.keys = nn.Parameter(torch.randn(num_atoms, rank))
-        self.atoms = nn.Parameter(torch.eye(rank).repeat(num_atoms, 1, 1))
+        self.lora_a = nn.Parameter(torch.empty(hidden_size, rank))
+        self.lora_b = nn.Parameter(torch.empty(rank, out_size))
+        self.query = nn.Parameter(torch.empty(2 * rank, rank))
+        self.keys = nn.Parameter(torch.empty(num_atoms, rank))
+        self.atoms = nn.Parameter(torch.empty(num_atoms, rank, rank))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws a new `A`, query and keys, and sets `B` to 0 and the atoms to the identity."""
+        draw_normal(self.lora_a, self.lora_a.shape[0] ** -0.5)
+        self.lora_b.zero_()
+        draw_normal(self.query, self.rank**-0.5)
+        draw_normal(self.keys)
+        self.atoms.zero_().diagonal(dim1=1, dim2=2).fill_(1)
 
     def forward(
         self, x: Tensor, summary: Tensor | None = None, prior: Tensor | None = None

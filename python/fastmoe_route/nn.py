@@ -40,6 +40,7 @@ from fastmoe_route._arguments import (
     check_tensor,
     fail,
 )
+from fastmoe_route._initial import draw_normal
 from fastmoe_route._layouts import Weights, read_weights, write_weights
 from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.results import DispatchPlan, Routing
@@ -112,11 +113,9 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights, and sets biases to 0. On the meta device there is nothing to draw."""
-        if self.w_up.is_meta:
-            return  # torch would import its compiler, two seconds, to find that out
+        """Draws new weights, and sets biases to 0; what the constructor calls."""
         for w in (self.w_up, self.w_down):
-            nn.init.normal_(w, std=w.shape[2] ** -0.5 if self.init_std is None else self.init_std)
+            draw_normal(w, w.shape[2] ** -0.5 if self.init_std is None else self.init_std)
         for bias in (self.bias_up, self.bias_down):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -172,7 +171,9 @@ class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer: router, experts, and shared experts if any.
 
     `y = sum over the token's experts of weight * expert(x) + shared(x)`. The router may be any
-    method of `fastmoe_route.routers`, by name or as a module.
+    method of `fastmoe_route.routers`, by name or as a module. All parts can be made on the meta
+    device and given memory by `to_empty`, before `reset_parameters` of each that has parameters or
+    buffers draws its weights, as FSDP does.
 
     Args:
         hidden_size: `H`.

@@ -98,14 +98,20 @@ class ExpertParallel(nn.Module):
         ranks = _check_placement(placement, self.num_experts, self.num_ranks)
         self._check_alike(layer, ranks)
         self.expert_ids = [e for e, rank in enumerate(ranks) if rank == self.rank]
-        local_id = [sum(r == ranks[e] for r in ranks[:e]) for e in range(self.num_experts)]
-        device = layer.experts.w_up.device
-        for name, values in (("rank_of_expert", ranks), ("local_id", local_id)):
-            table = torch.tensor(values, dtype=torch.int32, device=device)
+        self._ranks, device = ranks, layer.experts.w_up.device
+        for name in ("rank_of_expert", "local_id"):
+            table = torch.empty(self.num_experts, dtype=torch.int32, device=device)
             self.register_buffer(name, table, persistent=False)
+        self.reset_parameters()
         self.layer = layer
         layer.experts = _share(layer.experts, self.expert_ids)
         self.volume = None
+
+    def reset_parameters(self) -> None:
+        """Sets the tables of the placement; nothing is drawn."""
+        local_id = [self._ranks[:e].count(rank) for e, rank in enumerate(self._ranks)]
+        self.rank_of_expert.copy_(torch.tensor(self._ranks))
+        self.local_id.copy_(torch.tensor(local_id))
 
     @property
     def experts(self) -> Experts:

@@ -49,7 +49,12 @@ class Magnet(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.threshold = self.check_number("switch", switch, 0) * math.log(num_experts)
         self.entropy_coef = self.check_number("entropy_coef", entropy_coef)
-        self.register_buffer("specialises", torch.tensor(False))
+        self.register_buffer("specialises", torch.empty((), dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to coverage."""
+        self.specialises.zero_()
 
     def route(self, x: Tensor, context: Context) -> Routed:
         routing = gate(

@@ -68,6 +68,15 @@ class ExpertChoice(LinearRouter):
         return self.routed(self.built(experts, weights, logits), context, plan=None)
 
 
+class _Orthogonal(Linear):
+    """A map whose initial weights are 0.1 times an orthonormal matrix."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if not self.weight.is_meta:
+            nn.init.orthogonal_(self.weight, gain=0.1)
+
+
 @register("base", row="R4", source="arXiv:2103.16716", verified="code", invariance="B*")
 class Base(LinearRouter):
     """BASE layer: in training a balanced assignment, in evaluation the best expert.
@@ -90,6 +99,8 @@ class Base(LinearRouter):
         common: see `Common`.
     """
 
+    score_class = _Orthogonal
+
     def __init__(
         self,
         hidden_size: int,
@@ -104,7 +115,6 @@ class Base(LinearRouter):
         self.check_int("top_k", top_k, 1, 1)
         self.assignment = self.check_choice("assignment", assignment, METHODS)
         self.keep_input = self.check_flag("keep_input", keep_input)
-        nn.init.orthogonal_(self.score.weight, gain=0.1)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         scores = self.score(x)
@@ -214,13 +224,21 @@ class StableMoE(LinearRouter):
         self.keep_input = self.check_flag("keep_input", keep_input)
         self.words = nn.Embedding(vocab_size, distil_size)
         self.word_score = Linear(distil_size, num_experts)
-        self.register_buffer("is_frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("is_frozen", torch.empty((), dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to stage 1, in which the word embeddings learn."""
+        self._set_frozen(False)
 
     def freeze(self) -> None:
         """Begins stage 2: routes are those of the word embeddings, which no longer learn."""
-        self.is_frozen.fill_(True)
-        self.words.requires_grad_(False)
-        self.word_score.requires_grad_(False)
+        self._set_frozen(True)
+
+    def _set_frozen(self, is_frozen: bool) -> None:
+        self.is_frozen.fill_(is_frozen)
+        self.words.requires_grad_(not is_frozen)
+        self.word_score.requires_grad_(not is_frozen)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
@@ -355,8 +373,13 @@ class Rectify(LinearRouter):
         self.num_ranks = self.check_int("num_ranks", num_ranks, 1, num_experts)
         self.scope_capacity = self.check_int("scope_capacity", scope_capacity, 1)
         self.fill = self.check_flag("fill", fill)
-        ranks = torch.arange(num_experts, dtype=torch.int32) * self.num_ranks // num_experts
-        self.register_buffer("rank_of_expert", ranks)
+        self.register_buffer("rank_of_expert", torch.empty(num_experts, dtype=torch.int32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives each rank its share of neighbouring experts; nothing is drawn."""
+        ranks = [e * self.num_ranks // self.num_experts for e in range(self.num_experts)]
+        self.rank_of_expert.copy_(torch.tensor(ranks))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route.gate import gate
@@ -67,9 +67,14 @@ class BiasedRouter(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.rate = self.check_number("rate", rate, 0)
         self.rule = self.check_choice("rule", rule, ("sign", "proportional", "multiplicative"))
-        start = 1.0 if rule == "multiplicative" else 0.0
-        self.register_buffer("bias", torch.full((num_experts,), start))
-        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64))
+        self.register_buffer("bias", torch.empty(num_experts))
+        self.register_buffer("load", torch.empty(num_experts, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the bias to its start, 0 or 1 by the rule, and the load to 0."""
+        nn.init.constant_(self.bias, 1.0 if self.rule == "multiplicative" else 0.0)
+        nn.init.zeros_(self.load)
 
     def key_bias(self, logits: Tensor) -> Tensor:
         """What is added to the scores for choosing, `[E]` or `[T, E]`."""
@@ -224,7 +229,12 @@ class Bip(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.iters = self.check_int("iters", iters, 1)
         self.carry = self.check_flag("carry", carry)
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("bias", torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the prices to 0."""
+        nn.init.zeros_(self.bias)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)

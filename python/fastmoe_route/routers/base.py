@@ -108,6 +108,8 @@ class Router(Checks, nn.Module):
     """Base of all routers: hidden states in, experts and weights out.
 
     A method overrides `route`, and `mix` where its output is more than a weighted sum of experts.
+    One that owns parameters or buffers fills them in `reset_parameters`, which its constructor
+    calls.
 
     Args:
         hidden_size: `H`, the size of a hidden state.

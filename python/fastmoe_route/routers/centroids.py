@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fastmoe_route._initial import draw_normal
 from fastmoe_route._segments import segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
@@ -22,7 +23,8 @@ class Centroids(Router):
 
     Training calls add up the tokens of every expert; `update`, called after the optimizer's step,
     moves each centroid by `rate` towards their mean on all ranks, so it stays a convex combination
-    of inputs. A centroid without a token stays where it is. No gradient is involved.
+    of inputs. A centroid without a token stays where it is. No gradient is involved. The
+    constructor of a method ends with `reset_parameters`.
 
     Args:
         hidden_size: `H`.
@@ -47,9 +49,18 @@ class Centroids(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.rate = self.check_number("rate", rate, 0, 1)
-        self.register_buffer("centroids", torch.randn(num_experts, hidden_size))
-        self.register_buffer("sums", torch.zeros(num_experts, hidden_size))
-        self.register_buffer("counts", torch.zeros(num_experts))
+        self.register_buffer("centroids", torch.empty(num_experts, hidden_size))
+        self.register_buffer("sums", torch.empty(num_experts, hidden_size))
+        self.register_buffer("counts", torch.empty(num_experts))
+
+    def reset_parameters(self) -> None:
+        """Draws new centroids, and forgets the tokens since the last update."""
+        draw_normal(self.centroids)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sums.zero_()
+        self.counts.zero_()
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, routing: Routing) -> None:
@@ -68,8 +79,7 @@ class Centroids(Router):
         mean = self.sums / self.counts.clamp(min=1)[:, None]
         moved = torch.lerp(self.centroids, mean, self.rate)
         self.centroids.copy_(torch.where(self.counts[:, None] > 0, moved, self.centroids))
-        self.sums.zero_()
-        self.counts.zero_()
+        self._forget()
 
 
 @register("kmeans", row="R30", source="arXiv:2605.12476", verified="2nd")
@@ -104,7 +114,13 @@ class KMeans(Centroids):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
-        self.register_buffer("is_placed", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("is_placed", torch.empty((), dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As that of `Centroids`; the next training call places the centroids."""
+        super().reset_parameters()
+        self.is_placed.zero_()
         self.has_agreed = False
 
     def route(self, x: Tensor, context: Context) -> Routed:
@@ -143,8 +159,7 @@ class KMeans(Centroids):
             self.centroids.mul_((owner == rank) | ((owner == size) & (rank == 0)))
             dist.all_reduce(self.centroids)
             self.is_placed.copy_(owner < size)
-            self.sums.zero_()
-            self.counts.zero_()
+            self._forget()
             self.has_agreed = True
             return
         super().update()
@@ -180,6 +195,7 @@ class AdaptDHM(Centroids):
         super().__init__(hidden_size, num_experts, top_k, rate=rate, **common)
         self.check_int("top_k", top_k, 1, 1)
         self.temperature = self.check_number("temperature", temperature, above=0)
+        self.reset_parameters()
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x).detach()

@@ -40,15 +40,15 @@ class Checks:
         """A finite number within limits, see `_arguments.check_number`."""
         return arguments.check_number(self.name, argument, value, *limits, **open_limits)
 
-    def check_numbers(self, argument: str, values: Any, count: int, **limits: float) -> Tensor:
-        """A list of `count` numbers within limits, as a float32 tensor."""
+    def check_numbers(self, argument: str, values: Any, count: int, **limits: float) -> list[float]:
+        """A list of `count` numbers within limits."""
         if isinstance(values, Tensor):
             values = values.tolist()
         if not isinstance(values, (list, tuple)):
             arguments.fail(TypeError, self.name, argument, "be a list of numbers", repr(values))
         if len(values) != count:
             self.fail(argument, f"have {count} entries", len(values))
-        return torch.tensor([self.check_number(argument, value, **limits) for value in values])
+        return [self.check_number(argument, value, **limits) for value in values]
 
     def check_flag(self, argument: str, value: Any) -> bool:
         """A bool."""

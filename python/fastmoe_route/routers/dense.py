@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._initial import draw_normal
 from fastmoe_route._segments import segment_softmax, segment_sum, sequences
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
@@ -57,7 +58,12 @@ class BlockFFN(LinearRouter):
         self.chunk_coef = self.check_number("chunk_coef", chunk_coef)
         self.chunk = self.check_int("chunk", chunk, 1)
         self.eps = self.check_number("eps", eps, above=0)
-        self.gain = nn.Parameter(torch.ones(num_experts))
+        self.gain = nn.Parameter(torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the gain to 1."""
+        nn.init.ones_(self.gain)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         a = self.score(x).relu()
@@ -101,8 +107,14 @@ class Finedeep(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.sublayers = self.check_divisor("sublayers", sublayers)
-        self.readers = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
-        self.gains = nn.Parameter(torch.ones(self.sublayers - 1, hidden_size))
+        self.readers = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.gains = nn.Parameter(torch.empty(self.sublayers - 1, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new readers, and sets the gains of norms to 1."""
+        draw_normal(self.readers, self.hidden_size**-0.5)
+        nn.init.ones_(self.gains)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.experts is not None
@@ -156,8 +168,14 @@ class SoftMoE(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.slots = self.check_int("slots", slots, 1)
-        self.prototypes = nn.Parameter(torch.randn(num_experts * self.slots, hidden_size))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.prototypes = nn.Parameter(torch.empty(num_experts * self.slots, hidden_size))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new prototypes, and sets the scale to 1."""
+        draw_normal(self.prototypes)
+        nn.init.ones_(self.scale)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         unit = F.normalize(wide(x), dim=1)

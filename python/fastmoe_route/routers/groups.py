@@ -194,12 +194,18 @@ class LocMoE(Router):
         num_nodes = self.check_divisor("num_nodes", num_nodes)
         self.locality_coef = self.check_number("locality_coef", locality_coef)
         even = [1 / num_nodes] * num_nodes
-        shares = self.check_numbers(
+        self.shares = self.check_numbers(
             "target", even if target is None else target, num_nodes, above=0
         )
-        nodes = torch.arange(num_experts) // (num_experts // num_nodes)
-        self.register_buffer("node_of_expert", nodes)
-        self.register_buffer("target", shares)
+        self.register_buffer("node_of_expert", torch.empty(num_experts, dtype=torch.int64))
+        self.register_buffer("target", torch.empty(num_nodes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the nodes of experts and their wanted shares; nothing is drawn."""
+        size = self.num_experts // len(self.shares)
+        self.node_of_expert.copy_(torch.tensor([e // size for e in range(self.num_experts)]))
+        self.target.copy_(torch.tensor(self.shares))
 
     @property
     def stats(self) -> bool:

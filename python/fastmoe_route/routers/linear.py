@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,7 +22,11 @@ class LinearRouter(Router):
         top_k: experts per token; None for `E`.
         num_columns: columns of the logits; None for `E`.
         common: see `Common`.
+
+    Attribute `score_class`: the map's class, with its own way to draw weights.
     """
+
+    score_class: ClassVar[type[Linear]] = Linear
 
     def __init__(
         self,
@@ -31,7 +37,7 @@ class LinearRouter(Router):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.score = Linear(hidden_size, num_experts if num_columns is None else num_columns)
+        self.score = self.score_class(hidden_size, num_columns or num_experts)
 
     def built(self, experts: Tensor, weights: Tensor, logits: Tensor) -> Routing:
         """A routing of these slots `[T, K]`, with what the common losses need of the logits."""

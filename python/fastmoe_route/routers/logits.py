@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route._arguments import fail
+from fastmoe_route._initial import draw_normal
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router, with_defaults
@@ -61,13 +62,22 @@ class XMoE(Router):
         common = with_defaults(common, capacity_factor=factor, aux_coef=0.01, rounding="per_choice")
         super().__init__(hidden_size, num_experts, top_k, **common)
         score_size = self.check_int("score_size", score_size, 1)
-        temperature = self.check_number("temperature", temperature, above=0)
+        self.temperature = self.check_number("temperature", temperature, above=0)
         self.normalize_tokens = self.check_flag("normalize_tokens", normalize_tokens)
         self.second = self.check_choice("second", second, ("best", "random", "gumbel"))
         self.project = Linear(hidden_size, score_size)
-        directions = F.normalize(torch.randn(num_experts, score_size), dim=1) * 1.5
-        self.embeddings = nn.Parameter(directions)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.embeddings = nn.Parameter(torch.empty(num_experts, score_size))
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new directions for experts, of length 1.5, and sets `tau` to `temperature`."""
+        if self.embeddings.is_meta:
+            return
+        draw_normal(self.embeddings)
+        self.embeddings.copy_(F.normalize(self.embeddings, dim=1) * 1.5)
+        self.log_temperature.fill_(math.log(self.temperature))
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits `[T, E]`."""
@@ -125,11 +135,16 @@ class HyperRouter(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
         hyper_size = self.check_int("hyper_size", hyper_size, 1)
-        self.embedding = nn.Parameter(torch.randn(hyper_size))
+        self.embedding = nn.Parameter(torch.empty(hyper_size))
+        self.reset_parameters()
         size = num_experts * (hidden_size + 1)
         self.hyper = nn.Sequential(
             nn.Linear(hyper_size, hyper_size), nn.ReLU(), nn.Linear(hyper_size, size)
         ).requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Draws a new embedding; the frozen network draws its own weights."""
+        draw_normal(self.embedding)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """`W` `[E, H]` and `b` `[E]`."""

@@ -201,6 +201,10 @@ class Mhr(Merging):
         num_tasks = self.check_int("num_tasks", num_tasks, 1)
         num_heads = self.check_int("num_heads", num_heads, 1)
         self.table = nn.Parameter(torch.empty(num_tasks, num_heads, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws a new table."""
         nn.init.uniform_(self.table, -1e-3, 1e-3)
 
     def heads(self, num: int, context: Context) -> Tensor:

@@ -44,8 +44,14 @@ class UniPool(LinearRouter):
         self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gain = nn.Parameter(torch.ones(()))
-        self.register_buffer("share", torch.ones(num_experts))
+        self.gain = nn.Parameter(torch.empty(()))
+        self.register_buffer("share", torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the gain to 1, and unlocks the layer."""
+        nn.init.ones_(self.gain)
+        nn.init.ones_(self.share)
 
     @property
     def stats(self) -> bool:

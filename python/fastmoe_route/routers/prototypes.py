@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
+from fastmoe_route._initial import draw_normal
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -50,8 +51,13 @@ class VQMoE(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.discrete = self.check_flag("discrete", discrete)
         self.commit_coef = self.check_number("commit_coef", commit_coef)
-        self.codes = nn.Parameter(torch.randn(num_experts, hidden_size))
+        self.codes = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
         self.share = Linear(hidden_size, 2)
+
+    def reset_parameters(self) -> None:
+        """Draws new codes."""
+        draw_normal(self.codes)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         x = wide(x)
@@ -121,8 +127,12 @@ class ProMoE(Router):
         self.unconditional = self.check_int("unconditional", unconditional, 0)
         self.contrast_coef = self.check_number("contrast_coef", contrast_coef)
         self.temperature = self.check_number("temperature", temperature, above=0)
-        prototypes = torch.randn(num_experts - 1, hidden_size) * hidden_size**-0.5
-        self.prototypes = nn.Parameter(prototypes)
+        self.prototypes = nn.Parameter(torch.empty(num_experts - 1, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new prototypes."""
+        draw_normal(self.prototypes, self.hidden_size**-0.5)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
@@ -168,7 +178,12 @@ class Phatgoose(Router):
         self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gates = nn.Parameter(torch.randn(num_experts, hidden_size) * hidden_size**-0.5)
+        self.gates = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new gates."""
+        draw_normal(self.gates, self.hidden_size**-0.5)
 
     def local(self, x: Tensor) -> Tensor:
         """The logits `[T, E]`."""

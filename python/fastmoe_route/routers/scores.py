@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import arithmetic_dtype
+from fastmoe_route._initial import draw_normal
 from fastmoe_route.grouped_mm import grouped_mm
 
 
@@ -80,17 +81,20 @@ class Linear(nn.Module):
     Args:
         hidden_size: `H`.
         num_outputs: `E`.
-        bias: add a learned bias, which starts at 0.
-        std: standard deviation of the initial weights; None for `H ** -0.5`.
+        bias: add a learned bias.
     """
 
-    def __init__(
-        self, hidden_size: int, num_outputs: int, *, bias: bool = False, std: float | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, num_outputs: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, hidden_size))
-        nn.init.normal_(self.weight, std=hidden_size**-0.5 if std is None else std)
-        self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias else None
+        self.bias = nn.Parameter(torch.empty(num_outputs)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights, of deviation `H ** -0.5`, and sets the bias to 0."""
+        draw_normal(self.weight, self.weight.shape[1] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H] -> [T, E]`."""

@@ -143,7 +143,12 @@ class Accord(MiLoRA):
         self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.query = nn.Parameter(torch.zeros(1, hidden_size))
+        self.query = nn.Parameter(torch.empty(1, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the query to 0: a plain mean."""
+        nn.init.zeros_(self.query)
 
     def pool(self, x: Tensor, ids: Tensor, num: int) -> Tensor:
         """The attention-weighted mean of each sequence."""

@@ -101,8 +101,14 @@ class DuoLLM(SkippingRouter):
         self.random = self.check_flag("random", random)
         self.forced: Tensor | None = None
         ones = [1.0] * num_experts
-        paths = self.check_numbers("costs", ones if costs is None else costs, num_experts)
-        self.register_buffer("costs", torch.cat([paths, paths.new_zeros(1)]))
+        costs = self.check_numbers("costs", ones if costs is None else costs, num_experts)
+        self.cost_of_choice = [*costs, 0.0]
+        self.register_buffer("costs", torch.empty(columns))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the costs to those given; nothing is drawn."""
+        self.costs.copy_(torch.tensor(self.cost_of_choice))
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)

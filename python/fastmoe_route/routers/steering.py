@@ -38,12 +38,16 @@ class Rewiring(LinearRouter):
         self, hidden_size: int, num_experts: int, top_k: int = 2, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.delta = nn.Parameter(torch.zeros(num_experts))
+        self.delta = nn.Parameter(torch.empty(num_experts))
+        self.reset_parameters()
 
     def reset(self) -> None:
         """Back to the base router."""
-        with torch.no_grad():
-            self.delta.zero_()
+        nn.init.zeros_(self.delta)
+
+    def reset_parameters(self) -> None:
+        """Sets the shift to 0, as `reset`."""
+        self.reset()
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x) + self.delta
@@ -117,7 +121,12 @@ class MultilingualSteer(LinearRouter):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.mode = self.check_choice("mode", mode, ("soft", "hard"))
         self.strength = self.check_number("strength", strength)
-        self.register_buffer("steered", torch.zeros(num_experts, dtype=torch.bool))
+        self.register_buffer("steered", torch.empty(num_experts, dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Marks no expert."""
+        nn.init.zeros_(self.steered)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         z = self.score(x)

@@ -238,13 +238,21 @@ class MaskMoE(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **with_defaults(common, aux_coef=0.01))
         vocab_size = self.check_int("vocab_size", vocab_size, 1)
-        num_frequent = self.check_int("num_frequent", num_frequent, 0, vocab_size)
-        visible = self.check_int("visible", visible, 1)
-        table_seed = self.check_int("table_seed", table_seed, -(2**63), 2**63 - 1)
-        generator = torch.Generator().manual_seed(table_seed)
-        place = torch.rand(vocab_size, num_experts, generator=generator).argsort(1).argsort(1)
-        seen = torch.where(torch.arange(vocab_size) < num_frequent, visible, 1)
-        self.register_buffer("visible", place < seen[:, None])
+        self.num_frequent = self.check_int("num_frequent", num_frequent, 0, vocab_size)
+        self.num_visible = self.check_int("visible", visible, 1)
+        self.table_seed = self.check_int("table_seed", table_seed, -(2**63), 2**63 - 1)
+        self.register_buffer("visible", torch.empty(vocab_size, num_experts, dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the table from `table_seed` again."""
+        if self.visible.is_meta:
+            return
+        generator = torch.Generator().manual_seed(self.table_seed)
+        draws = torch.rand(self.visible.shape, generator=generator, device="cpu")
+        place = draws.argsort(1).argsort(1)
+        self.visible.copy_(place < 1)
+        self.visible[: self.num_frequent].copy_(place[: self.num_frequent] < self.num_visible)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.token_ids is not None
