@@ -30,8 +30,8 @@ struct Forward {
         width(is_gated(a.shape.activation) ? 2 : 1), up_size(width * inter), pairs(width == 2 && a.shape.interleaved),
         weights(reinterpret_cast<const A*>(a.weights)) {
     const size_t count = static_cast<size_t>(shape.num_rows);
-    activated = static_cast<T*>(scratch(Scratch::kExpertRows, count * inter * sizeof(T)));
-    rows = static_cast<A*>(scratch(Scratch::kExpertRows2, count * shape.hidden * sizeof(A)));
+    activated = static_cast<T*>(scratch(Scratch::kIntermediateRows, count * inter * sizeof(T)));
+    rows = static_cast<A*>(scratch(Scratch::kHiddenRows, count * shape.hidden * sizeof(A)));
   }
 
   void clear_unused_preactivation() const {

@@ -39,10 +39,10 @@ struct Backward {
         pairs(width == 2 && a.shape.interleaved), weights(reinterpret_cast<const A*>(a.weights)) {
     const size_t count = static_cast<size_t>(shape.num_rows);
     const int64_t scaled_size = inter + (shape.weights_on_input ? shape.hidden : 0);
-    grad_pre = static_cast<T*>(scratch(Scratch::kExpertRows, count * up_size * sizeof(T)));
-    scaled = static_cast<T*>(scratch(Scratch::kExpertRows3, count * scaled_size * sizeof(T)));
+    grad_pre = static_cast<T*>(scratch(Scratch::kIntermediateRows, count * up_size * sizeof(T)));
+    scaled = static_cast<T*>(scratch(Scratch::kScaledRows, count * scaled_size * sizeof(T)));
     partial = static_cast<A*>(scratch(Scratch::kReduction, count * units * sizeof(A)));
-    rows = wants_rows() ? static_cast<A*>(scratch(Scratch::kExpertRows2, count * shape.hidden * sizeof(A))) : nullptr;
+    rows = wants_rows() ? static_cast<A*>(scratch(Scratch::kHiddenRows, count * shape.hidden * sizeof(A))) : nullptr;
   }
 
   bool wants_rows() const { return args.grad_x != nullptr || (shape.weights_on_input && args.grad_weights != nullptr); }
