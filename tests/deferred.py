@@ -25,6 +25,7 @@ def deferred(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     with torch.device("meta"):
         module = make()
     assert all(value.is_meta for _, value in own_tensors(module, True))
+    assert all(parameter.dim() > 0 for parameter in module.parameters())  # FSDP refuses scalars
     module.to_empty(device="cpu")
     with torch.no_grad():
         for _, value in own_tensors(module, True):

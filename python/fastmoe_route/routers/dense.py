@@ -169,7 +169,7 @@ class SoftMoE(Router):
         super().__init__(hidden_size, num_experts, top_k, **common)
         self.slots = self.check_int("slots", slots, 1)
         self.prototypes = nn.Parameter(torch.empty(num_experts * self.slots, hidden_size))
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

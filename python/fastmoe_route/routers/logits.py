@@ -67,7 +67,7 @@ class XMoE(Router):
         self.second = self.check_choice("second", second, ("best", "random", "gumbel"))
         self.project = Linear(hidden_size, score_size)
         self.embeddings = nn.Parameter(torch.empty(num_experts, score_size))
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class UniPool(LinearRouter):
         self, hidden_size: int, num_experts: int, top_k: int = 1, **common: Unpack[Common]
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        self.gain = nn.Parameter(torch.empty(()))
+        self.gain = nn.Parameter(torch.empty(1))
         self.register_buffer("share", torch.empty(num_experts))
         self.reset_parameters()
 
