@@ -52,8 +52,8 @@ inline __attribute__((always_inline)) void prefetch_later(const void* p) { __bui
 inline __attribute__((always_inline)) void prefetch_soon(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // prefetch_waits_for_page() where elements T are multiplied. Half of the kinds of tiles need no compiling where that is
-// known: of processors with AVX-512, those that wait multiply bfloat16 in pairs (avx512_bf16.cpp), and others are
-// faster without (or have AMX); the portable level is tuned for none.
+// known: of processors with AVX-512, those that wait multiply bfloat16 in pairs (avx512_bf16.cpp), the others widen it
+// or have AMX; the portable level is tuned for none.
 template <class T>
 constexpr bool waits_for_page() {
   if (kVectorRegisters == 8) return true;
