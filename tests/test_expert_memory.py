@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import fastmoe_route as fr
@@ -38,37 +39,62 @@ def train(case: list[Tensor]) -> None:
     torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+class MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
-# The address sanitizer holds freed memory back, so every process grows under it.
-keeps_freed_memory = pytest.mark.skipif(
-    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer keeps freed memory"
+_LIBC = ctypes.CDLL(None)
+counts_allocations = pytest.mark.skipif(
+    not hasattr(_LIBC, "mallinfo2") or "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="only glibc 2.33 or newer counts what is allocated; a sanitizer has its own malloc",
 )
 
 
-@keeps_freed_memory
+def usual_growth(call: Callable[[], object], calls: int) -> int:
+    """By how many bytes so many calls increase what is allocated: the median of five runs of them.
+
+    What leaks grows in every run. A thread gets its scratch with the first task that it is in time
+    for, which on a busy machine is any. Resident memory would tell less: it moves by megabytes when
+    the system joins pages, and a leak into what other tests have freed does not show in it.
+    """
+    count = _LIBC.mallinfo2
+    count.restype = MallocInfo
+    growth = []
+    for _ in range(5):
+        before = count()
+        for _ in range(calls):
+            call()
+        after = count()
+        growth.append(after.uordblks + after.hblkhd - before.uordblks - before.hblkhd)
+    return sorted(growth)[2]
+
+
+@counts_allocations
 def test_scratch_does_not_grow() -> None:
     case = make(64, 256, 128, 4, torch.float32)
-    for _ in range(3):
-        train(case)
-    before = resident()
-    for _ in range(60):
-        train(case)
-    assert resident() - before < 8 * 2**20
+    held = kept()
+    assert usual_growth(lambda: train(case), 8) < 8 * 256  # the least tensor, ids, has 1 KB
+    assert kept() == held  # which is mapped, not allocated
 
 
-@keeps_freed_memory
+@counts_allocations
 def test_ten_thousand_calls_do_not_grow() -> None:
     x, ids, weights, up, down = make(2, 16, 8, 3, torch.float32)
-    for _ in range(100):
-        fr.moe_mlp(x, (ids, weights), up, down)
-    before = resident()
-    for _ in range(10_000):
-        fr.moe_mlp(x, (ids, weights), up, down)
-    assert resident() - before < 4 * 2**20
+    assert usual_growth(lambda: fr.moe_mlp(x, (ids, weights), up, down), 2000) < 2000 * 8
+
+
+@counts_allocations
+def test_growth_is_seen() -> None:
+    held = []
+    assert usual_growth(lambda: held.append(torch.ones(64)), 8) >= 8 * 256
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -556,9 +556,11 @@ def test_plans_made_by_hand_are_checked(backend: str) -> None:
     for plan in (PLAN._replace(slot_to_row=shared), PLAN._replace(row_to_slot=unused)):
         with pytest.raises(RuntimeError, match=r"permute: plan must come from plan_dispatch"):
             fr.permute(X, plan)
-        rows = ROWS.clone().requires_grad_()
+        rows = normal(6, 4).requires_grad_()
+        y = fr.unpermute(rows, plan, WEIGHTS)  # which slot_to_row alone says
+        assert_exact(y.detach(), reference.unpermute(rows.detach(), plan, WEIGHTS))
         with pytest.raises(RuntimeError, match=r"unpermute_backward: plan must come from plan_d"):
-            fr.unpermute(rows, plan).sum().backward()
+            y.sum().backward()
     for wrong in (PLAN.slot_to_row.long(), PLAN.slot_to_row.flatten()):
         with pytest.raises((RuntimeError, ValueError), match="slot_to_row must"):
             torch.ops.fastmoe_route.permute(X, PLAN.row_to_slot, wrong)

@@ -381,7 +381,8 @@ def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -
         TypeError: an argument has the wrong type or dtype.
         ValueError: `rows` or `weights` does not fit the plan.
         RuntimeError: the plan names rows outside `[-1, R)`, or, in backward, its maps are not
-            inverse to each other (checked on CPU).
+            inverse to each other (checked on CPU). The sum reads `slot_to_row` alone, which says
+            all of it for a plan of any origin; only the gradient of a row needs both.
 
     >>> plan = plan_dispatch(torch.tensor([[1, 0], [0, -1]]), num_experts=2)
     >>> rows = torch.tensor([[1.0], [10.0], [100.0], [0.0]])

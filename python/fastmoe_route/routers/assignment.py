@@ -72,7 +72,7 @@ class _Orthogonal(Linear):
     """A map whose initial weights are 0.1 times an orthonormal matrix."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # its draws move the generator, so a seed's modules need them
         if not self.weight.is_meta:
             nn.init.orthogonal_(self.weight, gain=0.1)
 

@@ -136,7 +136,7 @@ class HyperRouter(Router):
         super().__init__(hidden_size, num_experts, top_k, **common)
         hyper_size = self.check_int("hyper_size", hyper_size, 1)
         self.embedding = nn.Parameter(torch.empty(hyper_size))
-        self.reset_parameters()
+        self.reset_parameters()  # before the network: a seed gives what this order draws
         size = num_experts * (hidden_size + 1)
         self.hyper = nn.Sequential(
             nn.Linear(hyper_size, hyper_size), nn.ReLU(), nn.Linear(hyper_size, size)

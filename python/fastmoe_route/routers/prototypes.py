@@ -52,7 +52,7 @@ class VQMoE(LinearRouter):
         self.discrete = self.check_flag("discrete", discrete)
         self.commit_coef = self.check_number("commit_coef", commit_coef)
         self.codes = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
+        self.reset_parameters()  # before `share`: a seed gives what this order draws
         self.share = Linear(hidden_size, 2)
 
     def reset_parameters(self) -> None:
