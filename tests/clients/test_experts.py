@@ -138,6 +138,19 @@ def test_a_number_of_the_activation_may_change():
     assert activation_of(module) == ("", False)
 
 
+def test_the_activation_is_found_out_apart_from_what_goes_on():
+    x, index, weights = routing(5)
+    with torch.device("meta"):
+        assert activation_of(make_experts("MixtralExperts").to("meta")) == ("swiglu", False)
+    module = make_experts("MixtralExperts")
+    both = torch.func.vmap(lambda x: experts_forward(module, x, index, weights))(x[None])
+    assert relative(both[0], own_eager(module, x, index, weights)) <= LIMIT
+    module = make_experts("MixtralExperts")
+    with pytest.raises(NotImplementedError, match=r"moe_mlp: derivatives must be taken by torch"):
+        torch.func.grad(lambda x: experts_forward(module, x, index, weights).sum())(x)
+    assert activation_of(module) == ("swiglu", False)
+
+
 @pytest.fixture
 def compiled_alone():
     """No graphs of other tests are kept, which would count as recompilations."""

@@ -152,6 +152,17 @@ def test_layer_exports_with_a_dynamic_length(strict):
     assert_near(program.module()(other), layer(other))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_exported_without_gradients_sets_no_mode(strict):
+    """AOTInductor traces a graph that turns them on as if it were to be trained, and fails."""
+    _, model = switched("mixtral")
+    layer, x = model.model.layers[0].mlp, torch.randn(1, 9, 32)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), strict=strict)
+        assert_near(program.module()(x), layer(x))
+    assert not [node for node in program.graph.nodes if "set_grad" in node.name]
+
+
 def test_whole_model_exports():
     _, model = switched("mixtral")
     options = {"use_cache": False}

@@ -139,6 +139,41 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
     assert patch_routers(model) == []
 
 
+@pytest.mark.parametrize("order", ["offloaded first", "patched first"])
+def test_hooks_of_accelerate_stay(order):
+    """They replace `forward` by one that loads weights: without them a router reads garbage."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = causal_model("mixtral", "fastmoe_route")
+    gates = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        if order == "patched first":
+            assert patch_routers(model) == gates
+        for name in gates:
+            hook = hooks.AlignDevicesHook("cpu", offload=True)
+            hooks.add_hook_to_module(model.get_submodule(name), hook)
+        assert model.get_submodule(gates[0]).weight.is_meta
+        assert patch_routers(model) == gates
+        assert_near(model(tokens()).logits, expected)
+        assert unpatch_routers(model) == gates
+        assert unpatch_routers(model) == []
+        assert torch.equal(model(tokens()).logits, expected)
+    hooks.remove_hook_from_module(model, recurse=True)
+    assert patch_routers(model) == gates
+
+
+def test_a_forward_that_something_else_has_set_is_left_alone():
+    model = causal_model("mixtral")
+    router = model.model.layers[0].mlp.gate
+    own = router.forward
+    router.forward = lambda hidden_states: own(hidden_states * 2)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        assert patch_routers(model) == ["model.layers.1.mlp.gate"]
+        assert_near(model(tokens()).logits, expected)
+    assert unpatch_routers(model) == ["model.layers.1.mlp.gate"]
+
+
 def test_models_made_later_are_patched_by_class():
     from transformers.monkey_patching import clear_patch_mapping
 

@@ -12,6 +12,8 @@ fast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -196,12 +198,7 @@ def _recognise(module: Any) -> tuple[str, bool]:
     has_gate = _up_of(module)[0]
     if getattr(module, "has_post_expert_norm", False) or _has_learned_activation(module):
         return OWN, False
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    # A trace may be going on around this call, or a checkpoint, which counts what is saved: here
-    # are real numbers, and nothing that belongs to either.
-    own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), own_hooks:
+    with _apart():
         numbers = _numbers()
         halves = torch.cartesian_prod(numbers, numbers).t()  # every gate beside every up
         for name in ACTIVATIONS:
@@ -220,6 +217,31 @@ def _has_learned_activation(module: Any) -> bool:
     """Whether there are tensors beside the projections, which the activation may read."""
     named = (*module.named_parameters(), *module.named_buffers())
     return not all(name.startswith(_PROJECTIONS) for name, _ in named)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Real numbers and their gradients, whatever goes on around this call.
+
+    That may be a trace, of which the modes set here are no part; a transform of torch.func; a
+    default device; or a checkpoint, which counts what is saved.
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    own_hooks: Any = nullcontext()
+    autograd: Any = torch._C._autograd
+    if autograd._saved_tensors_hooks_is_enabled():  # they are not under torch.func.grad
+        own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with (
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+        temporarily_clear_interpreter_stack(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        own_hooks,
+    ):
+        yield
 
 
 def _numbers() -> Tensor:

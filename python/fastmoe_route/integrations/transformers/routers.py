@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
@@ -193,7 +194,8 @@ def patch_routers(model: nn.Module | None = None) -> list[str]:
     (and are common among bfloat16 logits; `torch.topk` breaks them arbitrarily). Slots come best
     first. Softmax and sigmoid are taken in float32. Each router of a model is tried on random
     hidden states before it is patched, and left alone, with a warning in the log, if it answers
-    otherwise than the fused form.
+    otherwise than the fused form, or if something else than its class has set its `forward`; what
+    accelerate sets stays, and calls the fused form.
 
     Args:
         model: a model, patched in place; None for models that are made from now on by
@@ -213,8 +215,9 @@ def patch_routers(model: nn.Module | None = None) -> list[str]:
         forward = _fused_forward(module)
         if forward is None:
             continue
-        if _answers_alike(module, forward):
-            module.forward = partial(forward, module)
+        place = _place_of_forward(module)
+        if place is not None and _answers_alike(module, forward):
+            setattr(module, place, partial(forward, module))
             patched.append(name)
         else:
             logger.warning("%s (%s) keeps its own gate", name, type(module).__name__)
@@ -236,11 +239,28 @@ def unpatch_routers(model: nn.Module) -> list[str]:
     check_module("unpatch_routers", "model", model)
     unpatched = []
     for name, module in model.named_modules():
-        own = module.__dict__.get("forward")
-        if isinstance(own, partial) and own.func in _FAMILIES:
+        place = _place_of_forward(module)
+        own = None if place is None else module.__dict__.get(place)
+        if not isinstance(own, partial):
+            continue
+        if place == "forward":
             del module.forward
-            unpatched.append(name)
+        else:
+            module._old_forward = MethodType(type(module).forward, module)
+        unpatched.append(name)
     return unpatched
+
+
+def _place_of_forward(module: nn.Module) -> str | None:
+    """The attribute that calls the forward of the module's class, or ours in its place.
+
+    None where there is another, a compiled one, say. accelerate sets one that loads weights and
+    moves tensors, and calls the former under another name.
+    """
+    place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    own = getattr(module, place)
+    function = own.func if isinstance(own, partial) else getattr(own, "__func__", None)
+    return place if function is type(module).forward or function in _FAMILIES else None
 
 
 class _Lookalike(type):
