@@ -215,7 +215,7 @@ class Mhr(Merging):
         self.check_state(tasks, num)
         check_dtype(self.name, "state", tasks, (torch.int64, torch.int32))
         self.check_ids("state", tasks, self.table.shape[0])
-        skills = self.table[tasks].sigmoid()
+        skills = sigmoid(self.table[tasks])
         return skills / skills.sum(2, keepdim=True)
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
