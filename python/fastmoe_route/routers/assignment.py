@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._segments import scopes, segment_sizes, segment_softmax, segment_sum, sequences
+from fastmoe_route._segments import segment_sizes, segment_softmax, segment_sum
 from fastmoe_route.assign_balanced import METHODS, assign_balanced
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
@@ -325,7 +325,7 @@ class PMoE(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
-        ids, number = sequences(context, x)
+        ids, number = context.sequences(x)
         scores = segment_softmax(logits, ids, number)
         routing = expert_choice(scores, self.patches, scope_ids=ids.int(), num_scopes=number)
         return self.routed(self.built(routing.experts, routing.weights, logits), context, plan=None)
@@ -446,7 +446,7 @@ class UoE(LinearRouter):
         chosen = gate(logits, self.top_k)
         columns = chosen.experts.long().clamp(min=0)
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
-        ids, number = scopes(context, x)
+        ids, number = context.scopes(x)
         share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = segment_sum(g, ids, number) + self.eps
         scaled = g * (share[:, None] / total)[ids]

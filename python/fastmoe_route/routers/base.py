@@ -46,6 +46,20 @@ class Context(NamedTuple):
     seed: int | None = None
     experts: Experts | None = None
 
+    def sequences(self, x: Tensor) -> tuple[Tensor, int]:
+        """The sequence of each token of `x`, int64 `[T]`, and how many; one if none are told."""
+        return _segments(self.sequence_ids, self.num_sequences, x)
+
+    def scopes(self, x: Tensor) -> tuple[Tensor, int]:
+        """The scope of each token of `x`, int64 `[T]`, and how many; one if none are told."""
+        return _segments(self.scope_ids, self.num_scopes, x)
+
+
+def _segments(ids: Tensor | None, number: int, x: Tensor) -> tuple[Tensor, int]:
+    if ids is None:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1
+    return ids.long(), number
+
 
 class Routed(NamedTuple):
     """What a router decided.

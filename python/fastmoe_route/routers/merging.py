@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route._arguments import check_dtype
-from fastmoe_route._segments import segment_mean, sequences
+from fastmoe_route._segments import segment_mean
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
@@ -38,7 +38,7 @@ class Merging(Router):
         raise NotImplementedError
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         share = self.coefficients(wide(x), ids, num, context)
         slots = every_expert(x.shape[0], self.num_experts, x.device)
         weights, experts = share[ids].sort(dim=1, descending=True, stable=True)
@@ -225,7 +225,7 @@ class Mhr(Merging):
     def route(self, x: Tensor, context: Context) -> Routed:
         routed = super().route(x, context)
         assert routed.extra is not None
-        heads = self.heads(sequences(context, x)[1], context)
+        heads = self.heads(context.sequences(x)[1], context)
         return routed._replace(extra={**routed.extra, "heads": heads})
 
     def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:

@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoe_route._segments import (
-    scopes,
-    segment_rank,
-    segment_sizes,
-    segment_softmax,
-    segment_sum,
-)
+from fastmoe_route._segments import segment_rank, segment_sizes, segment_softmax, segment_sum
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.results import Routing
@@ -36,7 +30,7 @@ def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Cont
     if context.scope_ids is None:
         slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
         return expert_choice(scores, slots)
-    ids, number = scopes(context, scores)
+    ids, number = context.scopes(scores)
     room = limit.of_scopes(segment_sizes(ids, number), num_experts, top_k)[ids]
     is_taken = segment_rank(-scores.detach(), ids, number)[0] < room[:, None]
     experts = every_expert(num_tokens, num_experts, scores.device)
@@ -62,7 +56,7 @@ def capped_plan(
     Returns:
         `[T, E]`, without gradient.
     """
-    ids, num_segments = scopes(context, scores)
+    ids, num_segments = context.scopes(scores)
     share = segment_sizes(ids, num_segments)[ids, None] * (top_k / scores.shape[1])
     log_plan = scores.detach() / 0.03
     over_row, over_one = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
@@ -121,7 +115,7 @@ def expert_plan(
         `[T, E]`, at most `C` entries of a column are not 0.
     """
     num_experts = scores.shape[1]
-    ids, number = scopes(context, scores)
+    ids, number = context.scopes(scores)
     sizes = segment_sizes(ids, number)
     share = (sizes.to(scores.dtype) / num_experts)[ids, None]
     room = Capacity(1.0).of_scopes(sizes, num_experts, top_k)[ids, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._segments import segment_mean, sequences
+from fastmoe_route._segments import segment_mean
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -72,7 +72,7 @@ class GraphOfTokens(LinearRouter):
 
     def _similarity(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """`S` `[T, T]`, and which of its entries are 0 since a token may not look there."""
-        x, ids = x.double(), sequences(context, x)[0]
+        x, ids = x.double(), context.sequences(x)[0]
         dot = x @ x.T
         if self.similarity == "gaussian":
             size = dot.diagonal()
@@ -113,7 +113,7 @@ class MiLoRA(LinearRouter):
         return segment_mean(x, ids, num)
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         z = context.state
         if z is None:
             z = self.score(self.pool(wide(x), ids, num))
