@@ -15,7 +15,7 @@ from fastmoe_route._arguments import (
     ID_DTYPES,
     check_device,
     check_dtype,
-    check_float,
+    check_factor,
     check_shape,
     check_tensor,
     fail,
@@ -346,11 +346,7 @@ class Router(Checks, nn.Module):
 
     def _check_capacity(self) -> None:
         for argument in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, argument)
-            if factor is not None:
-                check_float(self.name, argument, factor, "be positive or None", "a number or None")
-                if not 0 < factor < float("inf"):
-                    self.fail(argument, "be positive or None", factor)
+            check_factor(self.name, argument, getattr(self, argument))
         self.check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
         self.check_choice("rounding", self.rounding, ROUNDINGS)
         self.min_capacity = self.check_int("min_capacity", self.min_capacity, 1)
