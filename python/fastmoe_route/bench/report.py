@@ -13,11 +13,11 @@ import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench import machine
+from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.shapes import Row
 from fastmoe_route.bench.timing import Summary
 
 if TYPE_CHECKING:
-    from fastmoe_route.bench.machine import Limits
     from fastmoe_route.bench.runner import Result
 
 _HEADINGS = (
