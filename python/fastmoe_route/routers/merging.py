@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,17 @@ class Merging(Router):
         extra = {"share": share, "sequence": ids}
         return self.routed(routing, context, plan=None, extra=extra)
 
+    def merged(self, experts: Any, extra: dict[str, Tensor]) -> Any:
+        """The experts of all sequences, from the `extra` of a result."""
+        return experts.merged(extra["share"])
+
     def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
         """The merged expert of each token's sequence."""
         assert routed.extra is not None
-        merged = experts.merged(routed.extra["share"])
         ids = routed.extra["sequence"].to(torch.int32)[:, None]
-        return merged(x, (ids, torch.ones_like(ids, dtype=wide(x).dtype)))
+        ones = torch.ones_like(ids, dtype=wide(x).dtype)
+        y: Tensor = self.merged(experts, routed.extra)(x, (ids, ones))
+        return y
 
 
 @register(
@@ -126,8 +131,7 @@ class CondConv(Merging):
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
         """The sigmoids."""
-        share: Tensor = sigmoid(self.score(segment_mean(x, ids, num)))
-        return share
+        return sigmoid(self.score(segment_mean(x, ids, num)))
 
 
 @register("supernet_mixture", row="L8", source="arXiv:2306.04845", verified="mem", invariance="S")
@@ -228,13 +232,8 @@ class Mhr(Merging):
         heads = self.heads(context.sequences(x)[1], context)
         return routed._replace(extra={**routed.extra, "heads": heads})
 
-    def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
-        """The merged expert of each token's sequence, block by block for LoRA experts."""
-        blockwise = getattr(experts, "merged_blockwise", None)
-        if blockwise is None:
-            return super().mix(x, routed, experts)
-        assert routed.extra is not None
-        ids = routed.extra["sequence"].to(torch.int32)[:, None]
-        ones = torch.ones_like(ids, dtype=wide(x).dtype)
-        y: Tensor = blockwise(routed.extra["heads"])(x, (ids, ones))
-        return y
+    def merged(self, experts: Any, extra: dict[str, Tensor]) -> Any:
+        """LoRA experts are merged block by block."""
+        if hasattr(experts, "merged_blockwise"):
+            return experts.merged_blockwise(extra["heads"])
+        return super().merged(experts, extra)
