@@ -15,7 +15,6 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.reroute import reroute
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
-from fastmoe_route.routers.capacity import Capacity
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, sigmoid
@@ -63,7 +62,7 @@ class ExpertChoice(LinearRouter):
         scores = keys = softmax(logits)
         if self.token_cap is not None:
             keys = capped_plan(scores, self.top_k, self.token_cap, context)
-        experts = chosen_by_experts(keys, Capacity(1.0), self.top_k, context).experts
+        experts = chosen_by_experts(keys, self.top_k, context).experts
         weights = scores.masked_fill(experts < 0, 0.0)
         return self.routed(self.built(experts, weights, logits), context, plan=None)
 
@@ -450,6 +449,6 @@ class UoE(LinearRouter):
         share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = segment_sum(g, ids, number) + self.eps
         scaled = g * (share[:, None] / total)[ids]
-        taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)
+        taken = chosen_by_experts(scaled, self.top_k, context)
         experts = torch.where(taken.weights > 0, taken.experts, -1)
         return self.routed(self.built(experts, taken.weights, logits), context, plan=None)
