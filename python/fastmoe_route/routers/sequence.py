@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._segments import segment_mean
+from fastmoe_route._segments import segment_mean, segment_softmax, segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -152,8 +152,5 @@ class Accord(MiLoRA):
 
     def pool(self, x: Tensor, ids: Tensor, num: int) -> Tensor:
         """The attention-weighted mean of each sequence."""
-        attention = linear(x, self.query)[:, 0] * self.hidden_size**-0.5
-        most = attention.new_full((num,), -torch.inf).scatter_reduce(0, ids, attention, "amax")
-        weight = (attention - most.detach()[ids]).exp()
-        total = segment_mean(weight, ids, num)[ids]
-        return segment_mean(x * (weight / total)[:, None], ids, num)
+        attention = linear(x, self.query) * self.hidden_size**-0.5
+        return segment_sum(x * segment_softmax(attention, ids, num), ids, num)
