@@ -421,15 +421,14 @@ class MoE(nn.Module):
             Tensors by name, without gradient; views where the layout is ours.
         """
         experts = self.experts
-        with torch.no_grad():
-            weights = Weights(
-                experts.w_up.detach(),
-                experts.w_down.detach(),
-                experts.activation,
-                None if experts.bias_up is None else experts.bias_up.detach(),
-                None if experts.bias_down is None else experts.bias_down.detach(),
-            )
-            return write_weights(weights, layout, is_transposed, is_concatenated)
+        weights = Weights(
+            experts.w_up.detach(),
+            experts.w_down.detach(),
+            experts.activation,
+            None if experts.bias_up is None else experts.bias_up.detach(),
+            None if experts.bias_down is None else experts.bias_down.detach(),
+        )
+        return write_weights(weights, layout, is_transposed, is_concatenated)
 
 
 def aux_loss(model: nn.Module) -> Tensor:
