@@ -77,7 +77,6 @@ class Reporter:
 
     def __init__(self, total: int) -> None:
         """`total` rows will come."""
-        self.total = total
         self.done = 0
         self._noted: set[str] = set()
         self._progress: Any = None

@@ -207,7 +207,6 @@ class _Remote:
 
     def __init__(self, parallel: ExpertParallel) -> None:
         self._parallel = parallel
-        self._x: Tensor | None = None
         self.shared: Tensor | None = None
 
     def __call__(
