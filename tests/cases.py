@@ -231,19 +231,15 @@ def _add_stops(case: Case, source: Source, num_tokens: int) -> None:
 # ---- dispatch plan -----------------------------------------------------------------------------
 
 
-def plan_cases(
-    seed: int, n: int, *, max_tokens: int = 200, max_experts: int = 300
-) -> Iterator[Case]:
+def plan_cases(seed: int, n: int) -> Iterator[Case]:
     """`n` legal argument dictionaries of `plan_dispatch`: skew, holes, duplicates, all options.
 
     Args:
         seed: the cases follow from it.
         n: how many.
-        max_tokens: the largest `T`.
-        max_experts: the largest `E`.
     """
     for i in range(n):
-        yield _plan_case(Source("plan", seed, i), max_tokens, max_experts)
+        yield _plan_case(Source("plan", seed, i))
 
 
 def _expert_ids(source: Source, num_tokens: int, top_k: int, num_experts: int) -> Tensor:
@@ -264,10 +260,9 @@ def _expert_ids(source: Source, num_tokens: int, top_k: int, num_experts: int) -
     return ids
 
 
-def _plan_case(source: Source, max_tokens: int, max_experts: int) -> Case:
-    num_tokens = source.pick([t for t in (*TOKEN_COUNTS, 64, 65, 129, 200) if t <= max_tokens])
-    counts = (*EXPERT_COUNTS, 256, 257, 300)
-    num_experts = source.pick([e for e in counts if e <= max_experts])
+def _plan_case(source: Source) -> Case:
+    num_tokens = source.pick((*TOKEN_COUNTS, 64, 65, 129, 200))
+    num_experts = source.pick((*EXPERT_COUNTS, 256, 257, 300))
     top_k = source.pick((1, 1, 2, 3, 4, 8))
     ids = _expert_ids(source, num_tokens, top_k, num_experts)
     num_used = int((ids >= 0).sum())
@@ -307,20 +302,19 @@ def _slot_weights(source: Source, num_tokens: int, top_k: int) -> Tensor:
 # ---- overflow ----------------------------------------------------------------------------------
 
 
-def reroute_cases(seed: int, n: int, *, max_tokens: int = 65) -> Iterator[Case]:
+def reroute_cases(seed: int, n: int) -> Iterator[Case]:
     """`n` legal argument dictionaries of `reroute`: tight and wide capacities, every rule.
 
     Args:
         seed: the cases follow from it.
         n: how many.
-        max_tokens: the largest `T`.
     """
     for i in range(n):
-        yield _reroute_case(Source("reroute", seed, i), max_tokens)
+        yield _reroute_case(Source("reroute", seed, i))
 
 
-def _reroute_case(source: Source, max_tokens: int) -> Case:
-    num_tokens = source.pick([t for t in (*TOKEN_COUNTS, 64, 65) if t <= max_tokens])
+def _reroute_case(source: Source) -> Case:
+    num_tokens = source.pick((*TOKEN_COUNTS, 64, 65))
     num_experts = source.pick((1, 2, 3, 4, 8, 16, 33))
     num_candidates = source.rng.randint(1, num_experts + 2)
     if source.chance(0.6):  # as from a gate: distinct, then none

@@ -453,8 +453,8 @@ def test_one_expert():
             "importance: of must be one of scores, weights",
         ),
         (lambda r: losses.null_balancing(r, 0), "null_balancing: num_null must be at least 1"),
-        (lambda r: losses.pool_balance([]), "pool_balance: routings must be a non-empty list"),
-        (lambda r: losses.pool_balance(r), "pool_balance: routings must be a non-empty list"),
+        (lambda r: losses.pool_balance([]), "pool_balance: pool must be a non-empty list"),
+        (lambda r: losses.pool_balance(r), "pool_balance: pool must be a non-empty list"),
         (
             lambda r: losses.tsallis_entropy(torch.ones(1, 2), 0.0),
             "tsallis_entropy: q must be above 0, got 0.0",

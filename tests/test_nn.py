@@ -120,6 +120,14 @@ def test_shared_gate_weighs_them():
     assert_bound(with_gate, (weight * layer.apply_shared(x)).double(), 1e-5)
 
 
+def test_shared_gate_gives_a_token_the_same_bits_in_any_batch():
+    layer = layer_of(num_shared_experts=1, shared_gate=True).eval()
+    x = tokens(37)
+    y = layer(x)
+    for t in range(37):
+        assert_exact(layer(x[t : t + 1]), y[t : t + 1])
+
+
 @pytest.mark.parametrize("name", ["switch", "deepseek_v3", "topk_softmax"])
 def test_router_by_name_and_as_a_module(name):
     by_name = layer_of(router=name).eval()

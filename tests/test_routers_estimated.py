@@ -330,6 +330,17 @@ def test_mhr_mixes_every_block_by_the_coefficients_of_its_task():
     close(flat(**given).extra["share"].detach(), torch.full((3, 8), 0.125))
 
 
+def test_mhr_gives_a_task_the_same_bits_beside_any_others():
+    router = fr.routers.build("mhr", HIDDEN, 5, num_tasks=7, num_heads=3).eval()
+    x, tasks, one = normal(7, HIDDEN), torch.arange(7), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        router.table.normal_(generator=torch.Generator().manual_seed(0))
+        together = router(x, sequence_ids=tasks, num_sequences=7, state=tasks).extra["heads"]
+        for task in range(7):
+            alone = router(x[:1], sequence_ids=one, state=tasks[task : task + 1]).extra["heads"]
+            assert torch.equal(alone[0], together[task])
+
+
 def test_mixture_of_routers_of_one_is_topk_softmax():
     given = inputs()
     one = make("mixture_of_routers", num_routers=1).eval()

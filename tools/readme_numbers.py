@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pages
+from fastmoe_route.bench.peers import MODULES
 from fastmoe_route.bench.report import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,6 @@ RESULTS = ROOT / "bench" / "results"
 CPUS = {"epyc-2t-*.json": "AMD EPYC, 2 threads", "xeon-2t-*.json": "Intel Xeon, 2 threads"}
 QUICK = "epyc-2t-quick.json"
 GPUS = ("h100-bfloat16.json", "h200-bfloat16.json")
-PEERS = ("vLLM", "SGLang", "zentorch", "ONNX Runtime")
 FIRST_PAGE = ("gate", "plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp")
 
 
@@ -33,7 +33,7 @@ def layer_line(row: dict[str, Any]) -> str:
     best = row["fastest_baseline"]
     ratio, seconds = row["ratios"][best], row["seconds"]
     cells = (
-        row["shape"]["name"] if isinstance(row["shape"], dict) else row["shape"],
+        row["shape"]["name"],
         str(row["tokens"]),
         row["dtype"],
         "forward + backward" if row["pass"] == "training" else "forward",
@@ -66,7 +66,7 @@ def cpu_ratios(files: str) -> dict[str, list[float]]:
         plain = [
             ratio["median"]
             for other, ratio in row.get("ratios", {}).items()
-            if not other.startswith(("fastmoe_route", *PEERS))
+            if not other.startswith(("fastmoe_route", *MODULES))
         ]
         if plain:
             found.setdefault(row["op"], []).append(min(plain))

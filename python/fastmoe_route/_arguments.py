@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
+INT32_LIMIT = 2**31
 _INT64_MAX = 2**63 - 1
 _FLOAT_MAX = sys.float_info.max
 _NUMBERS = (float, int, torch.SymInt, torch.SymFloat, numbers.Real)
@@ -105,6 +106,19 @@ def check_vector(
     check_dtype(op, argument, value, dtypes)
     check_shape(op, argument, value, (size,))
     check_device(op, argument, value, like)
+
+
+def check_scopes(
+    op: str, scope_ids: Any, num_scopes: Any, like: Tensor, most: int = INT32_LIMIT
+) -> int:
+    """Requires a number of scopes, which is returned as an int, and ids of the tokens ``like``.
+
+    The ids may be None; operators look at their values.
+    """
+    number = check_int(op, "num_scopes", num_scopes, 1, most)
+    if scope_ids is not None:
+        check_vector(op, "scope_ids", scope_ids, like.shape[0], (torch.int32,), like)
+    return number
 
 
 def check_routing(op: str, routing: Any, x: Tensor | None = None) -> None:
@@ -223,6 +237,15 @@ def check_module(op: str, argument: str, value: Any) -> None:
     """Requires a module of torch."""
     if not isinstance(value, torch.nn.Module):
         fail(TypeError, op, argument, "be a torch.nn.Module", repr(value))
+
+
+def check_factor(op: str, argument: str, value: Any) -> None:
+    """Requires a positive number that is finite, or None."""
+    if value is not None:
+        rule = "be positive or None"
+        check_float(op, argument, value, rule, "a number or None")
+        if not 0 < value < math.inf:
+            fail(ValueError, op, argument, rule, value)
 
 
 def check_flag(op: str, argument: str, value: Any) -> None:

@@ -1,30 +1,9 @@
-"""Tokens by sequence or by scope: ids, and what is taken over the tokens of each segment."""
+"""What is taken over the tokens of each segment: of a sequence, of a scope, of an expert."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fastmoe_route.routers.base import Context
-
-
-def sequences(context: Context, x: Tensor) -> tuple[Tensor, int]:
-    """The sequence of each token, int64 `[T]`, and how many there are; one if none are told."""
-    return _segments(context.sequence_ids, context.num_sequences, x)
-
-
-def scopes(context: Context, x: Tensor) -> tuple[Tensor, int]:
-    """The scope of each token, int64 `[T]`, and how many there are; one if none are told."""
-    return _segments(context.scope_ids, context.num_scopes, x)
-
-
-def _segments(ids: Tensor | None, number: int, x: Tensor) -> tuple[Tensor, int]:
-    if ids is None:
-        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1
-    return ids.long(), number
 
 
 def segment_sum(x: Tensor, ids: Tensor, num_segments: int) -> Tensor:

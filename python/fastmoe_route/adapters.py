@@ -138,27 +138,28 @@ class MixtureOfShards(nn.Module):
         self.rank, self.num_shards = rank, num_shards
         self.pool_size, self.num_private = pool_size, num_private
         num_rows = pool_size + num_modules * num_private * num_shards
-        for name, size in (("a", hidden_size), ("b", out_size)):
-            pool = nn.Parameter(torch.empty(num_rows, size // num_shards))
+        self.pool_a = nn.Parameter(torch.empty(num_rows, hidden_size // num_shards))
+        self.pool_b = nn.Parameter(torch.empty(num_rows, out_size // num_shards))
+        for name in ("index_a", "index_b"):
             index = torch.empty(num_modules, rank, num_shards, dtype=torch.int64)
-            self.register_parameter(f"pool_{name}", pool)
-            self.register_buffer(f"index_{name}", index)
+            self.register_buffer(name, index)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws new indices and a new pool of `A`, and sets that of `B` to 0."""
-        for name in ("a", "b"):
-            pool, index = self.get_parameter(f"pool_{name}"), self.get_buffer(f"index_{name}")
-            size = pool.shape[1] * self.num_shards
-            draw_normal(pool, size**-0.5 if name == "a" else 0.0, generator)
+        deviation = (self.pool_a.shape[1] * self.num_shards) ** -0.5
+        for pool, index, std in (
+            (self.pool_a, self.index_a, deviation),
+            (self.pool_b, self.index_b, 0.0),
+        ):
+            draw_normal(pool, std, generator)
             public, own = index.split([self.rank - self.num_private, self.num_private], 1)
             public.random_(self.pool_size, generator=generator)
             own.copy_(torch.arange(self.pool_size, pool.shape[0]).view(own.shape))
 
     def experts(self, scaling: float = 1.0) -> LoraExperts:
         """The modules as they are now, differentiable in the pools."""
-        pool_a, pool_b = self.get_parameter("pool_a"), self.get_parameter("pool_b")
-        a, b = pool_a[self.index_a].flatten(2), pool_b[self.index_b].flatten(2)
+        a, b = self.pool_a[self.index_a].flatten(2), self.pool_b[self.index_b].flatten(2)
         return LoraExperts(a.transpose(1, 2), b, scaling)
 
 

@@ -154,7 +154,6 @@ def _print_info(as_json: bool) -> int:
     if as_json:
         print(json.dumps(report, indent=1))
         return 0
-    missing = {"torch_cuda": "none (CPU build)", "cuda_library": "none"}
     for key, value in report.items():
         label = key if key == "fastmoe_route" else key.replace("_", " ")
         if isinstance(value, list):
@@ -163,7 +162,7 @@ def _print_info(as_json: bool) -> int:
                 print(f"{label:<24} {text}")
             continue
         if value is None:
-            value = missing.get(key, "none")
+            value = "none (CPU build)" if key == "torch_cuda" else "none"
         print(f"{label:<24} {value}")
     return 0
 

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    INT32_LIMIT,
     at_most_int64,
     check_choice,
     check_device,
@@ -20,9 +21,9 @@ from fastmoe_route._arguments import (
     check_flag,
     check_float,
     check_int,
+    check_scopes,
     check_shape,
     check_tensor,
-    check_vector,
     describe,
     fail,
     kept,
@@ -40,7 +41,6 @@ _plan_dispatch_plain_direct = direct(_ops.plan_dispatch_plain_forward.default)
 _permute_direct = direct(_permute_forward)
 _unpermute_direct = direct(_unpermute_forward)
 MAX_EXPERTS = 65536
-INT32_LIMIT = 2**31
 _POSITION = "position"  # the default, told by identity: an array has its error
 DROP_POLICIES = (_POSITION, "score")
 
@@ -178,7 +178,7 @@ def plan_dispatch(
     policy = check_choice("plan_dispatch", "drop_policy", drop_policy, DROP_POLICIES)
     if policy or weights is not None:
         weights = _score_weights(experts, weights)
-    num_scopes = _check_scopes(experts, scope_ids, num_scopes)
+    num_scopes = check_scopes("plan_dispatch", scope_ids, num_scopes, experts)
     check_flag("plan_dispatch", "allow_unrouted", allow_unrouted)
     if failed is not None:
         raise failed.pop()
@@ -208,14 +208,6 @@ def _score_weights(experts: Tensor, weights: Tensor | None) -> Tensor:
     check_dtype("plan_dispatch", "weights", weights, FLOAT_DTYPES)
     check_device("plan_dispatch", "weights", weights, experts)
     return weights.detach()
-
-
-def _check_scopes(experts: Tensor, scope_ids: Tensor | None, num_scopes: int) -> int:
-    num_scopes = check_int("plan_dispatch", "num_scopes", num_scopes, 1, INT32_LIMIT)
-    if scope_ids is not None:
-        size = experts.shape[0]
-        check_vector("plan_dispatch", "scope_ids", scope_ids, size, (torch.int32,), experts)
-    return num_scopes
 
 
 @torch.library.register_fake("fastmoe_route::plan_dispatch")

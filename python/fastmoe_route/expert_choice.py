@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
+    INT32_LIMIT,
     arithmetic_dtype,
     at_most_int64,
     check_dtype,
     check_int,
+    check_scopes,
     check_tensor,
-    check_vector,
     needs_grad,
 )
 from fastmoe_route._autograd import register_autograd
@@ -56,10 +57,7 @@ def expert_choice(
     check_tensor("expert_choice", "scores", scores, 2)
     check_dtype("expert_choice", "scores", scores, FLOAT_DTYPES)
     capacity = check_int("expert_choice", "capacity", capacity, 1)
-    num_scopes = check_int("expert_choice", "num_scopes", num_scopes, 1, 2**31 - 1)
-    if scope_ids is not None:
-        size = scores.shape[0]
-        check_vector("expert_choice", "scope_ids", scope_ids, size, (torch.int32,), scores)
+    num_scopes = check_scopes("expert_choice", scope_ids, num_scopes, scores, INT32_LIMIT - 1)
     capacity = at_most_int64(capacity)
     op = _ops.expert_choice if needs_grad(scores) else _ops.expert_choice_forward
     weights, experts, demand = op(scores, capacity, scope_ids, num_scopes)
@@ -71,7 +69,6 @@ def expert_choice(
 def _expert_choice_fake(
     scores: Tensor, capacity: int, scope_ids: Tensor | None, num_scopes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del capacity, scope_ids, num_scopes
     tokens, experts = scores.shape
     return (
         scores.new_empty(tokens, experts, dtype=arithmetic_dtype(scores)),

@@ -177,12 +177,15 @@ def gate(
         min_k = check_int("gate", "min_k", min_k, 0, top_k)
         if noise is not None:
             check_tensor("gate", "noise", noise, 2)
+        if k_per_token is not None:
+            size = logits.shape[0]
+            check_vector("gate", "k_per_token", k_per_token, size, (torch.int32,), logits)
         options += (
             *(_per_column("mask", mask, logits, torch.bool), _per_column("noise", noise, logits)),
             *(over_group, min(counts[2], num_experts)),
             *_stop_rule("top_p", top_p, logits),
             *_stop_rule("threshold", threshold, logits),
-            *(min_k, _per_token_count(k_per_token, logits), num_null),
+            *(min_k, k_per_token, num_null),
         )
     if failed is not None:
         raise failed.pop()
@@ -289,12 +292,6 @@ def _fits_columns(value: Any, logits: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _per_token_count(value: Tensor | None, logits: Tensor) -> Tensor | None:
-    if value is not None:
-        check_vector("gate", "k_per_token", value, logits.shape[0], (torch.int32,), logits)
-    return value
-
-
 def _stop_rule(
     name: str, value: float | Tensor | None, logits: Tensor
 ) -> tuple[float | None, Tensor | None]:
@@ -320,7 +317,6 @@ def _gate_fake(
     keep_scores: bool = False,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    del score, normalize, scale
     num_experts, _ = _num_experts(logits, options[14] if len(options) > 14 else 0)
     check_int("gate", "top_k", top_k, 1, num_experts)
     num_tokens = logits.shape[0]

@@ -21,7 +21,8 @@ from fastmoe_route._arguments import (
 )
 from fastmoe_route._autograd import direct, register_autograd
 
-_grouped_mm_direct = direct(torch.ops.fastmoe_route.grouped_mm_forward.default)
+_ops = torch.ops.fastmoe_route
+_grouped_mm_direct = direct(_ops.grouped_mm_forward.default)
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
@@ -78,8 +79,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     _check_fit(x, w, offsets, bias)
     if failed is not None:
         raise failed.pop()
-    ops = torch.ops.fastmoe_route
-    op = ops.grouped_mm if needs_grad(x, w, bias) else ops.grouped_mm_forward
+    op = _ops.grouped_mm if needs_grad(x, w, bias) else _ops.grouped_mm_forward
     y: Tensor = op(x, w, offsets, bias)
     return y
 
@@ -147,12 +147,11 @@ def _backward(
     x, w, offsets = ctx.saved_tensors
     needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     grad_x = grad_w = grad_bias = None
-    ops = torch.ops.fastmoe_route
     if needs_x:
-        grad_x = ops.grouped_mm(grad_y, w.transpose(1, 2), offsets, None)
+        grad_x = _ops.grouped_mm(grad_y, w.transpose(1, 2), offsets, None)
     if needs_w or ctx.needs_bias:
         is_column_major = ctx.is_column_major
-        grad_w, grad_bias = ops.grouped_mm_wgrad(
+        grad_w, grad_bias = _ops.grouped_mm_wgrad(
             x, grad_y, offsets, is_column_major, needs_w, ctx.needs_bias
         )
         if is_column_major:
@@ -171,18 +170,17 @@ def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _wgrad_backward(ctx: Any, grad_grad_w: Tensor | None, grad_grad_bias: Tensor | None) -> Any:
     """Second derivatives: both factors of the product `x^T grad_y` are multiplied again."""
     x, grad_y, offsets = ctx.saved_tensors
-    ops = torch.ops.fastmoe_route
     grad_x = grad_grad_y = None
     v = grad_grad_w if ctx.needs_w else None
     if v is not None and ctx.transposed:
         v = v.transpose(1, 2)
     bias = grad_grad_bias if ctx.needs_bias else None
     if ctx.needs_input_grad[0] and v is not None:
-        grad_x = ops.grouped_mm(grad_y, v.transpose(1, 2), offsets, None)
+        grad_x = _ops.grouped_mm(grad_y, v.transpose(1, 2), offsets, None)
     if ctx.needs_input_grad[1] and (v is not None or bias is not None):
         if v is None:
             v = x.new_zeros((offsets.shape[0] - 1, x.shape[1], grad_y.shape[1]))
-        grad_grad_y = ops.grouped_mm(x, v, offsets, bias)
+        grad_grad_y = _ops.grouped_mm(x, v, offsets, bias)
     return grad_x, grad_grad_y, None, None, None, None
 
 

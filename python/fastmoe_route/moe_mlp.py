@@ -147,9 +147,9 @@ def moe_mlp(
     check_tensor("moe_mlp", "x", x, 2)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, w_up, w_down = (_cast("moe_mlp", v, dtype) for v in (x, w_up, w_down))
-        bias_up = None if bias_up is None else _cast("moe_mlp", bias_up, dtype)
-        bias_down = None if bias_down is None else _cast("moe_mlp", bias_down, dtype)
+        x, w_up, w_down = (_cast(v, dtype) for v in (x, w_up, w_down))
+        bias_up = None if bias_up is None else _cast(bias_up, dtype)
+        bias_down = None if bias_down is None else _cast(bias_down, dtype)
     is_gated = code < len(GATED_ACTIVATIONS)
     fits = failed is None and _fits(x, routing, w_up, w_down, bias_up, bias_down, is_gated)
     if not fits:
@@ -172,9 +172,10 @@ def moe_mlp(
     return y
 
 
-def _cast(op: str, value: Any, dtype: torch.dtype) -> Tensor:
+def _cast(value: Any, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        fail(TypeError, op, "x, w_up, w_down and the biases", "be tensors", describe(value))
+        names = "x, w_up, w_down and the biases"
+        fail(TypeError, "moe_mlp", names, "be tensors", describe(value))
     return value.to(dtype)
 
 

@@ -46,7 +46,7 @@ from fastmoe_route.moe_mlp import ACTIVATIONS, GATED_ACTIVATIONS
 from fastmoe_route.results import DispatchPlan, Routing
 from fastmoe_route.routers import Routed, Router
 from fastmoe_route.routers.own import router_of_layer
-from fastmoe_route.routers.scores import wide
+from fastmoe_route.routers.scores import linear, sigmoid
 
 __all__ = ["Experts", "MoE", "MoEStats", "aux_loss"]
 
@@ -272,7 +272,9 @@ class MoE(nn.Module):
             width = num_shared_experts * self.experts.w_down.shape[2]
             self.shared = Experts(hidden_size, width, 1, **common)
             if shared_gate:
-                self.shared_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
+                self.shared_gate = _SharedGate(
+                    hidden_size, 1, bias=False, device=device, dtype=dtype
+                )
         self.aux_loss = None
         self.stats = None
 
@@ -319,7 +321,7 @@ class MoE(nn.Module):
         if self.shared_gate is None:
             weights = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device)
         else:
-            weights = torch.sigmoid(wide(self.shared_gate(x)))
+            weights = sigmoid(self.shared_gate(x))
         y: Tensor = self.shared(x, (experts, weights))
         return y
 
@@ -419,15 +421,14 @@ class MoE(nn.Module):
             Tensors by name, without gradient; views where the layout is ours.
         """
         experts = self.experts
-        with torch.no_grad():
-            weights = Weights(
-                experts.w_up.detach(),
-                experts.w_down.detach(),
-                experts.activation,
-                None if experts.bias_up is None else experts.bias_up.detach(),
-                None if experts.bias_down is None else experts.bias_down.detach(),
-            )
-            return write_weights(weights, layout, is_transposed, is_concatenated)
+        weights = Weights(
+            experts.w_up.detach(),
+            experts.w_down.detach(),
+            experts.activation,
+            None if experts.bias_up is None else experts.bias_up.detach(),
+            None if experts.bias_down is None else experts.bias_down.detach(),
+        )
+        return write_weights(weights, layout, is_transposed, is_concatenated)
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -448,6 +449,13 @@ def aux_loss(model: nn.Module) -> Tensor:
         if isinstance(module, MoE) and module.aux_loss is not None:
             total = total.to(module.aux_loss.device) + module.aux_loss
     return total
+
+
+class _SharedGate(nn.Linear):
+    """A linear map in float32 that gives a token the same bits in any batch, as routers' do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 def _per_token(value: Any, x: Tensor) -> Any:

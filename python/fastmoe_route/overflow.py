@@ -10,18 +10,17 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    INT32_LIMIT,
     arithmetic_dtype,
     check_device,
     check_dtype,
     check_float,
-    check_int,
+    check_scopes,
     check_shape,
     check_tensor,
-    check_vector,
     describe,
     fail,
 )
-from fastmoe_route.dispatch import INT32_LIMIT
 from fastmoe_route.results import DispatchPlan
 
 _MIN_SUM = 1e-20  # the floor under which gate does not normalise either
@@ -203,13 +202,11 @@ def drop_counts(
     check_device("drop_counts", "plan.slot_to_row", plan.slot_to_row, experts)
     num_experts = plan.kept.shape[0]
     most = (INT32_LIMIT - 1) // num_experts
-    num_scopes = check_int("drop_counts", "num_scopes", num_scopes, 1, most)
+    num_scopes = check_scopes("drop_counts", scope_ids, num_scopes, experts, most)
     counts = num_scopes * num_experts
     is_slot = (experts >= 0) & (experts < num_experts)
     bins = experts.long()
     if scope_ids is not None:
-        size = experts.shape[0]
-        check_vector("drop_counts", "scope_ids", scope_ids, size, (torch.int32,), experts)
         is_slot = is_slot & ((scope_ids >= 0) & (scope_ids < num_scopes))[:, None]
         bins = bins + scope_ids.long()[:, None] * num_experts
     bins = torch.where(is_slot, bins, counts).flatten()

@@ -13,10 +13,11 @@ from fastmoe_route._arguments import (
     check_choice,
     check_int,
     check_routing,
+    check_scopes,
     check_vector,
     fail,
 )
-from fastmoe_route.dispatch import DROP_POLICIES, INT32_LIMIT, MAX_EXPERTS
+from fastmoe_route.dispatch import DROP_POLICIES, MAX_EXPERTS
 from fastmoe_route.results import Routing
 
 _ops = torch.ops.fastmoe_route
@@ -102,13 +103,16 @@ def reroute(
     overflow_code = check_choice("reroute", "overflow", overflow, OVERFLOWS)
     fill_code = check_fill("reroute", fill)
     policy = check_choice("reroute", "drop_policy", drop_policy, DROP_POLICIES)
-    num_scopes = check_int("reroute", "num_scopes", num_scopes, 1, INT32_LIMIT)
-    _check_ids("scope_ids", scope_ids, experts.shape[0], experts)
+    num_scopes = check_scopes("reroute", scope_ids, num_scopes, experts)
     if overflow == "local" and (rank_of_expert is None or rank_of_token is None):
         name = "rank_of_expert" if rank_of_expert is None else "rank_of_token"
         fail(ValueError, "reroute", name, "be given with overflow 'local'", None)
-    _check_ids("rank_of_expert", rank_of_expert, num_experts, experts)
-    _check_ids("rank_of_token", rank_of_token, experts.shape[0], experts)
+    for name, ranks, size in (
+        ("rank_of_expert", rank_of_expert, num_experts),
+        ("rank_of_token", rank_of_token, experts.shape[0]),
+    ):
+        if ranks is not None:
+            check_vector("reroute", name, ranks, size, (torch.int32,), experts)
     choice, granted, demand = _ops.reroute(
         experts,
         weights.detach() if policy or fill is not None else None,
@@ -131,11 +135,6 @@ def check_fill(op: str, fill: str | None) -> int:
     if not (fill is None or isinstance(fill, str)) or fill not in FILLS:
         fail(ValueError, op, "fill", "be None, 'turned_away' or 'any'", repr(fill))
     return FILLS.index(fill)
-
-
-def _check_ids(name: str, ids: Tensor | None, size: int, like: Tensor) -> None:
-    if ids is not None:
-        check_vector("reroute", name, ids, size, (torch.int32,), like)
 
 
 def _take(weights: Tensor, choice: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fastmoe_route._arguments import (
     check_device,
     check_dtype,
     check_int,
+    check_rows,
     check_shape,
     check_tensor,
     describe,
@@ -28,7 +29,7 @@ from fastmoe_route._autograd import direct, register_autograd
 # Defaults, told by identity: -1.0 is no int and an array no method, and both have their errors.
 _LAST, _AUTO = -1, "auto"
 _METHODS = (_AUTO, "three_pass", "online", "two_pass")
-_MAX_K = 64
+MAX_K = 64  # of softmax_topk
 _ops = torch.ops.fastmoe_route
 _softmax_forward = _ops.softmax_forward.default
 _softmax_out = _ops.softmax_out.default
@@ -139,7 +140,6 @@ def _softmax_into(x: Tensor, dim: int, method_idx: int, out: Tensor) -> Tensor:
 @torch.library.register_fake("fastmoe_route::softmax_forward")
 @torch.library.register_fake("fastmoe_route::softmax_plain_forward")
 def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
-    del method
     check_dtype("softmax", "x", x, FLOAT_DTYPES)  # tensors without data come here unchecked
     return x.new_empty(x.shape)
 
@@ -147,19 +147,16 @@ def _softmax_fake(x: Tensor, method: int = 0) -> Tensor:
 @torch.library.register_fake("fastmoe_route::softmax_out")
 @torch.library.register_fake("fastmoe_route::softmax_plain_out")
 def _softmax_out_fake(x: Tensor, out: Tensor, method: int = 0) -> None:
-    del method
     check_dtype("softmax", "x", x, FLOAT_DTYPES)
     _check_fits(x, out)
 
 
 @torch.library.register_fake("fastmoe_route::softmax_backward")
 def _softmax_backward_fake(grad_y: Tensor, y: Tensor) -> Tensor:
-    del grad_y
     return y.new_empty(y.shape)
 
 
 def _softmax_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del inputs
     ctx.save_for_backward(output)
 
 
@@ -203,12 +200,9 @@ def softmax_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         >>> softmax_topk(torch.tensor([0.0, 1.0, 1.0, -torch.inf]), 2)
         (tensor([0.4223, 0.4223]), tensor([1, 2]))
     """
-    check_tensor("softmax_topk", "x", x)
-    check_dtype("softmax_topk", "x", x, FLOAT_DTYPES)
-    if x.dim() == 0:
-        fail(ValueError, "softmax_topk", "x", "have at least 1 dimension", describe(x))
+    check_rows("softmax_topk", "x", x)
     columns = x.shape[-1]
-    k = check_int("softmax_topk", "k", k, 1, min(columns, _MAX_K))
+    k = check_int("softmax_topk", "k", k, 1, min(columns, MAX_K))
     rows = x if x.dim() == 2 else x.reshape(-1, columns)
     if needs_grad(x):
         values, _, indices = _ops.softmax_topk(rows, k)
@@ -239,7 +233,6 @@ def _softmax_topk_forward_fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _softmax_topk_backward_fake(
     grad_values: Tensor, x: Tensor, statistics: Tensor, indices: Tensor
 ) -> Tensor:
-    del grad_values, statistics, indices
     return x.new_empty(x.shape)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmoe_route._arguments import (
     FLOAT_DTYPES,
     ID_DTYPES,
+    INT32_LIMIT,
     arithmetic_dtype,
     check_choice,
     check_dtype,
@@ -26,7 +27,6 @@ from fastmoe_route._arguments import (
     needs_grad,
 )
 from fastmoe_route._autograd import register_autograd
-from fastmoe_route.dispatch import INT32_LIMIT
 from fastmoe_route.gate import gate
 
 METHODS = ("sinkhorn", "bip", "ksparse")

@@ -11,7 +11,7 @@ Four questions, all written so that NaN answers no:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,10 +31,6 @@ class Finding:
     passed: bool
     error: float
     allowed: float
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """For the report."""

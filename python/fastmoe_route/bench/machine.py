@@ -143,7 +143,7 @@ class Limits:
         wanted = max(256 << 20, 2 * cache_bytes(3))
         return min(wanted, 1 << 30, available_bytes() // 8)
 
-    def probe(self, seconds: float = 0.05) -> None:
+    def probe(self, seconds: float) -> None:
         """Measures again, and keeps what is better than before."""
         self.probe_peaks(seconds)
         if self._buffer is None:

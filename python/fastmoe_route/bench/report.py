@@ -13,11 +13,11 @@ import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench import machine
+from fastmoe_route.bench.machine import Limits
 from fastmoe_route.bench.shapes import Row
 from fastmoe_route.bench.timing import Summary
 
 if TYPE_CHECKING:
-    from fastmoe_route.bench.machine import Limits
     from fastmoe_route.bench.runner import Result
 
 _HEADINGS = (
@@ -77,7 +77,6 @@ class Reporter:
 
     def __init__(self, total: int) -> None:
         """`total` rows will come."""
-        self.total = total
         self.done = 0
         self._noted: set[str] = set()
         self._progress: Any = None

@@ -7,15 +7,15 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import fastmoe_route as fr
 from fastmoe_route.bench import machine, peers
-from fastmoe_route.bench.case import MULTIPLY, READ, Case
+from fastmoe_route.bench.case import MULTIPLY, READ
 from fastmoe_route.bench.cases import build_case
 from fastmoe_route.bench.check import Finding
 from fastmoe_route.bench.machine import Limits
@@ -33,7 +33,6 @@ from fastmoe_route.bench.timing import Summary, Timing, interleave
 from fastmoe_route.bench.workload import OutOfMemory, Weights, make_weights
 
 SCHEMA_VERSION = 1
-Build = Callable[[Row, Limits, int, "Weights | None"], Case]
 
 
 @dataclass
@@ -118,7 +117,7 @@ class Result:
             "pass": _pass_name(self.row),
             "check": {
                 "passed": self.passed,
-                "findings": [finding.as_dict() for finding in self.findings],
+                "findings": [asdict(finding) for finding in self.findings],
             },
             "skipped": self.skipped or None,
             "notes": self.notes,
@@ -136,9 +135,9 @@ class Result:
                 "read_bytes_per_second": self.read or None,
                 "multiply_flops": self.multiply or None,
             },
-            "seconds": {name: summary.as_dict() for name, summary in timing.seconds.items()},
-            "ratios": {name: summary.as_dict() for name, summary in timing.ratios.items()},
-            "yardsticks": {name: summary.as_dict() for name, summary in self.yardsticks.items()},
+            "seconds": {name: asdict(summary) for name, summary in timing.seconds.items()},
+            "ratios": {name: asdict(summary) for name, summary in timing.ratios.items()},
+            "yardsticks": {name: asdict(summary) for name, summary in self.yardsticks.items()},
             "calls_per_sample": timing.calls_per_sample,
             "fastest_baseline": timing.best,
         }
@@ -152,12 +151,11 @@ def run_row(
     seconds: float,
     min_rounds: int,
     seed: int,
-    build: Build = build_case,
 ) -> Result:
     """Checks a row and, if it is right, times it."""
     torch.manual_seed(seed)
     try:
-        case = build(row, limits, seed, weights)
+        case = build_case(row, limits, seed, weights)
     except OutOfMemory as error:
         return Result(row, skipped=str(error))
     result = Result(

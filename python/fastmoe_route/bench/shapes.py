@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastmoe_route.gate import MAX_EXPERTS
+from fastmoe_route.softmax import MAX_K
+
 DTYPES = ("float32", "bfloat16", "float16")
 OPS = (
     "softmax",
@@ -20,8 +23,6 @@ OPS = (
 TRAINABLE = tuple(op for op in OPS if op != "plan_dispatch")
 EXPERT_OPS = ("plan_dispatch", "permute", "unpermute", "grouped_mm", "moe_mlp", "layer")
 WEIGHT_OPS = ("grouped_mm", "moe_mlp", "layer")
-GATE_MAX_EXPERTS = 8192
-TOPK_MAX = 64
 ROW_SECONDS, QUICK_ROW_SECONDS = 1.5, 0.25
 _RECIPES = {"dsv3": "DeepSeek-V3's gate", "stats": "with statistics"}
 
@@ -151,9 +152,9 @@ def applies(op: str, shape: Shape) -> bool:
     if op in EXPERT_OPS:
         return shape.hidden > 0
     if op == "gate":
-        return shape.num_experts <= GATE_MAX_EXPERTS
+        return shape.num_experts <= MAX_EXPERTS
     if op == "softmax_topk":
-        return shape.top_k <= TOPK_MAX and shape.num_experts > 1
+        return shape.top_k <= MAX_K and shape.num_experts > 1
     return True
 
 

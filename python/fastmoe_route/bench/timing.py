@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 Call = Callable[[int], object]
 
@@ -17,10 +17,6 @@ class Summary:
     p10: float
     p90: float
     samples: int
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
 
 
 def quantile(sorted_values: Sequence[float], share: float) -> float:

@@ -96,10 +96,9 @@ def make_weights(
 
 @dataclass
 class Tokens:
-    """One set of inputs: hidden states, logits, and the routing plain PyTorch finds for them."""
+    """One set of inputs: hidden states, and the routing plain PyTorch finds for random logits."""
 
     x: Tensor  # [T, H]
-    logits: Tensor  # [T, E] float32
     experts: Tensor  # int32 [T, K]
     weights: Tensor  # float32 [T, K]
 
@@ -113,7 +112,7 @@ def make_tokens(shape: Shape, tokens: int, dtype: torch.dtype, seed: int) -> Tok
     scores = logits.softmax(-1)
     weights, experts = scores.topk(shape.top_k, dim=-1)
     weights = weights / weights.sum(-1, keepdim=True)
-    return Tokens(x, logits, experts.int(), weights)
+    return Tokens(x, experts.int(), weights)
 
 
 def copies_for(set_bytes: int, cached_set: int, rotation_bytes: int) -> tuple[int, bool]:

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmoe_route._arguments import check_float, check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import check_factor, check_int, check_shape, check_tensor, fail
 from fastmoe_route.distributed.exchange import named
-from fastmoe_route.distributed.placement import Placement
+from fastmoe_route.distributed.placement import Placement, neighbours
 from fastmoe_route.distributed.sharding import Shards, Volume, run_sharded
 from fastmoe_route.nn import Experts, MoE
 from fastmoe_route.results import DispatchPlan, Routing
@@ -83,11 +83,7 @@ class ExpertParallel(nn.Module):
         if "experts" in layer.router.method.needs:
             rule = "have a router that needs no experts, which are on other ranks"
             fail(ValueError, "ExpertParallel", "layer", rule, layer.router.name)
-        if rank_capacity_factor is not None:
-            name, rule = "rank_capacity_factor", "be positive or None"
-            check_float("ExpertParallel", name, rank_capacity_factor, rule, "a number or None")
-            if not 0 < rank_capacity_factor < float("inf"):
-                fail(ValueError, "ExpertParallel", name, rule, rank_capacity_factor)
+        check_factor("ExpertParallel", "rank_capacity_factor", rank_capacity_factor)
         self.group = process_group
         self.rank_capacity_factor = rank_capacity_factor
         self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -211,7 +207,6 @@ class _Remote:
 
     def __init__(self, parallel: ExpertParallel) -> None:
         self._parallel = parallel
-        self._x: Tensor | None = None
         self.shared: Tensor | None = None
 
     def __call__(
@@ -261,7 +256,7 @@ def _check_placement(
         fail(ValueError, "ExpertParallel", "layer", f"{rule} {near} ranks", got)
     share = num_experts // num_ranks
     if placement is None:
-        return [e // share for e in range(num_experts)]
+        return [*neighbours(num_experts, num_ranks)]
     if isinstance(placement, Placement):
         placement = placement.rank_of_expert
     if isinstance(placement, Tensor):

@@ -92,17 +92,21 @@ def plan_placement(
     check_number("plan_placement", "traffic_weight", traffic_weight, 0, 1)
     check_number("plan_placement", "time_limit", time_limit, above=0)
     trace = _check(experts, num_experts, num_ranks, sources)
-    default = tuple(e // (num_experts // num_ranks) for e in range(num_experts))
-    before = _cost(trace, sources, default, num_ranks)
-    chosen, is_optimal = default, True
+    chosen = neighbours(num_experts, num_ranks)
+    before = after = _cost(trace, sources, chosen, num_ranks)
+    is_optimal = True
     if num_ranks > 1 and trace.numel() > 0:
         problem = _Problem(trace, sources, num_experts, num_ranks, traffic_weight, max_pairs)
         solved, is_optimal = problem.solve(time_limit)
-        after = _cost(trace, sources, solved, num_ranks)
-        if _value(after, trace, traffic_weight) < _value(before, trace, traffic_weight):
-            chosen = solved
-    after = _cost(trace, sources, chosen, num_ranks)
+        cost = _cost(trace, sources, solved, num_ranks)
+        if _value(cost, trace, traffic_weight) < _value(before, trace, traffic_weight):
+            chosen, after = solved, cost
     return Placement(chosen, after[0], after[1], before[0], before[1], is_optimal)
+
+
+def neighbours(num_experts: int, num_ranks: int) -> tuple[int, ...]:
+    """The default placement, `[E]`: every rank holds a run of neighbouring experts."""
+    return tuple(e * num_ranks // num_experts for e in range(num_experts))
 
 
 def _check(experts: Any, num_experts: int, num_ranks: int, sources: Any) -> Tensor:
@@ -214,8 +218,7 @@ class _Problem:
             options={"time_limit": time_limit},
         )
         if result.x is None:
-            share = self.num_experts // self.num_ranks
-            return tuple(e // share for e in range(self.num_experts)), False
+            return neighbours(self.num_experts, self.num_ranks), False
         x = result.x[:num_x].reshape(self.num_experts, self.num_ranks)
         return tuple(int(rank) for rank in x.argmax(1)), bool(result.status == 0)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,18 +32,6 @@ def probabilities(loss: str, source: Routing | Tensor) -> Tensor:
         check_tensor(loss, "source", source, 2)
         return source
     return statistic(loss, source, "scores")
-
-
-def routings(loss: str, given: Sequence[Routing]) -> list[Routing]:
-    """At least one routing, all over the same experts."""
-    if isinstance(given, Routing) or not isinstance(given, (list, tuple)) or not given:
-        fail(ValueError, loss, "routings", "be a non-empty list of Routing", describe(given))
-    for routing in given:
-        check_is_routing(loss, routing)
-    sizes = {int(routing.demand.shape[0]) for routing in given}
-    if len(sizes) > 1:
-        fail(ValueError, loss, "routings", "share one pool of experts", f"sizes {sorted(sizes)}")
-    return list(given)
 
 
 def shares(counts: Tensor, dtype: torch.dtype) -> Tensor:

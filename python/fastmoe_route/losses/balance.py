@@ -14,13 +14,13 @@ from fastmoe_route._arguments import (
     check_number,
     check_shape,
     check_tensor,
+    describe,
     fail,
     may_look,
 )
 from fastmoe_route._segments import segment_sum
 from fastmoe_route.losses._statistics import (
     check_is_routing,
-    routings,
     shares,
     statistic,
     surprise,
@@ -225,8 +225,15 @@ def pool_balance(pool: Sequence[Routing]) -> Tensor:
     Raises:
         ValueError: the list is empty, pools differ, or a routing has no statistics.
     """
-    pool = routings("pool_balance", pool)
-    score_sum = torch.stack([statistic("pool_balance", r, "score_sum") for r in pool]).sum(0)
+    if isinstance(pool, Routing) or not isinstance(pool, Sequence) or not pool:
+        rule = "be a non-empty list of Routing"
+        fail(ValueError, "pool_balance", "pool", rule, describe(pool))
+    sums = [statistic("pool_balance", routing, "score_sum") for routing in pool]
+    sizes = {int(each.shape[0]) for each in sums}
+    if len(sizes) > 1:
+        rule = "be of layers with the same experts"
+        fail(ValueError, "pool_balance", "pool", rule, f"sizes {sorted(sizes)}")
+    score_sum = torch.stack(sums).sum(0)
     f = shares(torch.stack([routing.demand for routing in pool]).sum(0), score_sum.dtype)
     num_tokens = sum(routing.experts.shape[0] for routing in pool)
     return score_sum.shape[0] * (f * score_sum).sum() / max(num_tokens, 1)

@@ -40,7 +40,6 @@ def softmax(
 
     A slice with a NaN or a +inf, and one that is all -inf, gives NaN throughout, as in torch.
     """
-    del method
     wide = x.to(arithmetic_dtype(x, dtype))
     if x.numel():
         exps = (wide - wide.detach().amax(dim, keepdim=True)).exp()

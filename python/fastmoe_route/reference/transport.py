@@ -26,7 +26,6 @@ def transport(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A plan `[T, E]`, or a bias `[E]` (`[T, E]` with scopes) for `bip`."""
-    del num_scopes
     x = scores.to(arithmetic_dtype(scores, dtype))
     if scope_ids is not None:
         parts = torch.zeros_like(x)
@@ -111,7 +110,6 @@ def _ksparse(x: Tensor, iters: int, k: int, gamma: float, learning_rate: float) 
 
 def assign_balanced(scores: Tensor, *, method: str = "exact") -> Tensor:
     """The best assignment of `T / E` tokens to each expert, by trying them all; small `T` only."""
-    del method
     num_tokens, num_experts = scores.shape
     seats = [e for e in range(num_experts) for _ in range(num_tokens // num_experts)]
     best = max(

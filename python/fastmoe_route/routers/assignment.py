@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._segments import scopes, segment_sizes, segment_softmax, segment_sum, sequences
+from fastmoe_route._segments import segment_sizes, segment_softmax, segment_sum
 from fastmoe_route.assign_balanced import METHODS, assign_balanced
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
@@ -15,7 +15,6 @@ from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.reroute import reroute
 from fastmoe_route.routers.base import Common, Context, Routed, with_defaults
-from fastmoe_route.routers.capacity import Capacity
 from fastmoe_route.routers.linear import LinearRouter
 from fastmoe_route.routers.plans import balanced, capped_plan, chosen_by_experts
 from fastmoe_route.routers.scores import Linear, sigmoid
@@ -63,7 +62,7 @@ class ExpertChoice(LinearRouter):
         scores = keys = softmax(logits)
         if self.token_cap is not None:
             keys = capped_plan(scores, self.top_k, self.token_cap, context)
-        experts = chosen_by_experts(keys, Capacity(1.0), self.top_k, context).experts
+        experts = chosen_by_experts(keys, self.top_k, context).experts
         weights = scores.masked_fill(experts < 0, 0.0)
         return self.routed(self.built(experts, weights, logits), context, plan=None)
 
@@ -325,7 +324,7 @@ class PMoE(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)
-        ids, number = sequences(context, x)
+        ids, number = context.sequences(x)
         scores = segment_softmax(logits, ids, number)
         routing = expert_choice(scores, self.patches, scope_ids=ids.int(), num_scopes=number)
         return self.routed(self.built(routing.experts, routing.weights, logits), context, plan=None)
@@ -446,10 +445,10 @@ class UoE(LinearRouter):
         chosen = gate(logits, self.top_k)
         columns = chosen.experts.long().clamp(min=0)
         g = torch.zeros_like(logits).scatter(1, columns, chosen.weights)
-        ids, number = scopes(context, x)
+        ids, number = context.scopes(x)
         share = segment_sizes(ids, number).to(g.dtype) * (self.top_k / self.num_experts)
         total = segment_sum(g, ids, number) + self.eps
         scaled = g * (share[:, None] / total)[ids]
-        taken = chosen_by_experts(scaled, Capacity(1.0), self.top_k, context)
+        taken = chosen_by_experts(scaled, self.top_k, context)
         experts = torch.where(taken.weights > 0, taken.experts, -1)
         return self.routed(self.built(experts, taken.weights, logits), context, plan=None)

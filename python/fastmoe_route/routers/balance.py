@@ -58,7 +58,7 @@ class BiasedRouter(LinearRouter):
         self,
         hidden_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int = 2,
         *,
         rate: float = 1e-3,
         rule: str = "sign",
@@ -116,18 +116,6 @@ class LossFree(BiasedRouter):
         rule: `sign`, `proportional` or `multiplicative`, see `BiasedRouter`.
         common: see `Common`.
     """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int = 2,
-        *,
-        rate: float = 1e-3,
-        rule: str = "sign",
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(hidden_size, num_experts, top_k, rate=rate, rule=rule, **common)
 
     def route(self, x: Tensor, context: Context) -> Routed:
         logits = self.score(x)

@@ -15,7 +15,7 @@ from fastmoe_route._arguments import (
     ID_DTYPES,
     check_device,
     check_dtype,
-    check_float,
+    check_factor,
     check_shape,
     check_tensor,
     fail,
@@ -45,6 +45,20 @@ class Context(NamedTuple):
     positions: Tensor | None = None
     seed: int | None = None
     experts: Experts | None = None
+
+    def sequences(self, x: Tensor) -> tuple[Tensor, int]:
+        """The sequence of each token of `x`, int64 `[T]`, and how many; one if none are told."""
+        return _segments(self.sequence_ids, self.num_sequences, x)
+
+    def scopes(self, x: Tensor) -> tuple[Tensor, int]:
+        """The scope of each token of `x`, int64 `[T]`, and how many; one if none are told."""
+        return _segments(self.scope_ids, self.num_scopes, x)
+
+
+def _segments(ids: Tensor | None, number: int, x: Tensor) -> tuple[Tensor, int]:
+    if ids is None:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1
+    return ids.long(), number
 
 
 class Routed(NamedTuple):
@@ -332,11 +346,7 @@ class Router(Checks, nn.Module):
 
     def _check_capacity(self) -> None:
         for argument in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, argument)
-            if factor is not None:
-                check_float(self.name, argument, factor, "be positive or None", "a number or None")
-                if not 0 < factor < float("inf"):
-                    self.fail(argument, "be positive or None", factor)
+            check_factor(self.name, argument, getattr(self, argument))
         self.check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
         self.check_choice("rounding", self.rounding, ROUNDINGS)
         self.min_capacity = self.check_int("min_capacity", self.min_capacity, 1)

@@ -114,7 +114,6 @@ class Competition(LinearRouter):
             return self.routed(usual, context)
         if context.experts is None:
             self.fail("experts", "be given in a competition", None)
-        assert context.experts is not None
         if is_compiling:
             parts = self._parts_of(context.experts)
             response, outputs = _rare_responses(competes, x, *parts, self.loudness, self.top_k)

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from fastmoe_route import losses
 from fastmoe_route._initial import draw_normal
-from fastmoe_route._segments import segment_softmax, segment_sum, sequences
+from fastmoe_route._segments import segment_softmax, segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
@@ -181,7 +181,7 @@ class SoftMoE(Router):
         unit = F.normalize(wide(x), dim=1)
         prototypes = F.normalize(self.prototypes.to(unit.dtype), dim=1)
         logits = linear(unit, prototypes * self.scale.to(unit.dtype))
-        ids, number = sequences(context, x)
+        ids, number = context.sequences(x)
         combine = softmax(logits)
         share = combine.view(x.shape[0], self.num_experts, self.slots).sum(2)
         experts = every_expert(x.shape[0], self.num_experts, x.device)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from fastmoe_route import losses
 from fastmoe_route._arguments import check_choice, check_int
-from fastmoe_route._segments import segment_mean, sequences
+from fastmoe_route._segments import segment_mean
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.results import Routing
@@ -149,7 +149,7 @@ class DaMoE(LinearRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.attention_mass is not None
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         mass = context.attention_mass.double()
         share = mass / segment_mean(mass, ids, num)[ids].clamp(min=1e-300)
         k = (self.top_k * share).round().clamp(1, self.num_experts).to(torch.int32)

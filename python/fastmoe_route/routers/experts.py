@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,28 +55,14 @@ class Experts(NamedTuple):
 
     def part(self, which: slice) -> Experts:
         """Some of the experts, without a copy."""
-
-        def cut(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[which]
-
-        return Experts(
-            self.w_up[which],
-            self.w_down[which],
-            self.activation,
-            cut(self.bias_up),
-            cut(self.bias_down),
-        )
+        return self._changed(lambda value: value[which])
 
     def merged(self, weights: Tensor) -> Experts:
         """Experts whose parameters are weighted sums, `weights [S, E]`; the result has `S`."""
-
-        def mix(value: Tensor) -> Tensor:
-            return torch.einsum("se,e...->s...", weights.to(value.dtype), value)
-
-        return Experts(
-            mix(self.w_up),
-            mix(self.w_down),
-            self.activation,
-            None if self.bias_up is None else mix(self.bias_up),
-            None if self.bias_down is None else mix(self.bias_down),
+        return self._changed(
+            lambda value: torch.einsum("se,e...->s...", weights.to(value.dtype), value)
         )
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Experts:
+        biases = (None if b is None else change(b) for b in (self.bias_up, self.bias_down))
+        return Experts(change(self.w_up), change(self.w_down), self.activation, *biases)

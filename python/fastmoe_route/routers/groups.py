@@ -146,8 +146,8 @@ class Smile(Router):
         routing = assemble(experts, node.weights * device.weights, self.num_experts)
         found = {}
         if self.training:
-            found["node_balance"] = losses.load_balancing(node, alpha=self.node_coef)
-            found["device_balance"] = losses.load_balancing(device, alpha=self.device_coef)
+            found["node_balance"] = self.node_coef * losses.load_balancing(node)
+            found["device_balance"] = self.device_coef * losses.load_balancing(device)
         extra = {"node": node.experts[:, 0], "device": device.experts[:, 0]}
         return self.routed(routing, context, losses=found, extra=extra)
 

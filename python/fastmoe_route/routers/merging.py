@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastmoe_route._arguments import check_dtype
-from fastmoe_route._segments import segment_mean, sequences
+from fastmoe_route._segments import segment_mean
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed, Router
 from fastmoe_route.routers.experts import Experts
@@ -38,7 +38,7 @@ class Merging(Router):
         raise NotImplementedError
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         share = self.coefficients(wide(x), ids, num, context)
         slots = every_expert(x.shape[0], self.num_experts, x.device)
         weights, experts = share[ids].sort(dim=1, descending=True, stable=True)
@@ -48,12 +48,17 @@ class Merging(Router):
         extra = {"share": share, "sequence": ids}
         return self.routed(routing, context, plan=None, extra=extra)
 
+    def merged(self, experts: Any, extra: dict[str, Tensor]) -> Any:
+        """The experts of all sequences, from the `extra` of a result."""
+        return experts.merged(extra["share"])
+
     def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
         """The merged expert of each token's sequence."""
         assert routed.extra is not None
-        merged = experts.merged(routed.extra["share"])
         ids = routed.extra["sequence"].to(torch.int32)[:, None]
-        return merged(x, (ids, torch.ones_like(ids, dtype=wide(x).dtype)))
+        ones = torch.ones_like(ids, dtype=wide(x).dtype)
+        y: Tensor = self.merged(experts, routed.extra)(x, (ids, ones))
+        return y
 
 
 @register(
@@ -126,8 +131,7 @@ class CondConv(Merging):
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
         """The sigmoids."""
-        share: Tensor = sigmoid(self.score(segment_mean(x, ids, num)))
-        return share
+        return sigmoid(self.score(segment_mean(x, ids, num)))
 
 
 @register("supernet_mixture", row="L8", source="arXiv:2306.04845", verified="mem", invariance="S")
@@ -215,7 +219,7 @@ class Mhr(Merging):
         self.check_state(tasks, num)
         check_dtype(self.name, "state", tasks, (torch.int64, torch.int32))
         self.check_ids("state", tasks, self.table.shape[0])
-        skills = self.table[tasks].sigmoid()
+        skills = sigmoid(self.table[tasks])
         return skills / skills.sum(2, keepdim=True)
 
     def coefficients(self, x: Tensor, ids: Tensor, num: int, context: Context) -> Tensor:
@@ -225,16 +229,11 @@ class Mhr(Merging):
     def route(self, x: Tensor, context: Context) -> Routed:
         routed = super().route(x, context)
         assert routed.extra is not None
-        heads = self.heads(sequences(context, x)[1], context)
+        heads = self.heads(context.sequences(x)[1], context)
         return routed._replace(extra={**routed.extra, "heads": heads})
 
-    def mix(self, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
-        """The merged expert of each token's sequence, block by block for LoRA experts."""
-        blockwise = getattr(experts, "merged_blockwise", None)
-        if blockwise is None:
-            return super().mix(x, routed, experts)
-        assert routed.extra is not None
-        ids = routed.extra["sequence"].to(torch.int32)[:, None]
-        ones = torch.ones_like(ids, dtype=wide(x).dtype)
-        y: Tensor = blockwise(routed.extra["heads"])(x, (ids, ones))
-        return y
+    def merged(self, experts: Any, extra: dict[str, Tensor]) -> Any:
+        """LoRA experts are merged block by block."""
+        if hasattr(experts, "merged_blockwise"):
+            return experts.merged_blockwise(extra["heads"])
+        return super().merged(experts, extra)

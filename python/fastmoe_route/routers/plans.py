@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoe_route._segments import (
-    scopes,
-    segment_rank,
-    segment_sizes,
-    segment_softmax,
-    segment_sum,
-)
+from fastmoe_route._segments import segment_rank, segment_sizes, segment_softmax, segment_sum
 from fastmoe_route.dispatch import expert_capacity
 from fastmoe_route.expert_choice import expert_choice
 from fastmoe_route.results import Routing
@@ -30,22 +24,19 @@ def balanced(scores: Tensor, method: str, context: Context, **options: Any) -> T
     return transport(scores, method, scope_ids=context.scope_ids, num_scopes=num_scopes, **options)
 
 
-def chosen_by_experts(scores: Tensor, limit: Capacity, top_k: int, context: Context) -> Routing:
-    """Expert choice with the capacity of `top_k` slots per token, per scope by its own size."""
+def chosen_by_experts(scores: Tensor, top_k: int, context: Context) -> Routing:
+    """Expert choice with room for `top_k` slots per token, per scope by its own size."""
     num_tokens, num_experts = scores.shape
     if context.scope_ids is None:
-        slots = expert_capacity(num_tokens, num_experts, top_k, limit.factor)
-        return expert_choice(scores, slots)
-    ids, number = scopes(context, scores)
-    room = limit.of_scopes(segment_sizes(ids, number), num_experts, top_k)[ids]
+        return expert_choice(scores, expert_capacity(num_tokens, num_experts, top_k, 1.0))
+    ids, number = context.scopes(scores)
+    room = Capacity(1.0).of_scopes(segment_sizes(ids, number), num_experts, top_k)[ids]
     is_taken = segment_rank(-scores.detach(), ids, number)[0] < room[:, None]
     experts = every_expert(num_tokens, num_experts, scores.device)
     return assemble(torch.where(is_taken, experts, -1), scores, num_experts)
 
 
-def capped_plan(
-    scores: Tensor, top_k: int, token_cap: int, context: Context, iters: int = 100
-) -> Tensor:
+def capped_plan(scores: Tensor, top_k: int, token_cap: int, context: Context) -> Tensor:
     """Expert choice with a cap per token, relaxed (arXiv:2202.09368, section 3.2).
 
     Maximises `<S, A> + lambda H(A)` under `sum over t of A = T * top_k / E` (per scope, if given),
@@ -57,16 +48,15 @@ def capped_plan(
         top_k: experts per token on average.
         token_cap: `b`.
         context: for the scopes.
-        iters: rounds of the three projections.
 
     Returns:
         `[T, E]`, without gradient.
     """
-    ids, num_segments = scopes(context, scores)
+    ids, num_segments = context.scopes(scores)
     share = segment_sizes(ids, num_segments)[ids, None] * (top_k / scores.shape[1])
     log_plan = scores.detach() / 0.03
     over_row, over_one = torch.zeros_like(log_plan[:, :1]), torch.zeros_like(log_plan)
-    for _ in range(iters):
+    for _ in range(100):
         log_plan = segment_softmax(log_plan, ids, num_segments).log() + share.log() + over_row
         over_row = (log_plan.logsumexp(1, keepdim=True) - math.log(token_cap)).clamp(min=0)
         log_plan = log_plan - over_row + over_one
@@ -121,7 +111,7 @@ def expert_plan(
         `[T, E]`, at most `C` entries of a column are not 0.
     """
     num_experts = scores.shape[1]
-    ids, number = scopes(context, scores)
+    ids, number = context.scopes(scores)
     sizes = segment_sizes(ids, number)
     share = (sizes.to(scores.dtype) / num_experts)[ids, None]
     room = Capacity(1.0).of_scopes(sizes, num_experts, top_k)[ids, None]

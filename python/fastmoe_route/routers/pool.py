@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._arguments import check_dtype, check_shape, check_tensor, fail
+from fastmoe_route._arguments import check_dtype, check_number, check_shape, check_tensor, fail
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -108,9 +108,8 @@ def pool_partition(counts: Tensor, coverage: float = 0.95) -> Tensor:
     if num_layers == 0 or num_experts % num_layers != 0:
         fail(ValueError, name, "counts", "have a multiple of as many columns as rows", counts.shape)
     if not bool(torch.isfinite(counts).all() and (counts >= 0).all()):
-        fail(ValueError, name, "counts", "be finite and not negative", "others")
-    if not 0 <= coverage <= 1:
-        fail(ValueError, name, "coverage", "be in [0, 1]", coverage)
+        fail(ValueError, name, "counts", "be finite and not negative", "an entry that is not")
+    check_number(name, "coverage", coverage, 0, 1)
     try:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastmoe_route._segments import segment_mean, sequences
+from fastmoe_route._segments import segment_mean, segment_softmax, segment_sum
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -72,7 +72,7 @@ class GraphOfTokens(LinearRouter):
 
     def _similarity(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """`S` `[T, T]`, and which of its entries are 0 since a token may not look there."""
-        x, ids = x.double(), sequences(context, x)[0]
+        x, ids = x.double(), context.sequences(x)[0]
         dot = x @ x.T
         if self.similarity == "gaussian":
             size = dot.diagonal()
@@ -113,7 +113,7 @@ class MiLoRA(LinearRouter):
         return segment_mean(x, ids, num)
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         z = context.state
         if z is None:
             z = self.score(self.pool(wide(x), ids, num))
@@ -152,8 +152,5 @@ class Accord(MiLoRA):
 
     def pool(self, x: Tensor, ids: Tensor, num: int) -> Tensor:
         """The attention-weighted mean of each sequence."""
-        attention = linear(x, self.query)[:, 0] * self.hidden_size**-0.5
-        most = attention.new_full((num,), -torch.inf).scatter_reduce(0, ids, attention, "amax")
-        weight = (attention - most.detach()[ids]).exp()
-        total = segment_mean(weight, ids, num)[ids]
-        return segment_mean(x * (weight / total)[:, None], ids, num)
+        attention = linear(x, self.query) * self.hidden_size**-0.5
+        return segment_sum(x * segment_softmax(attention, ids, num), ids, num)

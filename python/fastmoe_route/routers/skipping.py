@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastmoe_route import losses
-from fastmoe_route._segments import segment_mean, segment_rank, sequences
+from fastmoe_route._segments import segment_mean, segment_rank
 from fastmoe_route.gate import gate
 from fastmoe_route.methods import register
 from fastmoe_route.routers.base import Common, Context, Routed
@@ -166,7 +166,7 @@ class MindSkip(SkippingRouter):
         self.decide = Linear(hidden_size, 1, bias=True)
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         s = context.state
         if s is None:
             s = sigmoid(self.decide(segment_mean(wide(x), ids, num))[:, 0])
@@ -219,7 +219,7 @@ class DrLLM(SkippingRouter):
         self.outer = Linear(width, 3, bias=True)
 
     def route(self, x: Tensor, context: Context) -> Routed:
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         extra = {}
         decision = context.state
         if decision is None:
@@ -300,7 +300,7 @@ class Ftp(SkippingRouter):
 
     def route(self, x: Tensor, context: Context) -> Routed:
         assert context.attention_mass is not None
-        ids, num = sequences(context, x)
+        ids, num = context.sequences(x)
         mass = context.attention_mass.to(wide(x).dtype)
         place, length = segment_rank(torch.zeros_like(ids), ids, num)
         rank, _ = segment_rank(mass, ids, num)

@@ -16,9 +16,7 @@ from fastmoe_route._arguments import (
     fail,
 )
 from fastmoe_route.methods import register
-from fastmoe_route.softmax import softmax, softmax_topk
-
-_FUSED_K = 64
+from fastmoe_route.softmax import MAX_K, softmax, softmax_topk
 
 
 @register("two_pass_softmax", row="X1", source="arXiv:2001.04438", verified="code")
@@ -45,7 +43,7 @@ def two_pass_softmax(x: Tensor) -> Tensor:
 def top_columns(x: Tensor, k: int) -> Tensor:
     """The columns of the `k` largest entries of each row, ties to the lower column."""
     with torch.no_grad():
-        if k <= _FUSED_K:
+        if k <= MAX_K:
             return softmax_topk(x, k)[1]
         return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 

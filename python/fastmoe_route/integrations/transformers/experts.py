@@ -59,8 +59,7 @@ def experts_forward(
     """
     has_gate, w_up = _up_of(module)
     w_down = module.down_proj
-    if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
-        _refuse(module, w_up, w_down)
+    _check_dtypes(module, w_up, w_down)
     bias_up = bias_down = None
     if module.has_bias:
         bias_up = module.gate_up_proj_bias if has_gate else module.up_proj_bias
@@ -119,9 +118,7 @@ def explain(model: nn.Module) -> dict[str, str]:
 def _explain(module: Any) -> str:
     try:
         w_up = _up_of(module)[1]
-        w_down = module.down_proj
-        if w_up.dtype not in FLOAT_DTYPES or w_down.dtype != w_up.dtype:
-            _refuse(module, w_up, w_down)
+        _check_dtypes(module, w_up, module.down_proj)
     except (TypeError, AttributeError) as error:
         return f"refused: {error}"
     activation, interleaved = activation_of(module)
@@ -136,7 +133,9 @@ def _up_of(module: Any) -> tuple[bool, Tensor]:
     return has_gate, module.gate_up_proj if has_gate else module.up_proj
 
 
-def _refuse(module: Any, w_up: Tensor, w_down: Tensor) -> None:
+def _check_dtypes(module: Any, w_up: Tensor, w_down: Tensor) -> None:
+    if w_up.dtype in FLOAT_DTYPES and w_down.dtype == w_up.dtype:
+        return
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
     raise TypeError(
         f"fastmoe_route: the weights of {type(module).__name__} must share one of {names}, got "
