@@ -113,6 +113,20 @@ def test_queryable_lora_with_one_atom_is_lora():
     assert_bound(many(x, summary)[1].detach(), ((summary + u) / 2).detach().double(), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queryable_lora_keeps_the_bits_of_a_token(dtype):
+    module = adapters.QueryableLora(64, 48, 8, num_atoms=5).to(dtype)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(normal(*value.shape, dtype=dtype))
+    x, summary = normal(97, 64, dtype=dtype), normal(97, 8, seed=1, dtype=dtype)
+    together = module(x, summary)
+    for index in (slice(0, 1), slice(5, 8), slice(40, 97)):
+        for got, whole in zip(module(x[index], summary[index]), together, strict=True):
+            assert got.dtype == dtype
+            assert torch.equal(got, whole[index])
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -18,6 +18,7 @@ from fastmoe_route._arguments import (
     fail,
 )
 from fastmoe_route._initial import draw_normal
+from fastmoe_route.grouped_mm import one_product
 from fastmoe_route.lora_grouped_mm import lora_grouped_mm
 from fastmoe_route.methods import register
 from fastmoe_route.results import DispatchPlan, Routing
@@ -228,16 +229,18 @@ class QueryableLora(nn.Module):
         """
         check_tensor("queryable_lora", "x", x, 2)
         check_shape("queryable_lora", "x", x, (-1, self.lora_a.shape[0]))
-        u = x @ self.lora_a
+        u = one_product(x, self.lora_a)
         summary = torch.zeros_like(u) if summary is None else summary
         check_shape("queryable_lora", "summary", summary, u.shape)
         if prior is not None:
             rows = (x.shape[0], *self.keys.shape[:1]) if prior.dim() == 2 else self.keys.shape[:1]
             check_shape("queryable_lora", "prior", prior, rows)
-        logits = torch.cat([u, summary], 1) @ self.query @ self.keys.T * self.rank**-0.5
+        query = one_product(torch.cat([u, summary], 1), self.query)
+        logits = one_product(query, self.keys.T) * self.rank**-0.5
         alpha = (logits if prior is None else logits + prior).softmax(1)
-        mixed = torch.einsum("tj,tr,jrq->tq", alpha, u, self.atoms)
-        return mixed @ self.lora_b * self.scaling, (summary + u) / 2
+        by_atom = one_product(u, self.atoms.transpose(0, 1).flatten(1))  # [T, num_atoms r]
+        mixed = (alpha[:, :, None] * by_atom.unflatten(1, (-1, self.rank))).sum(1)
+        return one_product(mixed, self.lora_b) * self.scaling, (summary + u) / 2
 
 
 @register("same_projection", row="R70", source="arXiv:2602.01990", verified="2nd")

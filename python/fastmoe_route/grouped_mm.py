@@ -84,6 +84,19 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     return y
 
 
+def one_product(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w` as a product of one expert: a row has the same bits whatever rows are beside it.
+
+    `torch.mm` rounds a row differently as the number of rows changes.
+    """
+    rows = x.shape[0]
+    if type(rows) is int and rows > 0 and not is_dynamo_compiling():  # one operator, not two
+        offsets = torch.arange(0, 2 * rows, rows, dtype=torch.int32, device=x.device)
+    else:
+        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows
+    return grouped_mm(x, w[None], offsets)
+
+
 def _check_tensors(x: Any, w: Any, offsets: Any, bias: Any) -> None:
     check_tensor("grouped_mm", "x", x, 2)
     check_tensor("grouped_mm", "w", w, 3)

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastmoe_route._arguments import arithmetic_dtype
 from fastmoe_route._initial import draw_normal
-from fastmoe_route.grouped_mm import grouped_mm
+from fastmoe_route.grouped_mm import one_product
 
 
 def wide(x: Tensor) -> Tensor:
@@ -48,9 +48,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in float32 (float64 for float64), never in an autocast dtype.
 
-    Plain `torch.mm` rounds a row differently as the number of rows changes; one group of
-    `grouped_mm` does not.
-
     Args:
         x: `[T, H]`.
         weight: `[E, H]`.
@@ -63,16 +60,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with without_autocast(x.device):
-        y = grouped_mm(x, weight.t()[None], _one_group(x))
+        y = one_product(x, weight.t())
     return y if bias is None else y + bias.to(y.dtype)
-
-
-def _one_group(x: Tensor) -> Tensor:
-    """The offsets of all rows as one group, `[0, T]`."""
-    rows = x.shape[0]
-    if type(rows) is int and rows > 0 and not is_dynamo_compiling():  # one operator, not two
-        return torch.arange(0, 2 * rows, rows, dtype=torch.int32, device=x.device)
-    return torch.arange(2, dtype=torch.int32, device=x.device) * rows
 
 
 class Linear(nn.Module):
