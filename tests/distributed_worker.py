@@ -309,6 +309,65 @@ def ranks_that_differ_are_named() -> None:
         placement = placement[::-1]
     with refused("layer must be the same on every rank; placement is"):
         ExpertParallel(layer_of(), placement=placement)
+    is_second = rank == 1
+    for options, text in (
+        ({"bias": is_second}, "experts.bias_up is"),
+        ({"num_shared_experts": int(is_second)}, "shared.w_up is"),
+        ({"activation": "geglu" if is_second else "swiglu"}, "activation is"),
+        ({"dtype": torch.float64 if is_second else None}, "experts.w_up is"),
+    ):
+        with refused(f"layer must be the same on every rank; {text}"):
+            ExpertParallel(layer_of(**options))
+
+
+@check_of_several
+def tokens_that_differ_are_named() -> None:
+    """On every rank, before rows arrive as other numbers than were sent."""
+    is_second = dist.get_rank() == 1
+    parallel = ExpertParallel(layer_of())
+    x = tokens_of(0).to(torch.float64 if is_second else torch.float32)
+    with refused("tokens must be alike on every rank; the dtype is torch.float32 on rank 0, got"):
+        parallel(x)
+    x, text = tokens_of(0), "the dtype of autocast is None on rank 0, got torch.bfloat16 on rank 1"
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_second), refused(text):
+        parallel(x)
+    close(step(parallel, dist.get_rank())[0], step(layer_of(), dist.get_rank())[0])
+
+
+@check_of_several
+def a_gradient_that_one_rank_needs_is_exchanged_by_all() -> None:
+    """Rank 1 has no tokens, and made an empty tensor of its own that asks for no gradient."""
+    rank = dist.get_rank()
+    for is_frozen in (False, True):
+        parallel, single = ExpertParallel(layer_of()), layer_of()
+        for router in (parallel.layer.router, single.router):
+            router.requires_grad_(not is_frozen)
+        if rank == 1:
+            parallel(torch.zeros(0, H, device=device)).sum().backward()
+            assert parallel.experts.w_up.grad is not None
+        else:
+            for got, expected in zip(step(parallel, rank), step(single, rank), strict=True):
+                close(got, expected)
+
+
+@check_of_several
+def what_fsdp_shards_is_averaged_once() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    single, parallel = layer_of(), ExpertParallel(layer_of())
+    own = set(parallel.experts.parameters())
+    fully_shard(parallel, mesh=init_device_mesh(device.type, (size,)), ignored_params=own)
+    for other in range(size):
+        step(single, other)
+    step(parallel, rank)
+    parallel.reduce_gradients()
+    close(
+        parallel.layer.router.score.weight.grad.full_tensor(),
+        single.router.score.weight.grad / size,
+    )
+    close(parallel.experts.w_up.grad, single.experts.w_up.grad[parallel.expert_ids] / size)
 
 
 @check_of_several

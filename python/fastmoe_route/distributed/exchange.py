@@ -11,7 +11,7 @@ group, the others get an `ExchangeError` with that name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -152,23 +152,27 @@ class _Wait(torch.autograd.Function):
 
 
 def exchange_counts(
-    name: str, group: Any, send: Tensor, *others: Tensor
-) -> tuple[list[int], list[int], list[int]]:
+    name: str, group: Any, send: Tensor, notes: Sequence[int], *others: Tensor
+) -> tuple[list[int], list[int], list[list[int]], list[int]]:
     """Tells every rank how many rows it will get; the only point where the host waits.
 
     Args:
         name: what is counted, for errors and profiles.
         group: the process group.
         send: int `[W]`, rows to each rank.
+        notes: further numbers of this rank for every other, as many on each rank.
         others: integer scalars that are to be read in the same moment.
 
     Returns:
-        Rows to each rank, rows from each rank, and the other numbers.
+        Rows to each rank, rows from each rank, every note by rank, and the other numbers.
     """
     send = send.to(torch.int64)
-    receive = torch.empty_like(send)
-    with named(name, group):
-        dist.all_to_all_single(receive, send, group=group)
-        numbers: list[int] = torch.cat([send, receive, *(o.view(1) for o in others)]).tolist()
     size = send.shape[0]
-    return numbers[:size], numbers[size : 2 * size], numbers[2 * size :]
+    sent = torch.cat([send.view(-1, 1), send.new_tensor([list(notes)]).expand(size, -1)], dim=1)
+    received = torch.empty_like(sent)
+    with named(name, group):
+        dist.all_to_all_single(received, sent, group=group)
+        parts = (send, received.t().flatten(), *(o.view(1) for o in others))
+        numbers: list[int] = torch.cat(parts).tolist()
+    rows = [numbers[start : start + size] for start in range(0, size * (2 + len(notes)), size)]
+    return rows[0], rows[1], rows[2:], numbers[size * (2 + len(notes)) :]

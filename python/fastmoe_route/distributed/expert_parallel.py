@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmoe_route._arguments import check_factor, check_int, check_shape, check_tensor, fail
+from fastmoe_route._arguments import (
+    check_factor,
+    check_int,
+    check_shape,
+    check_tensor,
+    describe,
+    fail,
+)
 from fastmoe_route.distributed.exchange import named
 from fastmoe_route.distributed.placement import Placement, neighbours
 from fastmoe_route.distributed.sharding import Shards, Volume, run_sharded
@@ -46,7 +53,8 @@ class ExpertParallel(nn.Module):
     Raises:
         RuntimeError: there is no process group.
         ValueError: experts that do not divide among the ranks, a placement that does not fit, ranks
-            that differ in sizes, dtype or placement, or a group without this process.
+            that differ in sizes, dtypes, activation, router or placement, or a group without this
+            process.
 
     Run under `torchrun`:
 
@@ -127,6 +135,7 @@ class ExpertParallel(nn.Module):
 
         Raises:
             ExchangeError: a rank died or did not arrive within the timeout of the group.
+            ValueError: tokens whose dtypes differ between ranks; on each of them.
         """
         layer = self.layer
         check_tensor("ExpertParallel", "x", x)
@@ -148,8 +157,11 @@ class ExpertParallel(nn.Module):
 
         Gradients of the router and of shared experts, of which every rank has a copy, are averaged;
         those of experts, which already hold every rank's part, are divided by the number of ranks.
+        What FSDP shards it has averaged itself; tell it to leave out the experts, by
+        `ignored_params`.
         """
-        copies = [p.grad for p in self.replicated_parameters() if p.grad is not None]
+        found = (p.grad for p in self.replicated_parameters())
+        copies = [g for g in found if g is not None and not hasattr(g, "placements")]
         if copies:
             flat = torch.cat([grad.flatten().float() for grad in copies])
             with named("gradients of replicated parameters", self.group):
@@ -182,10 +194,9 @@ class ExpertParallel(nn.Module):
         return f"rank={self.rank}, num_ranks={self.num_ranks}, expert_ids={self.expert_ids}"
 
     def _check_alike(self, layer: MoE, ranks: list[int]) -> None:
-        shape, dtype = tuple(layer.experts.w_down.shape), layer.experts.w_down.dtype
         own = {
-            "shape of w_down": shape,
-            "dtype": str(dtype),
+            **{name: describe(value) for name, value in _tensors(layer)},
+            "activation": layer.experts.activation,
             "router": layer.router.name,
             "top_k": layer.router.top_k,
             "placement": ranks,
@@ -195,11 +206,16 @@ class ExpertParallel(nn.Module):
         with named("comparing layers", self.group):
             dist.all_gather_object(everyone, own, group=self.group)
         for rank, other in enumerate(everyone):
-            for key, value in own.items():
-                if other[key] != value:
+            for key in {**own, **other}:
+                value, got = own.get(key), other.get(key)
+                if got != value:
                     rule = f"be the same on every rank; {key} is {value} on rank {self.rank}"
-                    got = f"{other[key]} on rank {rank}"
-                    fail(ValueError, "ExpertParallel", "layer", rule, got)
+                    fail(ValueError, "ExpertParallel", "layer", rule, f"{got} on rank {rank}")
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from layer.named_parameters()
+    yield from layer.named_buffers()
 
 
 class _Remote:

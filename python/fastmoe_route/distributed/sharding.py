@@ -9,11 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmoe_route._arguments import FLOAT_DTYPES, autocast_dtype, fail, needs_grad
 from fastmoe_route._environment import logger
 from fastmoe_route.dispatch import expert_capacity, permute, plan_dispatch, unpermute
 from fastmoe_route.distributed.exchange import Exchange, exchange_counts
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_DTYPES = (*FLOAT_DTYPES, None, "unknown")
+_TRAITS = {
+    "dtype": _DTYPES,
+    "dtype of weights": _DTYPES,
+    "dtype of autocast": _DTYPES,
+    "width": None,
+    "number of slots": None,
+}
 
 
 class Volume(NamedTuple):
@@ -91,6 +101,7 @@ def run_sharded(
 
     Raises:
         ExchangeError: a rank died or did not arrive within the timeout of the group.
+        ValueError: dtypes or widths that differ between ranks; on each of them.
     """
     num_ranks = dist.get_world_size(group)
     ranks = torch.arange(num_ranks, dtype=torch.int32, device=x.device)
@@ -105,9 +116,12 @@ def run_sharded(
         capacity = expert_capacity(x.shape[0], num_ranks, num_targets, capacity_factor)
     plan = plan_dispatch(targets, num_ranks, capacity=capacity)
     totals = (plan.dropped.sum(), is_real.sum())
-    send, receive, (num_dropped, num_slots) = exchange_counts(
-        "row counts", group, plan.kept, *totals
+    notes = [*_traits(x, weights), needs_grad(x), needs_grad(weights)]
+    send, receive, notes_by_rank, (num_dropped, num_slots) = exchange_counts(
+        "row counts", group, plan.kept, notes, *totals
     )
+    _check_traits(notes_by_rank)
+    x, weights = _joined(x, any(notes_by_rank[-2])), _joined(weights, any(notes_by_rank[-1]))
     num_rows = sum(send)
     plan = plan._replace(row_to_slot=plan.row_to_slot[:num_rows])
     slots = plan.row_to_slot.long()
@@ -126,6 +140,29 @@ def run_sharded(
     volume = volume._replace(rows_dropped=num_dropped, slots=num_slots)
     logger.debug("rank %d: %s", dist.get_rank(group), volume)
     return Sharded(unpermute(results, plan), aside, volume)
+
+
+def _traits(x: Tensor, weights: Tensor) -> list[int]:
+    """What has to be the same on every rank, or rows arrive as other numbers: see `_TRAITS`."""
+    dtypes = (x.dtype, weights.dtype, autocast_dtype(x))
+    codes = [_DTYPES.index(dtype) if dtype in _DTYPES else -1 for dtype in dtypes]
+    return [*codes, x.shape[1], weights.shape[1]]
+
+
+def _check_traits(notes_by_rank: list[list[int]]) -> None:
+    for (trait, names), values in zip(_TRAITS.items(), notes_by_rank, strict=False):
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                first, got = (v if names is None else names[v] for v in (values[0], value))
+                rule = f"be alike on every rank; the {trait} is {first} on rank 0"
+                fail(ValueError, "ExpertParallel", "tokens", rule, f"{got} on rank {rank}")
+
+
+def _joined(t: Tensor, is_needed: bool) -> Tensor:
+    """`t` with a gradient where any rank needs one: all of them take part in its exchange."""
+    if not is_needed or t.requires_grad or not torch.is_grad_enabled():
+        return t
+    return t.detach().requires_grad_()
 
 
 def _connected(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
