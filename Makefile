@@ -39,7 +39,7 @@ demo: build  ## set up, run the bench in quick form and train a small language m
 	@echo "The numbers and the plots are in demo/."
 
 .PHONY: gallery
-gallery: build $(VENV)/.test  ## train a small language model with every router; table and plots in demo/compare_routers
+gallery: build $(VENV)/.test  ## train a small language model with every router that can decode; table and plots in demo/compare_routers
 	$(PY) examples/compare_routers.py $(ARGS)
 
 .PHONY: test

@@ -202,16 +202,20 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--length", type=int, default=32, help="tokens of a request")
-    parser.add_argument("--capacity-factor", type=float, default=2.0)
-    parser.add_argument("--spread", type=float, default=2.5, help="how unlike the victim's tokens")
-    parser.add_argument("--attackers", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16, 32])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="where the figure goes; none without it")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--experts", type=int, default=16, help="experts of the layer")
+    add("--top-k", type=int, default=2, help="experts per token")
+    add("--hidden", type=int, default=64, help="hidden size")
+    add("--length", type=int, default=32, help="tokens of a request")
+    add("--capacity-factor", type=float, default=2.0, help="capacity over the even share")
+    add("--spread", type=float, default=2.5, help="how unlike the victim's tokens")
+    add("--attackers", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16, 32], help="their requests")
+    add("--seed", type=int, default=0, help="seed of weights and requests")
+    add("--out", type=Path, help="where the figure goes; none without it")
     args = parser.parse_args(argv)
     for name in ("experts", "top_k", "hidden", "length"):
         if getattr(args, name) < 1:

@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("routers", nargs="*", help="names of `python -m fastmoe_route routers`; none for all")
+    add("routers", nargs="*", help="names of `python -m fastmoe_route routers`; none: what suits")
     add("--all", action="store_true", help="also routers that no decoder could use")
     add("--steps", type=int, default=300, help="training steps of each run")
     add("--out", type=Path, default=Path("demo/compare_routers"), help="folder for the results")

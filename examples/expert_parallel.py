@@ -37,15 +37,19 @@ HEADS = 4
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8, help="sequences per process")
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--planning", type=float, default=20.0, help="seconds for the solver")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=120, help="training steps")
+    add("--hidden", type=int, default=64, help="hidden size")
+    add("--experts", type=int, default=32, help="experts of the layer, of all processes")
+    add("--top-k", type=int, default=4, help="experts per token")
+    add("--batch", type=int, default=8, help="sequences per process")
+    add("--context", type=int, default=64, help="bytes per sequence")
+    add("--planning", type=float, default=20.0, help="seconds for the solver")
+    add("--json", type=Path, help="write the results here")
     given = parser.parse_args(arguments)
     for name in ("steps", "hidden", "experts", "top_k", "batch", "context"):
         if getattr(given, name) < 1:

@@ -33,16 +33,20 @@ RUNS = ("eager", "fastmoe_route")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base-steps", type=int, default=60, help="to train the model itself")
-    parser.add_argument("--steps", type=int, default=40, help="to train the adapters")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--base-steps", type=int, default=60, help="to train the model itself")
+    add("--steps", type=int, default=40, help="to train the adapters")
+    add("--hidden", type=int, default=128, help="hidden size")
+    add("--experts", type=int, default=16, help="experts per layer")
+    add("--rank", type=int, default=8, help="of the adapters")
+    add("--batch", type=int, default=8, help="sequences per step")
+    add("--context", type=int, default=64, help="bytes per sequence")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    add("--json", type=Path, help="write the results here")
     given = parser.parse_args(arguments)
     for name in ("base_steps", "steps", "hidden", "experts", "rank", "batch", "context", "threads"):
         if getattr(given, name) < 1:

@@ -52,20 +52,24 @@ SIZES = {
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=sorted(SIZES), default="olmoe", help="architecture")
-    parser.add_argument("--path", type=Path, help="a local model instead of a random one")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--experts", type=int, help="instead of the architecture's usual number")
-    parser.add_argument("--width", type=int, help="expert width, instead of the usual one")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens read")
-    parser.add_argument("--decode", type=int, default=32, help="tokens written")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", choices=sorted(SIZES), default="olmoe", help="architecture")
+    add("--path", type=Path, help="a local model instead of a random one")
+    add("--layers", type=int, default=2, help="layers of the random model")
+    add("--hidden", type=int, default=512, help="its hidden size")
+    add("--experts", type=int, help="instead of the architecture's usual number")
+    add("--width", type=int, help="expert width, instead of the usual one")
+    add("--prompt", type=int, default=512, help="tokens read")
+    add("--decode", type=int, default=32, help="tokens written")
+    add("--dtype", choices=sorted(DTYPES), default="float32", help="element type of the model")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+    add("--repeats", type=int, default=5, help="turns of every implementation")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    add("--json", type=Path, help="write the results here")
     given = parser.parse_args(arguments)
     for name in ("layers", "hidden", "prompt", "decode", "repeats", "threads"):
         if getattr(given, name) < 1:

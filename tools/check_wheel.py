@@ -66,6 +66,8 @@ def check_wheel(wheel: Path) -> list[str]:
             faults.append(f"{name} is missing")
     if not any(name.endswith("/LICENSE") for name in names):
         faults.append("LICENSE is missing")
+    if CUDA_LIBRARY in names and not any(name.endswith("/LICENSE-CUTLASS") for name in names):
+        faults.append("LICENSE-CUTLASS is missing: the CUDA library holds parts of CUTLASS")
     faults += [f"{name} does not belong" for name in names if re.search(r"\.(cpp|cu|h|pyc)$", name)]
     always = [line for line in requires if "extra ==" not in line]
     if always != ["torch>=2.10"]:

@@ -300,7 +300,11 @@ def page() -> str:
 Written by `python tools/methods.py` from the registry; do not edit. Formula, defaults and arguments
 of a method are printed by `python -m fastmoe_route routers --describe NAME`; the same text is the
 docstring of the class or function in the column *code*. Every router is also put through
-`tests/test_routers.py`, and trained once in a small language model: [gallery.md](gallery.md).
+`tests/test_routers.py`, and all but `da_moe` and `ftp`, which need a model's attention matrix, are
+trained once in a small language model: [gallery.md](gallery.md).
+
+Row: a number that files and messages use. `R` is routing, its losses and adapters, `L` neighbouring
+ideas, `X` softmax; methods that belong together share one.
 
 Invariance, what a token's result depends on:
 

@@ -1,4 +1,4 @@
-"""LoRA experts, and the adapters of the survey around the product of low-rank pairs."""
+"""LoRA experts, and published adapters around the product of low-rank pairs."""
 
 from __future__ import annotations
 

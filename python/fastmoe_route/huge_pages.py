@@ -19,8 +19,8 @@ def use_huge_pages(*weights: Tensor | nn.Module) -> int:
     """Moves CPU weights onto huge pages of 2 MB, where Linux offers them.
 
     A processor that streams weights through pages of 4 KB stops at each of them to find the next.
-    With few tokens per expert the expert layer is faster without these stops (docs/experts.md has
-    the figures). Values, addresses, strides and gradients stay as they are, so this may be called
+    With few tokens per expert the expert layer is faster without these stops (docs/experts.md,
+    *Pages*). Values, addresses, strides and gradients stay as they are, so this may be called
     at any time, best once after the weights are loaded; it copies them once and takes seconds for
     gigabytes. Memory mapped from a file and other devices are left alone.
 

@@ -1,4 +1,4 @@
-"""The registry of published methods: every row of the survey that the package implements, by name.
+"""The registry of published methods: all that the package implements, by name.
 
 Routers are classes, losses and softmax variants are functions; all are entered by `register`, so
 that the command line, the documentation and the tests see one list.
@@ -38,7 +38,7 @@ class Method:
 
     Attributes:
         name: the name `build` takes, in snake case.
-        row: the survey row, such as `R1`.
+        row: its row in docs/methods.md, such as `R1`; methods that belong together share one.
         source: where it is published, `arXiv:...` where there is one.
         verified: how the formula was checked, a key of `VERIFIED`.
         invariance: what a token's result depends on, a key of `INVARIANCE`.
@@ -87,7 +87,7 @@ def register(
 
     Args:
         name: unique, in snake case.
-        row: the survey row.
+        row: its row in docs/methods.md.
         source: where it is published.
         verified: a key of `VERIFIED`.
         invariance: a key of `INVARIANCE`.
@@ -111,7 +111,7 @@ def register(
         _methods[name] = Method(name, row, source, verified, invariance, decode, needs, target)
         target.method = _methods[name]  # type: ignore[attr-defined]
         if target.__doc__:
-            told = f"Source: {source}, {VERIFIED[verified]}. Row {row} of the survey."
+            told = f"Source: {source}, {VERIFIED[verified]}. Row {row} of docs/methods.md."
             target.__doc__ = f"{inspect.cleandoc(target.__doc__)}\n\n{told}"
         return target
 
@@ -124,7 +124,7 @@ def _row_order(method: Method) -> tuple[int, int]:
 
 
 def methods(kind: str | None = None) -> list[Method]:
-    """Every method in the order of the survey, or those of one kind.
+    """Every method in the order of docs/methods.md, or those of one kind.
 
     Args:
         kind: `router`, `loss`, `softmax`, `adapters` or `audit`; None for all.

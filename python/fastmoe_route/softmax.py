@@ -49,8 +49,8 @@ def softmax(
 
     The methods differ in speed only: `three_pass` finds the max, the sum, and writes; `online` has
     one pass for max and sum (arXiv:1805.02867); `two_pass` sums mantissas and exponents and needs
-    no max (arXiv:2001.04438). `auto` picks by the length of the slice and the dtype. float64 is
-    always computed in three passes.
+    no max (arXiv:2001.04438). `auto` picks by the length of the slice and the device
+    (docs/numerics.md). float64 is always computed in three passes on CPU.
 
     Args:
         x: any shape; float32, bfloat16, float16 (computed in float32) or float64; any strides.

@@ -1,6 +1,6 @@
 // The one dispatch table: every kernel that is compiled per instruction set, as a pointer. Its columns are the levels
-// of CMakeLists.txt; select.cpp picks one when the library is loaded. To add a kernel: a line here, its name in
-// FASTMOE_ROUTE_KERNELS, its source in ISA_SOURCES.
+// of CMakeLists.txt; select.cpp picks one when the library is loaded. To add a kernel: a line in FASTMOE_ROUTE_KERNELS,
+// its source in ISA_SOURCES.
 #pragma once
 
 #include "cpu/count_bins.h"

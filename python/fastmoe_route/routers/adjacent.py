@@ -1,4 +1,4 @@
-"""Neighbouring ideas of the survey: routers of samples, centres and trees."""
+"""Neighbouring ideas: routers of samples, centres and trees."""
 
 from __future__ import annotations
 

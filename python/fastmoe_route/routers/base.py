@@ -132,7 +132,7 @@ class Router(Checks, nn.Module):
         common: see `Common`; a method may have other defaults.
 
     Attributes:
-        method: the entry of the registry: survey row, source, invariance, needs. A class that is
+        method: the entry of the registry: row, source, invariance, needs. A class that is
             not registered is taken for one of invariance I, and goes by its class name.
         unused: common losses that a method has nothing to compute from, and therefore refuses.
         serving: whether calls that could leak from one request to another are refused.

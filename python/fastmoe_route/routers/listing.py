@@ -35,7 +35,7 @@ def table(found: list[Method]) -> str:
 def description(method: Method) -> str:
     """Everything the package says about one method."""
     facts = {
-        "survey row": method.row,
+        "row": f"{method.row} of docs/methods.md",
         "source": f"{method.source} ({VERIFIED[method.verified]})",
         "invariance": f"{method.invariance}: {INVARIANCE[method.invariance]}",
         "decoding": f"{method.decode}: {DECODE[method.decode]}",

@@ -147,7 +147,7 @@ class TopkSoftmax(LinearRouter):
 
     `w_i = exp(z_i) / sum_{j in TopK} exp(z_j)`: masking the others before the softmax,
     renormalising after it, and softmax over the chosen are the same. Ties go to the lower expert.
-    The survey's row is unverified against its paper; the identity is algebra.
+    The identity is algebra, whatever the paper says.
 
     Defaults: two experts, `aux_coef` 0.01.
 
@@ -207,7 +207,7 @@ class MaskMoE(LinearRouter):
 
     `p = softmax(z + m[id])` with `m` 0 for the visible experts and `-inf` for the others; the best
     of them with weight `p`, so a rare id always goes to its one expert with weight 1. The table is
-    drawn from `seed` and saved with the router.
+    drawn from `table_seed` and saved with the router.
 
     Defaults: frequent ids see 8 experts (from memory), `aux_coef` 0.01.
 

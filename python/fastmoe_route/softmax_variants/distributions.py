@@ -23,9 +23,9 @@ from fastmoe_route.softmax import MAX_K, softmax, softmax_topk
 def two_pass_softmax(x: Tensor) -> Tensor:
     """Softmax without a pass for the maximum: sums of mantissas and exponents (XNNPACK).
 
-    `softmax(x, method="two_pass")` by the name of the survey. The exponent is kept as a float and
-    never put into a number, so no input of finite size overflows; -inf, which makes the bare
-    algorithm NaN, gives 0 here.
+    `softmax(x, method="two_pass")` by a name of its own. The exponent is kept as a float and never
+    put into a number, so no input of finite size overflows; -inf, which makes the bare algorithm
+    NaN, gives 0 here.
 
     Args:
         x: any shape.
