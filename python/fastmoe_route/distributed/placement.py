@@ -95,7 +95,7 @@ def plan_placement(
     default = tuple(e // (num_experts // num_ranks) for e in range(num_experts))
     before = _cost(trace, sources, default, num_ranks)
     chosen, is_optimal = default, True
-    if num_ranks > 1 and trace.numel() > 0:
+    if num_ranks > 1 and bool((trace >= 0).any()):
         problem = _Problem(trace, sources, num_experts, num_ranks, traffic_weight, max_pairs)
         solved, is_optimal = problem.solve(time_limit)
         after = _cost(trace, sources, solved, num_ranks)
