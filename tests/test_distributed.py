@@ -160,6 +160,13 @@ def test_placement_follows_the_tokens_home(scipy):
     assert (plan.rows_moved, plan.rows_moved_before) == (0, 40)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_placement_without_a_used_slot_is_the_default(num_tokens):
+    plan = plan_placement(torch.full((num_tokens, 2), -1), 4, 2)
+    assert plan.rank_of_expert == (0, 0, 1, 1)
+    assert (plan.rows_moved, plan.max_load, plan.is_optimal) == (0, 0.0, True)
+
+
 def test_placement_never_makes_it_worse(scipy):
     generator = torch.Generator().manual_seed(0)
     trace = torch.randint(-1, 6, (200, 3), generator=generator)

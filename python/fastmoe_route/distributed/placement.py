@@ -95,7 +95,7 @@ def plan_placement(
     chosen = neighbours(num_experts, num_ranks)
     before = after = _cost(trace, sources, chosen, num_ranks)
     is_optimal = True
-    if num_ranks > 1 and trace.numel() > 0:
+    if num_ranks > 1 and bool((trace >= 0).any()):
         problem = _Problem(trace, sources, num_experts, num_ranks, traffic_weight, max_pairs)
         solved, is_optimal = problem.solve(time_limit)
         cost = _cost(trace, sources, solved, num_ranks)
