@@ -37,9 +37,11 @@ constexpr int64_t kDotRowBlock = 192;  // rows, at most, whose k block stays in 
 // Few rows: the processor follows a stream by itself, but stops at the end of a 4 KB page and then waits for the next
 // page's address. Where a prefetch would wait for it too, pages are touched ahead, and every line is fetched if rows
 // take arithmetic as well. Elsewhere (Intel) every line is fetched twice, which finds the pages besides: into L2, where
-// more of them can be under way than the 16 misses of L1, and a little later into L1, so that no product waits.
+// more of them can be under way than the 16 misses of L1, and a little later into L1, so that no product waits. Near
+// the end of a row, or of a block of k, what is fetched lies where the stream goes on.
 constexpr int64_t kDotTouchBytes = 16384;           // of each stream, touched together
 constexpr int64_t kDotFar = 1536, kDotNear = 1024;  // bytes from what is multiplied to what is fetched into L2, L1
+constexpr int64_t kDotTogether = 8;  // weights of a stream that a block of k of long rows stays in L1 for
 
 // Floats, and 2-byte elements widened to floats as they are loaded. A step of k is kVectors vectors, which a lane adds
 // one after the other; packed rows are [step][vector][row][lane].
@@ -116,6 +118,7 @@ struct DotOutput {
   int rows;
   bool add;
   const char* soon;
+  int64_t jump;    // bytes from the end of these weights to those that kTwice fetches next
   float* widened;  // where a tile of DotFetch::kWiden stores the weights: [step][vector][column][lane]
 };
 
@@ -175,11 +178,13 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
                             for (int j = 0; j < C; ++j) sums[i][j] = Math::add_products(row, weights[j], sums[i][j]);
                           }
                         };
-  const int64_t whole = k / L * L;
+  constexpr int64_t kSize = sizeof(typename Math::Element);
+  const int64_t whole = k / L * L, far_end = k - kDotFar / kSize, near_end = k - kDotNear / kSize;
   int64_t q = 0;
   const auto steps_to = [&](int64_t end, const auto& fetch) __attribute__((always_inline)) {
     for (; q < end; q += L) {
       fetch();
+      const int64_t far = kDotFar + (q < far_end ? 0 : out.jump), near = kDotNear + (q < near_end ? 0 : out.jump);
       typename Math::Value weights[C];
 #pragma GCC unroll 2
       for (int v = 0; v < Math::kVectors; ++v) {
@@ -190,8 +195,8 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
           if constexpr (kFetch == DotFetch::kWiden) weights[j].store(out.widened + (q + v * kLane) * C + j * kLane);
           if (kFetch == DotFetch::kStream && v == 0) prefetch_later(bytes(j, q) + Math::kStreamAhead);
           if (kFetch == DotFetch::kTwice && v == 0) {
-            prefetch_later(bytes(j, q) + kDotFar);
-            prefetch_soon(bytes(j, q) + kDotNear);
+            prefetch_later(bytes(j, q) + far);
+            prefetch_soon(bytes(j, q) + near);
           }
         }
         step(weights, a + (q + v * kLane) * R);
@@ -251,14 +256,15 @@ inline __attribute__((always_inline)) void dot_tile(const typename Math::Packed*
 }
 
 // Whether m rows are one tile. Up to kDotRows always; more only if they stay in L1 while streams pass. In the larger L1
-// of Intel up to eight do, and floats are faster as one tile there even if L2 holds them; of 2-byte elements, whose
-// rows take twice the lines of the weights, panels are. More rows take fewer streams, and panels are as fast.
+// of Intel up to eight do. Longer rows are faster as one tile there too, block by block of k; but of 2-byte elements,
+// whose rows take twice the lines of the weights, panels are if they hold all of k. More rows take fewer streams, and
+// panels are as fast.
 template <class Math>
 inline bool dot_is_stream(int64_t m, int64_t k) {
   if (m <= kDotRows) return true;
   if (m > kDotStreamRows) return false;
   const bool is_eight = m <= 8 && !waits_for_page<typename Math::Element>();
-  if (is_eight && sizeof(typename Math::Element) == sizeof(float)) return true;
+  if (is_eight && (sizeof(typename Math::Element) == sizeof(float) || k > 2 * Math::kMaxBlock)) return true;
   const int64_t row_bytes = round_up(k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
   return m * row_bytes <= (is_eight ? level1_cache_bytes() / 4 * 3 : kDotStreamBytes);
 }
@@ -317,16 +323,20 @@ inline int64_t dot_block(int64_t k) {
   return round_up((k + blocks - 1) / blocks, Math::kStep);
 }
 
-// All of k for two to four weights at a time that lie far apart: long streams keep one core's memory reads busy. The
-// first pages of the streams that come after are touched kTouchAfter steps before the end.
+// Two to four weights at a time that lie far apart: long streams keep one core's memory reads busy. All of k goes by
+// for one weight of a stream after the other, while the rows stay in L1; where they do not, block by block of k for
+// kDotTogether weights. The first pages of the streams that come after are touched kTouchAfter steps before the end.
 template <int R, DotFetch kFetch, class Math>
 void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   constexpr int C = dot_stream_cols(R);
   constexpr int64_t kTouchAfter = 4;
+  constexpr bool kTouches = kFetch != DotFetch::kTwice;
+  constexpr int64_t kSize = sizeof(typename Math::Element);
   const int64_t apart = (p.n + C - 1) / C;
-  const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(typename Math::Element));
-  const int64_t stride = p.w_stride * static_cast<int64_t>(sizeof(typename Math::Element));
+  const int64_t row_bytes = p.k * kSize, stride = p.w_stride * kSize;
   const int64_t group = row_bytes < kDotTouchBytes ? kDotTouchBytes / row_bytes : 1;  // rows touched together
+  const int64_t packed_bytes = R * round_up(p.k, Math::kStep) * static_cast<int64_t>(sizeof(typename Math::Packed));
+  const int64_t together = kTouches || packed_bytes <= level1_cache_bytes() / 4 * 3 ? 1 : kDotTogether;
   TurnFetcher none(p.w, 0, 0, p.w_stride, p.k, false);
   const int64_t touch_after = p.after == nullptr ? -1 : apart > kTouchAfter ? apart - kTouchAfter : 0;
   const auto touch = [&](const typename Math::Element* weights, int64_t from, int64_t to)
@@ -335,24 +345,31 @@ void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
                              touch_pages(reinterpret_cast<const char*>(weights + i * apart * p.w_stride), row_bytes,
                                          stride, from, to < apart ? to : apart);
                          };
-  for (int64_t j = 0; j < apart; ++j) {
-    if (kFetch != DotFetch::kTwice && j % group == 0) touch(p.w, j > 0 ? j + group : 0, j + 2 * group);
-    if (j == touch_after) touch(p.after, 0, group);
-    const typename Math::Element* w[C];
-    DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), false, nullptr, nullptr};
-    for (int i = 0; i < C; ++i) {
-      const int64_t column = j + i * apart;
-      const bool exists = column < p.n;
-      w[i] = p.w + (exists ? column : j) * p.w_stride;
-      out.c[i] = p.c + (exists ? column : j);
-      out.count += exists;
-    }
+  for (int64_t first = 0; first < apart; first += together) {
+    const int64_t end = first + together < apart ? first + together : apart;
+    if (kTouches && first % group == 0) touch(p.w, first > 0 ? first + group : 0, first + 2 * group);
+    if (kTouches && first == touch_after) touch(p.after, 0, group);
     for (int64_t q = 0; q < p.k; q += p.block) {
       const int64_t depth = p.k - q < p.block ? p.k - q : p.block;
-      const typename Math::Element* block[C];
-      for (int i = 0; i < C; ++i) block[i] = w[i] + q;
-      out.add = q > 0;
-      dot_tile<R, C, kFetch, Math>(p.a + q * R, block, depth, none, DotLines{}, out);
+      for (int64_t j = first; j < end; ++j) {
+        const typename Math::Element* w[C];
+        DotOutput out{{}, p.c_stride, 0, static_cast<int>(m), q > 0, nullptr, 0, nullptr};
+        for (int i = 0; i < C; ++i) {
+          const int64_t column = j + i * apart;
+          const bool exists = column < p.n;
+          w[i] = p.w + (exists ? column : j) * p.w_stride + q;
+          out.c[i] = p.c + (exists ? column : j);
+          out.count += exists;
+        }
+        const typename Math::Element* next = w[0] + p.w_stride;
+        if (j + 1 == end) {
+          if (q + depth < p.k) next = p.w + first * p.w_stride + q + depth;
+          else if (end < apart || p.after == nullptr) next = p.w + end * p.w_stride;
+          else next = p.after;
+        }
+        out.jump = (next - w[0] - depth) * kSize;
+        dot_tile<R, C, kFetch, Math>(p.a + q * R, w, depth, none, DotLines{}, out);
+      }
     }
   }
 }
@@ -392,7 +409,7 @@ void dot_panel(const DotProblem<Math>& p, int64_t m, int64_t q, int64_t depth, i
       constexpr int R = decltype(count)::value;
       for (int64_t j = 0; j < columns; j += kDotCols) {
         const int exist = static_cast<int>(columns - j < kDotCols ? columns - j : kDotCols);
-        DotOutput out{{}, p.c_stride, exist, R, q > 0, nullptr, widens ? widened + j * deep : nullptr};
+        DotOutput out{{}, p.c_stride, exist, R, q > 0, nullptr, 0, widens ? widened + j * deep : nullptr};
         if (has_soon && columns - j <= kDotRows * kDotCols) {
           out.soon = soon;
           soon += deep / Math::kStep * Math::kVectors * static_cast<int64_t>(sizeof(Vec));

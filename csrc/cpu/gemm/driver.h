@@ -8,6 +8,7 @@
 // No result depends on who computed it: the micro-kernels sum in an order of k alone.
 #pragma once
 
+#include "common/cache.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "cpu/isa/kernels.h"
@@ -75,7 +76,8 @@ constexpr int64_t kTasksPerWorker = 12;
 constexpr int64_t kFewRows = 8;  // in every block
 constexpr int64_t kMaxFewRowChunk = 2048;
 constexpr int64_t kMinFewRowChunk = 128;
-constexpr int64_t kFewRowTasksPerWorker = 16;
+// What a thread waits for at the end is half a task. A task's start costs little where fetches go on into it (Intel).
+inline int64_t few_row_tasks_per_worker() { return prefetch_waits_for_page() ? 16 : 32; }
 
 // Columns [column, column + width) of rows [begin, end), which are one block.
 struct Task {
@@ -112,7 +114,7 @@ inline int64_t block_rows(const GroupedProduct& product) {
 inline int64_t chunk_columns(int64_t n, int64_t num_blocks, int64_t rows, bool is_few_rows, int64_t workers,
                              const MicroKernel& kernel) {
   const int64_t span = kernel.span != nullptr ? kernel.span(rows) : 0;
-  const int64_t tasks = (is_few_rows ? kFewRowTasksPerWorker : kTasksPerWorker) * workers;
+  const int64_t tasks = (is_few_rows ? few_row_tasks_per_worker() : kTasksPerWorker) * workers;
   const int64_t many = span > kMaxChunk ? span : kMaxChunk;
   const int64_t most = is_few_rows ? kMaxFewRowChunk : many, least = is_few_rows ? kMinFewRowChunk : kColumnUnit;
   int64_t pieces = (tasks + num_blocks - 1) / num_blocks;
