@@ -467,6 +467,7 @@ def test_backward_takes_expanded_gradients(backend: str) -> None:
         ({"x": torch.ones(4, 8).int()}, TypeError, "moe_mlp: x must be float32"),
         ({"x": torch.ones(4, 8).half()}, TypeError, "moe_mlp: w_up must be float16"),
         ({"x": torch.ones(4, 9)}, ValueError, r"moe_mlp: w_up must have shape \[any, 9, any\]"),
+        ({"w_up": torch.ones(0, 8, 10)}, ValueError, "moe_mlp: w_up must hold at least 1 expert"),
         ({"w_up": torch.ones(3, 8, 9)}, ValueError, r"w_up must have shape \[3, 8, 10\]"),
         ({"w_down": torch.ones(2, 5, 8)}, ValueError, r"w_down must have shape \[3, any, 8\]"),
         ({"w_down": torch.ones(3, 0, 8)}, ValueError, "w_down must have an expert width"),

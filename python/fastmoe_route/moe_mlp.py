@@ -202,6 +202,7 @@ def _fits(
     device, dtype = x.device, x.dtype
     return (
         hidden_out == hidden
+        and num_experts > 0
         and width > 0
         and w_up.shape == (num_experts, hidden, 2 * width if is_gated else width)
         and experts.shape == weights.shape
@@ -243,6 +244,8 @@ def _check_weights(
     check_tensor("moe_mlp", "w_up", w_up, 3)
     check_tensor("moe_mlp", "w_down", w_down, 3)
     num_experts, hidden = w_up.shape[0], x.shape[1]
+    if num_experts == 0:
+        fail(ValueError, "moe_mlp", "w_up", "hold at least 1 expert", describe(w_up))
     check_shape("moe_mlp", "w_up", w_up, (-1, hidden, -1))
     check_shape("moe_mlp", "w_down", w_down, (num_experts, -1, hidden))
     up = w_down.shape[1] * (2 if is_gated else 1)

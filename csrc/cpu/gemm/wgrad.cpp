@@ -3,9 +3,10 @@
 // The reduction runs over rows, so the native form is an outer product: a tile of 6 inputs by 4 (AVX-512) or 2 vectors
 // of outputs stays in registers while the rows go by, one broadcast of x against whole vectors of y. Both operands are
 // copied to small float panels first: they live in L1 and L2, strides no longer alias, and 2-byte types are widened
-// once. More rows than a panel holds continue in a float tile, so the result is rounded once, from registers; a few
-// panels of x stay for all outputs.
-// Order of summation: one fma per row, ascending, from +0; a function of nothing else.
+// once. The sums of more rows than a panel holds are added up in a float tile, so the result is rounded once, from
+// registers; a few panels of x stay for all outputs.
+// Order of summation: one fma per row, ascending, from +0, in even blocks of at most 96 rows (144 with large caches)
+// whose sums are added ascending: one sum over all rows would lose as many bits as torch's products do not.
 #include <cstring>
 
 #include "common/cache.h"
@@ -85,13 +86,17 @@ struct Destination {
   bool streams;
 };
 
-// A finished tile, rounded from registers; `count` outputs of each row.
+// A finished tile, with the sums of earlier rows if there are any, rounded from registers; `count` outputs of each row.
 template <int R, class T>
-inline __attribute__((always_inline)) void store_tile(const Vec (&sums)[R][kOuterVecs], int64_t count, T* out,
-                                                      int64_t stride, bool streams) {
+inline __attribute__((always_inline)) void store_tile(Vec (&sums)[R][kOuterVecs], const float* earlier, int64_t count,
+                                                      T* out, int64_t stride, bool streams) {
   constexpr int L = Vec::kLanes;
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i, out += stride) {
+    if (earlier != nullptr) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kOuterVecs; ++j) sums[i][j] = Vec::load(earlier + i * kGroupOut + j * L) + sums[i][j];
+    }
     if (streams) {
 #pragma GCC unroll 16
       for (int j = 0; j < kOuterVecs; ++j) sums[i][j].stream(out + j * L);
@@ -105,11 +110,11 @@ inline __attribute__((always_inline)) void store_tile(const Vec (&sums)[R][kOute
   }
 }
 
-// A tile whose sums other rows continue: floats, whatever the gradients are.
+// A tile to whose sums other rows add theirs: floats, whatever the gradients are.
 template <int R>
 __attribute__((noinline)) void add_to_sums(const float* x, const float* y, int64_t count, float* sum, bool first) {
   outer_tile<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, kTileOut,
-                                     first ? OuterEnd::kStore : OuterEnd::kContinue, OuterPlain{});
+                                     first ? OuterEnd::kStore : OuterEnd::kAdd, OuterPlain{});
 }
 
 // One panel of y from column j0 of the group on: the last block of rows goes to the result, others to `sum`.
@@ -125,9 +130,10 @@ void multiply_panels(Panels* panels, const float* x_panel, int64_t panel_rows, i
         float* sum = panels->sum + i * kGroupOut + j0 + j;
         if (!last) add_to_sums<R>(x, y, count, sum, first);
         else
-          outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, !first, OuterPlain{},
-                                             [&](const Vec(&sums)[R][kOuterVecs]) __attribute__((always_inline)) {
-                                               store_tile<R>(sums, width - j, to.out + i * to.stride + j, to.stride,
+          outer_sums<R, kOuterVecs, kTileIn>(x, y, kTileOut, count, sum, kGroupOut, false, OuterPlain{},
+                                             [&](Vec(&sums)[R][kOuterVecs]) __attribute__((always_inline)) {
+                                               store_tile<R>(sums, first ? nullptr : sum, width - j,
+                                                             to.out + i * to.stride + j, to.stride,
                                                              to.streams && width - j >= kTileOut);
                                              });
       }
