@@ -222,14 +222,15 @@ def test_gradients_only_where_asked(wanted):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("transposed", [False, True])
-def test_weight_gradients_of_many_rows_keep_their_accuracy(backend: str, transposed: bool) -> None:
+def test_gradients_of_many_rows_keep_their_accuracy(backend: str, transposed: bool) -> None:
     """Of one sign, where one running sum has eight times the error of torch's product."""
     x, grad_y = normal(4096, 24).abs(), normal(4096, 64, seed=1).abs()
     offsets = torch.tensor([0, 4096], dtype=torch.int32)
     op = torch.ops.fastmoe_route.grouped_mm_wgrad
-    grad = op(x, grad_y, offsets, transposed, True, False)[0][0]
-    got = grad.t() if transposed else grad
+    grad, grad_bias = op(x, grad_y, offsets, transposed, True, True)
+    got = grad[0].t() if transposed else grad[0]
     assert_ratio(got, x.t() @ grad_y, x.double().t() @ grad_y.double())
+    assert_ratio(grad_bias[0], grad_y.sum(0), grad_y.double().sum(0))
 
 
 # ---- registration ------------------------------------------------------------------------------

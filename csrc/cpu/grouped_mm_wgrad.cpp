@@ -20,7 +20,9 @@ namespace {
 constexpr int64_t kBlockRows = 256;     // of a weight gradient; whole rows, so that a block is one piece of memory,
 constexpr int64_t kMinBlockCols = 256;  // unless there are too few blocks for the threads
 constexpr int64_t kBiasCols = 256;
-constexpr int64_t kBiasRows = 64;  // partial sums of this many rows bound the error of long segments
+// Partial sums of so many rows, then of so many of them, and so on, bound the error of long segments.
+constexpr int64_t kBiasRows = 16;
+constexpr int kBiasLevels = 4;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -45,14 +47,20 @@ template <class T>
 void bias_block(const BiasGradient& g, int64_t expert, int64_t first) {
   using A = accumulate_t<T>;
   const int64_t width = g.n - first < kBiasCols ? g.n - first : kBiasCols;
-  alignas(64) A sum[kBiasCols] = {};
-  for (int64_t r = g.starts[expert]; r < g.starts[expert + 1]; r += kBiasRows) {
-    const int64_t left = g.starts[expert + 1] - r;
+  alignas(64) A sums[kBiasLevels][kBiasCols] = {};
+  const auto pass_on = [&](int level) {
+    for (int64_t j = 0; j < kBiasCols; ++j) sums[level + 1][j] += sums[level][j], sums[level][j] = 0;
+  };
+  const int64_t end = g.starts[expert + 1];
+  for (int64_t r = g.starts[expert], done = 1; r < end; r += kBiasRows, ++done) {
     add_rows<T>(g.rows + r, g.factors == nullptr ? nullptr : static_cast<const A*>(g.factors) + r,
-                left < kBiasRows ? left : kBiasRows, first, width, sum);
+                end - r < kBiasRows ? end - r : kBiasRows, first, width, sums[0]);
+    int level = 0;
+    for (int64_t n = done; n % kBiasRows == 0 && level + 1 < kBiasLevels; n /= kBiasRows) pass_on(level++);
   }
+  for (int level = 0; level + 1 < kBiasLevels; ++level) pass_on(level);
   T* out = static_cast<T*>(g.result) + expert * g.n + first;
-  for (int64_t j = 0; j < width; ++j) out[j] = from_float<T>(sum[j]);
+  for (int64_t j = 0; j < width; ++j) out[j] = from_float<T>(sums[kBiasLevels - 1][j]);
 }
 
 // Block (i0, j0) of one expert's gradient. `pointers` holds two row-pointer arrays of the expert's size.

@@ -94,6 +94,8 @@ class Routed(NamedTuple):
 class Common(TypedDict, total=False):
     """The keyword arguments that every router takes beside its own.
 
+    Methods that drop by no plan look at no capacity: expert choice, soft mixtures, merged experts.
+
     Attributes:
         aux_coef: coefficient of the loss `balance`, `fastmoe_route.losses.load_balancing`.
         z_coef: coefficient of the loss `z`, `fastmoe_route.losses.z_loss`.
