@@ -6,7 +6,7 @@
 // once. The sums of more rows than a panel holds are added up in a float tile, so the result is rounded once, from
 // registers; a few panels of x stay for all outputs.
 // Order of summation: one fma per row, ascending, from +0, in even blocks of at most 96 rows (144 with large caches)
-// whose sums are added ascending: one sum over all rows would lose as many bits as torch's products do not.
+// whose sums are added ascending: one running sum of thousands of rows would err several times as much.
 #include <cstring>
 
 #include "common/cache.h"
