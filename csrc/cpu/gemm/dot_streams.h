@@ -68,7 +68,8 @@ inline __attribute__((always_inline)) void touch_pages(const char* first, int64_
 
 // Two to four weights at a time that lie far apart: long streams keep one core's memory reads busy. All of k goes by
 // for one weight of a stream after the other, while the rows stay in L1; where they do not, block by block of k for
-// kDotTogether weights. The first pages of the streams that come after are touched kTouchAfter steps before the end.
+// kDotTogether weights. Where pages are touched, the first of the streams that come after are, kTouchAfter steps before
+// the end.
 template <int R, DotFetch kFetch, class Math>
 void dot_few_rows(const DotProblem<Math>& p, int64_t m) {
   constexpr int C = dot_stream_cols(R);
